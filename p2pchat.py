@@ -823,3 +823,391 @@ _CONTENT_CHECKS: Dict[str, Callable[[Message, Any], None]] = {
 }
 
 
+# ======================================================================================================
+# Membership
+#
+# Who is there. A *record* is what is said of a peer on the wire; a *Peer* is what we hold of it; a
+# *tombstone* is a Peer that is gone. The rules are SWIM's (Das, Gupta, Motivala 2002) as HashiCorp's
+# memberlist runs them, with one change: hearsay adds peers, but it removes none. An accusation (suspect,
+# dead, left) by somebody else only makes us ask the accused, who may live to deny it. So one liar, or one
+# bad cable, empties nobody's list. Pure: time and randomness come in as arguments, changes go out as lists.
+# ======================================================================================================
+
+JOINED, GONE, RENAMED = "joined", "left", "renamed"  # kinds of Change: the events that they become
+
+# What became of a record that was heard.
+NEW = "new"  # it changed the list, and is worth passing on
+KNOWN = "known"  # nothing new
+STALE = "stale"  # we know better: the one who said it should be told
+ACCUSED = "accused"  # it says that a peer is gone whom we hold to be there: ask it
+CONFLICT = "conflict"  # another instance at an id that is taken: look which one answers there
+IMPLAUSIBLE = "implausible"  # not believed, not answered
+
+
+class Peer:
+    """A peer as we know it. Times are seconds on the loop's clock."""
+
+    __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added", "heard",
+                 "vouched", "unverified", "removed", "quiet", "rtt", "_public", "_weight", "_ring")
+
+    def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
+        self.instance = instance  # drawn at random by its process; "" for a program that has none
+        self.incarnation = incarnation  # raised by its owner only
+        self.status = ALIVE
+        self.added = 0.0  # when we learned of it
+        self.heard = 0.0  # when it last spoke to us itself; 0 for never
+        self.vouched = 0.0  # when somebody last said to have heard it
+        self.unverified: Optional[float] = None  # since when nobody could vouch for it: our network was gone
+        self.removed = 0.0  # when it went: for tombstones
+        self.quiet = False
+        self.rtt: Optional[float] = None
+        self.place(username, ip, port)
+
+    @classmethod
+    def from_wire(cls, record: Dict[str, Any]) -> "Peer":
+        """The peer that a checked record describes."""
+        return cls(record["username"], record["ip"], record["port"],
+                   record.get("instance", ""), record.get("incarnation", 0))
+
+    def place(self, username: str, ip: str, port: int) -> None:
+        """Give it a name and an address."""
+        self.username, self.ip, self.port = username, ip, port
+        self.id = f"{username}@{ip}:{port}"
+        self._public: Optional[Dict[str, Any]] = None
+        self._weight: Optional[Tuple[int, int]] = None
+        self._ring: Optional[int] = None
+
+    @property
+    def key(self) -> str:
+        """What it is remembered by: its instance, or for want of one its id."""
+        return self.instance or self.id
+
+    @property
+    def address(self) -> Address:
+        """Where it can be dialled."""
+        return self.ip, self.port
+
+    @property
+    def public(self) -> Dict[str, Any]:
+        """What the interfaces are told of it. Shared: not to be changed."""
+        if self._public is None:
+            self._public = {"id": self.id, "ip": self.ip, "port": self.port, "username": self.username}
+        return self._public
+
+    @property
+    def weight(self) -> int:
+        """Its share in the digest of a list."""
+        if self._weight is None or self._weight[0] != self.incarnation:
+            self._weight = (self.incarnation, hash64(f"{self.id} {self.instance} {self.incarnation}"))
+        return self._weight[1]
+
+    @property
+    def ring(self) -> int:
+        """Its place on the ring that decides who probes whom: the same for everybody."""
+        if self._ring is None:
+            self._ring = hash64(self.id)
+        return self._ring
+
+    @property
+    def gone(self) -> bool:
+        """Whether this is a tombstone."""
+        return self.status in (DEAD, LEFT)
+
+    def last_sign(self) -> float:
+        """When there was last a sign of life, from itself or through others."""
+        return max(self.added, self.heard, self.vouched)
+
+    def wire(self, now: float, status: Optional[str] = None) -> Dict[str, Any]:
+        """The record to send. Ages travel, never times of day: clocks differ."""
+        record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
+        status = status or self.status
+        if status != ALIVE:
+            record["status"] = status
+        since = self.removed if self.gone else self.unverified
+        if since is not None:
+            record["age"] = max(0, int(now - since))
+        return record
+
+
+class Change(NamedTuple):
+    """What happened to the list: `old` is how a renamed peer was known, `reason` why one left."""
+
+    kind: str
+    peer: Peer
+    reason: str = ""
+    old: Optional[Dict[str, Any]] = None
+
+
+Heard = Tuple[str, Peer, List[Change]]
+
+
+class PeerList:
+    """Everybody else who is there, and tombstones of those who were. Never holds oneself."""
+
+    def __init__(self, me: Peer) -> None:
+        self.me = me
+        self._present: Dict[str, Peer] = {}  # by id
+        self._by_key: Dict[str, Peer] = {}  # tombstones as well
+        self._sorted: Optional[List[Peer]] = None
+        self._names: Optional[Dict[str, List[Peer]]] = None
+
+    def __len__(self) -> int:
+        return len(self._present)
+
+    def present(self) -> List[Peer]:
+        """Those who are there, by name; a list that may be kept but not changed."""
+        if self._sorted is None:
+            self._sorted = sorted(self._present.values(), key=lambda peer: (peer.username.casefold(), peer.id))
+        return self._sorted
+
+    def tombstones(self) -> List[Peer]:
+        """Those who are gone, the first to go first."""
+        return [peer for peer in self._by_key.values() if peer.gone]
+
+    def get(self, peer_id: str) -> Optional[Peer]:
+        """The one present with this id."""
+        return self._present.get(peer_id)
+
+    def by_key(self, key: str) -> Optional[Peer]:
+        """The one with this instance, present or gone."""
+        return self._by_key.get(key)
+
+    # -- what is said of peers -------------------------------------------------------------------------
+
+    def hear(self, record: Dict[str, Any], now: float) -> Heard:
+        """Take in what somebody says of a third: (verdict, the peer as we know it, changes)."""
+        peer = Peer.from_wire(record)
+        status, age = record.get("status", ALIVE), record.get("age", 0)
+        known = self._by_key.get(peer.key)
+        if known is None:
+            return self._hear_unknown(peer, status, age, now)
+        if peer.incarnation > known.incarnation + MAX_RAISE:
+            return IMPLAUSIBLE, known, []
+        if known.gone:
+            return self._hear_of_gone(known, peer, status, now)
+        if peer.incarnation < known.incarnation:
+            return STALE, known, []
+        if status != ALIVE:
+            return ACCUSED, known, []
+        if peer.incarnation == known.incarnation:
+            return KNOWN, known, []
+        if peer.address != known.address:
+            return CONFLICT, known, []  # nobody is moved by hearsay: that would divert its messages
+        known.vouched = now
+        return self._update(known, peer)
+
+    def confirm(self, record: Dict[str, Any], now: float) -> Heard:
+        """Take in what a peer says of itself over its own connection, which is believed."""
+        peer = Peer.from_wire(record)
+        known = self._by_key.get(peer.key)
+        changes = self._displace(peer, now)
+        if known is None:
+            changes += self._add(peer, now)
+        elif known.gone:
+            if peer.incarnation <= known.incarnation <= peer.incarnation + MAX_RAISE:
+                return STALE, known, changes  # it must raise its incarnation, or others will not believe us
+            changes += self._revive(known, peer, now)
+            peer = known
+        else:
+            verdict, peer, more = self._update(known, peer)
+            changes += more
+            if verdict == KNOWN and known.incarnation > record.get("incarnation", 0):
+                verdict = STALE
+            peer.heard = now
+            return verdict, peer, changes
+        peer.heard = now
+        return (NEW if changes else KNOWN), peer, changes
+
+    def remove(self, peer: Peer, status: str, reason: str, now: float) -> List[Change]:
+        """Bury a peer: it stays as a tombstone. Returns nothing when it was gone already."""
+        if peer.gone or self._present.get(peer.id) is not peer:
+            return []
+        del self._present[peer.id]
+        peer.status, peer.removed, peer.quiet = status, now, False
+        self._by_key.pop(peer.key, None)
+        self._by_key[peer.key] = peer  # at the end: tombstones are in the order of their going
+        self._changed()
+        self._bound_tombstones(now)
+        return [Change(GONE, peer, reason)]
+
+    # -- choosing --------------------------------------------------------------------------------------
+
+    def digest(self) -> str:
+        """A short text that two lists share if they hold the same peers, oneself included."""
+        total = self.me.weight
+        for peer in self._present.values():
+            total ^= peer.weight
+        return f"{total:016x}"
+
+    def sample(self, rng: random.Random, count: int, among: Iterable[Peer]) -> List[Peer]:
+        """Up to `count` peers at random."""
+        pool = sorted(among, key=lambda peer: peer.id)  # an order that is the same in every run
+        return rng.sample(pool, min(count, len(pool)))
+
+    def neighbours(self, count: int) -> Tuple[List[Peer], List[Peer]]:
+        """The `count` peers behind us on the ring, whom we probe, and those before us, who probe us.
+
+        So each is probed by `count` others, whatever the number of peers: the cost for one is constant."""
+        ring = sorted(self._present.values(), key=lambda peer: (peer.ring, peer.id))
+        if len(ring) <= count:
+            return ring, ring
+        position = sum(1 for peer in ring if (peer.ring, peer.id) < (self.me.ring, self.me.id))
+        turned = ring[position:] + ring[:position]
+        return turned[:count], turned[-count:]
+
+    # -- names -----------------------------------------------------------------------------------------
+
+    def label(self, peer: Peer) -> str:
+        """The shortest text that tells a peer from all others: its name, name@ip, or its id."""
+        others = [other for other in self._namesakes(peer.username) if other.key != peer.key]
+        if not others:
+            return peer.username
+        if all(other.ip != peer.ip for other in others):
+            return f"{peer.username}@{peer.ip}"
+        return peer.id
+
+    def find(self, text: str) -> List[Peer]:
+        """Those present whom a typed text names: exactly as written if anybody is, or in any case."""
+        text = unicodedata.normalize("NFC", text.strip())
+        text = text[1:] if text.startswith("@") else text
+        name = text.partition("@")[0]
+        matches = [peer for peer in self._namesakes(name)
+                   if peer is not self.me and _names(peer, text.casefold())]
+        exact = [peer for peer in matches if peer.username == name]
+        return exact or matches
+
+    def _namesakes(self, name: str) -> List[Peer]:
+        if self._names is None:
+            self._names = {}
+            for peer in [self.me, *self.present()]:
+                self._names.setdefault(peer.username.casefold(), []).append(peer)
+        return self._names.get(name.casefold(), [])
+
+    def me_changed(self) -> None:
+        """Our own name or address is another now."""
+        self._names = None
+
+    # -- the rules -------------------------------------------------------------------------------------
+
+    def _hear_unknown(self, peer: Peer, status: str, age: int, now: float) -> Heard:
+        if age > TOMBSTONE_TIME:
+            return IMPLAUSIBLE, peer, []  # nobody has heard of it for longer than we remember the dead
+        if status in (DEAD, LEFT):
+            if len(self._by_key) < 2 * MAX_PEERS and peer.instance:
+                peer.status, peer.removed = status, now - age
+                self._by_key[peer.key] = peer
+            return KNOWN, peer, []
+        holder = self._present.get(peer.id)
+        if holder is not None:
+            return (CONFLICT if peer.instance else KNOWN), holder, []
+        if age:
+            peer.unverified = now - age
+        changes = self._add(peer, now)
+        return (NEW if changes else IMPLAUSIBLE), peer, changes
+
+    def _hear_of_gone(self, known: Peer, peer: Peer, status: str, now: float) -> Heard:
+        if status in (DEAD, LEFT):
+            known.incarnation = max(known.incarnation, peer.incarnation)
+            return KNOWN, known, []
+        if peer.incarnation <= known.incarnation:
+            return STALE, known, []
+        if peer.id in self._present:
+            return CONFLICT, self._present[peer.id], []
+        return NEW, known, self._revive(known, peer, now)
+
+    def _add(self, peer: Peer, now: float) -> List[Change]:
+        if len(self._present) >= MAX_PEERS or peer.key == self.me.key or peer.id == self.me.id:
+            return []
+        peer.added = now
+        self._present[peer.id] = peer
+        self._by_key[peer.key] = peer
+        self._changed()
+        return [Change(JOINED, peer)]
+
+    def _revive(self, known: Peer, peer: Peer, now: float) -> List[Change]:
+        known.place(peer.username, peer.ip, peer.port)
+        known.status, known.incarnation = ALIVE, peer.incarnation
+        known.unverified = None
+        return self._add(known, now)
+
+    def _update(self, known: Peer, peer: Peer) -> Heard:
+        """A newer word on a peer that is there; it may have another name or address by now."""
+        if peer.incarnation <= known.incarnation:
+            return KNOWN, known, []
+        if peer.id == known.id:
+            known.incarnation = peer.incarnation
+            return NEW, known, []
+        if peer.id in self._present or peer.id == self.me.id:
+            return CONFLICT, self._present.get(peer.id, known), []
+        old = known.public
+        del self._present[known.id]
+        known.place(peer.username, peer.ip, peer.port)
+        known.incarnation = peer.incarnation
+        self._present[known.id] = known
+        self._changed()
+        return NEW, known, [Change(RENAMED, known, old=old)]
+
+    def _displace(self, peer: Peer, now: float) -> List[Change]:
+        """Another instance answers at this id: the one that we knew there is no more."""
+        holder = self._present.get(peer.id)
+        if holder is None or holder.key == peer.key:
+            return []
+        return self.remove(holder, DEAD, "restarted", now)
+
+    def _bound_tombstones(self, now: float) -> None:
+        """Forget the oldest: after their time, or when there are too many."""
+        tombs = self.tombstones()
+        excess = len(tombs) - MAX_PEERS
+        for peer in tombs:
+            if excess > 0 or now - peer.removed > TOMBSTONE_TIME:
+                del self._by_key[peer.key]
+                excess -= 1
+
+    def _changed(self) -> None:
+        self._sorted = None
+        self._names = None
+
+
+class News:
+    """What is being passed on: a record each, for as many sendings as memberlist's retransmit rule asks.
+
+    Sendings = NEWS_ROUNDS * digits of the number of peers: enough to reach nearly all; gossip finds the rest."""
+
+    def __init__(self) -> None:
+        self._left: Dict[str, List[Any]] = {}  # key -> [peer, status, sendings left]
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    def add(self, peer: Peer, status: str, size: int) -> None:
+        """Pass this on, in place of what was being said of the same peer."""
+        self._left.pop(peer.key, None)
+        if len(self._left) < MAX_PEERS:
+            self._left[peer.key] = [peer, status, NEWS_ROUNDS * len(str(size + 1))]
+
+    def drop(self, peer: Peer, status: str) -> None:
+        """It is no longer true."""
+        if self._left.get(peer.key, (None, ""))[1] == status:
+            del self._left[peer.key]
+
+    def take(self, sendings: int, now: float) -> List[Dict[str, Any]]:
+        """The records to send to `sendings` peers now, the least told first."""
+        items = sorted(self._left.items(), key=lambda item: -item[1][2])[:NEWS_BATCH]
+        for key, item in items:
+            item[2] -= sendings
+            if item[2] <= 0:
+                del self._left[key]
+        return [item[0].wire(now, item[1]) for _, item in items]
+
+
+def hash64(text: str) -> int:
+    """64 bits of a good hash, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+
+
+def _names(peer: Peer, text: str) -> bool:
+    """Whether a casefolded text is the peer's name, name@ip or id."""
+    name = peer.username.casefold()
+    return text in (name, f"{name}@{peer.ip}", f"{name}@{peer.ip}:{peer.port}")
+
+

@@ -3,6 +3,8 @@
 import json
 import pytest
 import p2pchat
+import ast
+import random
 
 # -- codec ---------------------------------------------------------------------------------------------
 
@@ -218,3 +220,202 @@ def test_codec_lists_too_long_for_a_message_are_split():
 def test_codec_too_long_a_message_is_not_made():
     with pytest.raises(ValueError):
         p2pchat.create_message("X", "a", "x" * p2pchat.MAX_LINE)
+
+
+# -- membership ----------------------------------------------------------------------------------------
+
+
+
+
+
+def member_record(name="Bob", host=2, instance="b1", incarnation=100, **more):
+    """A record as it comes over the wire."""
+    ip = f"10.0.0.{host}"
+    return {"id": f"{name}@{ip}:5000", "ip": ip, "port": 5000, "username": name,
+            "instance": instance, "incarnation": incarnation, **more}
+
+
+def member_list():
+    """An empty list, of a peer called Alice."""
+    return p2pchat.PeerList(p2pchat.Peer("Alice", "10.0.0.1", 5000, "a1", 100))
+
+
+def member_state(peers, key="b1"):
+    """What a list holds of an instance: (status, incarnation, id), or None."""
+    peer = peers.by_key(key)
+    return peer and (peer.status, peer.incarnation, peer.id)
+
+
+BOB_ID, BOB_MOVED = "Bob@10.0.0.2:5000", "Bob@10.0.0.9:5000"
+HEARSAY = [  # what is known, what is heard then, the verdict, what is known after it, the changes
+    ("new", [], {}, "new", ("alive", 100, BOB_ID), ["joined"]),
+    ("known", [{}], {}, "known", ("alive", 100, BOB_ID), []),
+    ("newer", [{}], {"incarnation": 101}, "new", ("alive", 101, BOB_ID), []),
+    ("older", [{}], {"incarnation": 99}, "stale", ("alive", 100, BOB_ID), []),
+    ("suspected", [{}], {"status": "suspect"}, "accused", ("alive", 100, BOB_ID), []),
+    ("called dead", [{}], {"status": "dead"}, "accused", ("alive", 100, BOB_ID), []),
+    ("called left", [{}], {"status": "left", "incarnation": 105}, "accused", ("alive", 100, BOB_ID), []),
+    ("called dead long ago", [{}], {"status": "dead", "incarnation": 99}, "stale", ("alive", 100, BOB_ID), []),
+    ("renamed", [{}], {"name": "Rob", "incarnation": 101}, "new", ("alive", 101, "Rob@10.0.0.2:5000"), ["renamed"]),
+    ("renamed, older", [{}], {"name": "Rob", "incarnation": 99}, "stale", ("alive", 100, BOB_ID), []),
+    ("moved by hearsay", [{}], {"host": 9, "incarnation": 101}, "conflict", ("alive", 100, BOB_ID), []),
+    ("another instance there", [{}], {"instance": "b2"}, "conflict", None, []),
+    ("forged incarnation", [{}], {"incarnation": 2**53 - 1}, "implausible", ("alive", 100, BOB_ID), []),
+    ("forged death", [{}], {"incarnation": 2**53 - 1, "status": "dead"}, "implausible", ("alive", 100, BOB_ID), []),
+    ("a tombstone of nobody", [], {"status": "dead"}, "known", ("dead", 100, BOB_ID), []),
+    ("a stale list", [{"status": "dead"}], {}, "stale", ("dead", 100, BOB_ID), []),
+    ("an older list", [{"status": "left"}], {"incarnation": 50}, "stale", ("left", 100, BOB_ID), []),
+    ("it denies", [{"status": "dead"}], {"incarnation": 101}, "new", ("alive", 101, BOB_ID), ["joined"]),
+    ("dead again", [{"status": "dead"}], {"status": "dead", "incarnation": 104}, "known", ("dead", 104, BOB_ID), []),
+    ("too old to be believed", [], {"age": 4000}, "implausible", None, []),
+    ("a dead of long ago", [], {"age": 4000, "status": "dead"}, "implausible", None, []),
+    ("with no instance", [], {"instance": ""}, "new", None, ["joined"]),
+]
+
+
+@pytest.mark.parametrize("known, heard, verdict, state, kinds", [row[1:] for row in HEARSAY],
+                         ids=[row[0] for row in HEARSAY])
+def test_membership_hearsay(known, heard, verdict, state, kinds):
+    peers = member_list()
+    for record in known:
+        peers.hear(member_record(**record), 5.0)
+    told, _, changes = peers.hear(member_record(**heard), 10.0)
+    assert (told, [change.kind for change in changes]) == (verdict, kinds)
+    if heard.get("instance", "b1") == "b1":
+        assert member_state(peers) == state
+
+
+def test_membership_hearsay_removes_nobody():
+    """Whatever anybody says of a third peer, it stays until it is removed for cause."""
+    rng = random.Random(1)
+    for _ in range(300):
+        peers = member_list()
+        peers.hear(member_record(), 0.0)
+        for step in range(10):
+            peers.hear(member_record(host=rng.choice([2, 9]), instance=rng.choice(["b1", "b2", ""]),
+                                     incarnation=rng.choice([0, 99, 100, 101, 2**52]),
+                                     status=rng.choice(["alive", "suspect", "dead", "left"])), float(step))
+        assert not peers.by_key("b1").gone and BOB_ID in [peer.id for peer in peers.present()]
+
+
+OWN_WORD = [
+    ("new", [], {}, "new", ("alive", 100, BOB_ID), ["joined"]),
+    ("known", [{}], {}, "known", ("alive", 100, BOB_ID), []),
+    ("moved", [{}], {"host": 9, "incarnation": 101}, "new", ("alive", 101, BOB_MOVED), ["renamed"]),
+    ("must deny its death first", [{"status": "dead"}], {}, "stale", ("dead", 100, BOB_ID), []),
+    ("denies its death", [{"status": "dead"}], {"incarnation": 101}, "new", ("alive", 101, BOB_ID), ["joined"]),
+    ("an absurd tombstone", [{"status": "dead", "incarnation": 2**52}], {}, "new", ("alive", 100, BOB_ID), ["joined"]),
+    ("others know a later one", [{"incarnation": 103}], {}, "stale", ("alive", 103, BOB_ID), []),
+    ("in place of a former one", [{"instance": "b0"}], {}, "new", ("alive", 100, BOB_ID), ["left", "joined"]),
+]
+
+
+@pytest.mark.parametrize("known, said, verdict, state, kinds", [row[1:] for row in OWN_WORD],
+                         ids=[row[0] for row in OWN_WORD])
+def test_membership_own_word(known, said, verdict, state, kinds):
+    peers = member_list()
+    for record in known:
+        peers.hear(member_record(**record), 5.0)
+    told, _, changes = peers.confirm(member_record(**said), 10.0)
+    assert (told, [change.kind for change in changes]) == (verdict, kinds)
+    assert member_state(peers) == state
+
+
+def test_membership_a_removed_peer_is_not_brought_back_by_old_lists():
+    peers = member_list()
+    peers.hear(member_record(), 0.0)
+    assert [change.kind for change in peers.remove(peers.by_key("b1"), "left", "left", 10.0)] == ["left"]
+    for now in (10.0, 60.0, p2pchat.TOMBSTONE_TIME):
+        assert peers.hear(member_record(), now)[0] == "stale"
+    assert len(peers) == 0 and peers.remove(peers.by_key("b1"), "dead", "again", 11.0) == []
+
+
+def test_membership_tombstones_are_bounded_in_time_and_number():
+    peers = member_list()
+    peers.hear(member_record(), 0.0)
+    peers.remove(peers.by_key("b1"), "dead", "silent", 0.0)
+    peers.hear(member_record("Carol", 3, "c1"), 0.0)
+    peers.remove(peers.by_key("c1"), "dead", "silent", p2pchat.TOMBSTONE_TIME + 1)
+    assert [peer.key for peer in peers.tombstones()] == ["c1"]
+    for number in range(3 * p2pchat.MAX_PEERS):
+        peers.hear(member_record("X", 4, f"x{number}", status="dead"), 9.0)
+    assert len(peers.tombstones()) <= 2 * p2pchat.MAX_PEERS
+
+
+def test_membership_the_list_is_bounded():
+    peers = member_list()
+    for number in range(p2pchat.MAX_PEERS + 50):
+        peers.hear({"id": f"x@10.0.0.2:{number + 1}", "ip": "10.0.0.2", "port": number + 1, "username": "x",
+                    "instance": f"i{number}"}, 0.0)
+    assert len(peers) == len(peers.present()) == p2pchat.MAX_PEERS
+
+
+def test_membership_digest_is_of_the_set_and_the_incarnations():
+    one, other = member_list(), p2pchat.PeerList(p2pchat.Peer("Bob", "10.0.0.2", 5000, "b1", 100))
+    one.hear(member_record(), 0.0)
+    other.hear(member_record("Alice", 1, "a1"), 0.0)
+    carol, dan = member_record("Carol", 3, "c1"), member_record("Dan", 4, "d1")
+    for peers, records in ((one, (carol, dan)), (other, (dan, carol))):
+        for record in records:
+            peers.hear(record, 0.0)
+    assert one.digest() == other.digest()
+    other.hear(dict(carol, incarnation=101), 0.0)
+    assert one.digest() != other.digest()
+    one.hear(dict(carol, incarnation=101), 0.0)
+    assert one.digest() == other.digest()
+    one.remove(one.by_key("d1"), "dead", "silent", 0.0)
+    assert one.digest() != other.digest()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 17, 60])
+def test_membership_everybody_is_probed_by_two_others(size):
+    """On the ring each has as many neighbours ahead as behind, and everybody sees the same ring."""
+    records = [member_record(f"P{number}", number + 1, f"i{number}") for number in range(size)]
+    probed = {record["id"]: 0 for record in records}
+    for own in records:
+        peers = p2pchat.PeerList(p2pchat.Peer.from_wire(own))
+        for record in records:
+            peers.hear(record, 0.0)
+        ahead, behind = peers.neighbours(2)
+        assert len(ahead) == len(behind) == min(2, size - 1)
+        for peer in ahead:
+            probed[peer.id] += 1
+    assert set(probed.values()) == {min(2, size - 1)}
+
+
+NAMES = [("Alice", 2, "i1"), ("Bob", 3, "i2"), ("Bob", 4, "i3"), ("Carol", 5, "i4"), ("carol", 6, "i5"), ("Zoë", 7, "i6")]
+
+
+@pytest.mark.parametrize("typed, found", [
+    ("Bob", ["10.0.0.3", "10.0.0.4"]), ("bob@10.0.0.3", ["10.0.0.3"]), ("@Bob@10.0.0.4:5000", ["10.0.0.4"]),
+    ("Carol", ["10.0.0.5"]), ("carol", ["10.0.0.6"]), ("CAROL", ["10.0.0.5", "10.0.0.6"]), ("Zoe\u0308", ["10.0.0.7"]),
+    ("Alice", ["10.0.0.2"]), ("Bo", []), ("", []), ("@", []), ("Bob@10.0.0", []),
+])
+def test_membership_find_and_labels(typed, found):
+    peers = member_list()
+    for name, host, instance in NAMES:
+        peers.hear(member_record(name, host, instance), 0.0)
+    assert sorted(peer.ip for peer in peers.find(typed)) == found
+    labels = {peer.ip: peers.label(peer) for peer in peers.present()}
+    assert labels == {"10.0.0.2": "Alice@10.0.0.2", "10.0.0.3": "Bob@10.0.0.3", "10.0.0.4": "Bob@10.0.0.4",
+                      "10.0.0.5": "Carol@10.0.0.5", "10.0.0.6": "carol@10.0.0.6", "10.0.0.7": "Zoë"}
+    assert all(peers.find(label) == [peers.get(f"{label.split('@')[0]}@{ip}:5000")] for ip, label in labels.items())
+
+
+def test_membership_labels_on_one_machine_need_the_port():
+    peers = member_list()
+    for port in (1, 2):
+        peers.hear({"id": f"Bob@10.0.0.2:{port}", "ip": "10.0.0.2", "port": port, "username": "Bob"}, 0.0)
+    assert [peers.label(peer) for peer in peers.present()] == ["Bob@10.0.0.2:1", "Bob@10.0.0.2:2"]
+
+
+def test_membership_news_is_told_as_often_as_the_rule_says():
+    news, bob = p2pchat.News(), p2pchat.Peer("Bob", "10.0.0.2", 5000, "b1", 100)
+    news.add(bob, "suspect", 40)
+    news.add(bob, "dead", 40)
+    told = 0
+    while news:
+        records = news.take(2, 0.0)
+        assert [record["status"] for record in records] == ["dead"]
+        told += 2
+    assert told == p2pchat.NEWS_ROUNDS * 2 and news.take(2, 0.0) == []
