@@ -1211,3 +1211,784 @@ def _names(peer: Peer, text: str) -> bool:
     return text in (name, f"{name}@{peer.ip}", f"{name}@{peer.ip}:{peer.port}")
 
 
+# ======================================================================================================
+# Loop
+#
+# One thread, one loop, no call that blocks. A turn waits for the next deadline or the next readiness,
+# handles what is ready, then the timers that are due, then sends what was queued: one send a connection
+# and turn. Everything that touches time, randomness or the network goes through a Loop, so a test can
+# hand out a simulated one. This section knows nothing of chat. An exception in a handler costs the
+# connection that it belongs to, never the loop.
+# ======================================================================================================
+
+CONNECTING, OPEN, DRAINING, CLOSED = "connecting", "open", "draining", "closed"
+
+_WOULD_BLOCK = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR}
+_IN_PROGRESS = {errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+REFUSED = "refused"  # what `closed` is told when nobody listens at the address; other reasons are only words
+
+
+class Timer:
+    """A call that is to come. A deadline is never changed: cancel the timer and make another."""
+
+    __slots__ = ("when", "_callback", "_args")
+
+    def __init__(self, when: float, callback: Callable[..., None], args: Tuple[Any, ...]) -> None:
+        self.when = when
+        self._callback: Optional[Callable[..., None]] = callback
+        self._args = args
+
+    def cancel(self) -> None:
+        """Make sure that it does not fire; harmless when it has."""
+        self._callback = None
+        self._args = ()
+
+    @property
+    def active(self) -> bool:
+        """Whether it is still to come."""
+        return self._callback is not None
+
+    def fire(self) -> None:
+        """Make the call, once."""
+        callback, args = self._callback, self._args
+        self.cancel()
+        if callback is not None:
+            callback(*args)
+
+
+class Handler:
+    """What a connection tells its owner. `closed` comes exactly once, and nothing comes after it."""
+
+    def opened(self) -> None:
+        """A connection that was dialled is open."""
+
+    def received(self, messages: List[Message]) -> None:
+        """Messages came, in order: as many as one read completed."""
+
+    def spoilt(self, reason: str) -> None:
+        """What came is not a message; nothing further will be read."""
+
+    def closed(self, reason: str) -> None:
+        """The connection is gone; REFUSED when nobody listened."""
+
+
+class Connection:
+    """A TCP connection that carries messages: a buffer each way, bounds and time limits.
+
+    States: connecting -> open -> draining -> closed. `close` sends what is queued first, `abort` drops
+    it; both may be called in any state, and from within the handler."""
+
+    def __init__(self, loop: "Loop", remote: Address, state: str) -> None:
+        self.loop = loop
+        self.remote = remote
+        self.local: Address = ("", 0)
+        self.state = state
+        self.handler = Handler()
+        self._reader = MessageReader()
+        self._line_started = 0.0
+        self._line_timer: Optional[Timer] = None
+
+    def send(self, data: bytes) -> None:
+        """Queue bytes; they go out at the end of this turn. Does nothing once it is closing."""
+        raise NotImplementedError
+
+    def close(self, reason: str) -> None:
+        """Send what is queued, end the stream, wait a little for the other side, close."""
+        raise NotImplementedError
+
+    def abort(self, reason: str) -> None:
+        """Close at once; the handler hears of it in the next turn."""
+        raise NotImplementedError
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the network and hand on the messages in them."""
+        if self.state != OPEN:
+            return
+        partial = self._reader.partial
+        self._hand_over(self._reader.feed(data))
+        if self._reader.partial and (not partial or self._reader.partial < partial + len(data)):
+            self._line_started = self.loop.now()
+        if self._reader.partial and self._line_timer is None:
+            self._line_timer = self.loop.call_later(LINE_TIMEOUT, self._check_line)
+
+    def end_of_stream(self) -> None:
+        """The other side will send no more, which ends its last message; ours still goes out."""
+        if self.state == OPEN:
+            self._hand_over(self._reader.finish())
+        self.close("closed by the other side")
+
+    def _hand_over(self, messages: List[Message]) -> None:
+        if messages:
+            self.handler.received(messages)
+        if self._reader.error is not None and self.state == OPEN:
+            self.handler.spoilt(self._reader.error)
+            self.close(self._reader.error)
+
+    def _check_line(self) -> None:
+        """A message that was begun must be ended: one byte a second is no way to hold a place."""
+        self._line_timer = None
+        if self.state != OPEN or not self._reader.partial:
+            return
+        left = self._line_started + LINE_TIMEOUT - self.loop.now()
+        if left > 0:
+            self._line_timer = self.loop.call_later(left, self._check_line)
+            return
+        self.handler.spoilt("half a message, and then nothing")
+        self.close("half a message, and then nothing")
+
+    def _forget_timers(self) -> None:
+        if self._line_timer is not None:
+            self._line_timer.cancel()
+
+
+class SocketConnection(Connection):
+    """A Connection over a real socket."""
+
+    def __init__(self, loop: "Loop", sock: socket.socket, remote: Address, state: str) -> None:
+        super().__init__(loop, remote, state)
+        self._socket = sock
+        self._output: Deque[bytes] = collections.deque()
+        self._owed = 0  # bytes in _output
+        self._interest = 0
+        self._queued = False  # whether the loop will flush it at the end of this turn
+        self._reason = ""
+        self._deadline: Optional[Timer] = None  # of the dial, of stalled output, or of draining
+        sock.setblocking(False)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            pass  # the other side is gone already: reading will tell
+        if state == OPEN:
+            self._learn_local()
+        self._set_interest(selectors.EVENT_WRITE if state == CONNECTING else selectors.EVENT_READ)
+
+    def dial_within(self, timeout: float) -> None:
+        """Give the dial a time limit, seconds."""
+        self._deadline = self.loop.call_later(timeout, self.abort, f"no answer within {timeout:g} s")
+
+    def send(self, data: bytes) -> None:
+        if self.state not in (OPEN, CONNECTING):
+            return
+        self._output.append(data)
+        self._owed += len(data)
+        if self._owed > MAX_OUTPUT:
+            self.abort("it does not read what it is sent")
+        elif not self._queued and self.state == OPEN:
+            self._queued = True
+            self.loop.flush_later(self)
+
+    def close(self, reason: str) -> None:
+        if self.state == CONNECTING:
+            self.abort(reason)
+        if self.state != OPEN:
+            return
+        self.state = DRAINING
+        self._reason = reason
+        self._replace_deadline(DRAIN_TIMEOUT, reason)
+        self._queued = True
+        self.loop.flush_later(self)
+
+    def abort(self, reason: str) -> None:
+        if self.state == CLOSED:
+            return
+        self.state = CLOSED
+        self._set_interest(0)
+        self._socket.close()
+        self._output.clear()
+        self._owed = 0
+        self._forget_timers()
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self.loop.call_later(0, self.handler.closed, self._reason or reason)
+
+    def ready(self, events: int) -> None:
+        """The selector says that something can be done."""
+        if self.state == CONNECTING:
+            self._connected()
+            return
+        if events & selectors.EVENT_WRITE:
+            self.flush()
+        if events & selectors.EVENT_READ and self.state != CLOSED:
+            self._read()
+
+    def flush(self) -> None:
+        """Send what is queued, as much as the system takes; ask to be called again for the rest."""
+        self._queued = False
+        before = self._owed
+        while self._output and self.state != CLOSED:
+            if not self._send_some():
+                break
+        if self.state == CLOSED:
+            return
+        if not self._output:
+            self._all_sent()
+        elif self.state == OPEN and (self._owed < before or self._deadline is None):
+            self._replace_deadline(STALL_TIMEOUT, "it does not read what it is sent")
+        self._set_interest(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._output else 0))
+
+    def _send_some(self) -> bool:
+        """One send of many queued pieces; False when the system takes no more for now."""
+        pieces, size = [], 0
+        while self._output and size < SEND_SIZE:
+            piece = self._output.popleft()
+            pieces.append(piece)
+            size += len(piece)
+        data = b"".join(pieces) if len(pieces) > 1 else pieces[0]
+        try:
+            sent = self._socket.send(data)
+        except OSError as error:
+            sent = 0
+            if error.errno not in _WOULD_BLOCK:
+                self.abort(_words(error))
+                return False
+        self._owed -= sent
+        if sent < len(data):
+            self._output.appendleft(data[sent:])
+            return False
+        return True
+
+    def _all_sent(self) -> None:
+        if self.state == DRAINING:
+            try:
+                self._socket.shutdown(socket.SHUT_WR)  # then read on: a close with input unread is a reset
+            except OSError as error:
+                self.abort(_words(error))
+        elif self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _read(self) -> None:
+        try:
+            data = self._socket.recv(RECEIVE_SIZE)
+        except OSError as error:
+            if error.errno not in _WOULD_BLOCK:
+                self.abort(_words(error))
+            return
+        if data:
+            self.feed(data)
+        elif self.state == DRAINING:
+            self._ended_while_draining()
+        else:
+            self.end_of_stream()
+
+    def _ended_while_draining(self) -> None:
+        """The other side is done as well: all is said unless output is still waiting."""
+        if self._output:
+            self._set_interest(selectors.EVENT_WRITE)
+        else:
+            self.abort(self._reason)
+
+    def _connected(self) -> None:
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self.abort(_words(OSError(code, os.strerror(code))))
+            return
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        self.state = OPEN
+        self._learn_local()
+        self._set_interest(selectors.EVENT_READ)
+        self.handler.opened()
+        self.loop.flush_later(self)
+
+    def _learn_local(self) -> None:
+        try:
+            self.local = self._socket.getsockname()[:2]
+        except OSError:
+            pass
+
+    def _set_interest(self, interest: int) -> None:
+        """The one place that tells the selector what this connection waits for."""
+        if interest != self._interest:
+            self.loop.set_interest(self._socket, self._interest, interest, self.ready, self)
+            self._interest = interest
+
+    def _replace_deadline(self, timeout: float, reason: str) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self.loop.call_later(timeout, self.abort, reason)
+
+
+class Listener:
+    """Accepts connections. `accept(connection)` returns the handler, or None to turn it away."""
+
+    def __init__(self, loop: "Loop", host: str, port: int, accept: Callable[[Connection], Optional[Handler]]) -> None:
+        """Raises OSError when the address can't be had."""
+        self._loop = loop
+        self._accept = accept
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            if os.name == "posix":  # elsewhere the option lets two programs share a port
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+            self._socket.listen(4096)  # the system caps it; a small one makes a burst wait for SYN retries
+            self._socket.setblocking(False)
+        except (OSError, OverflowError):
+            self._socket.close()
+            raise
+        self.address: Address = self._socket.getsockname()[:2]
+        self._watching = False
+        self._watch()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._unwatch()
+        self._socket.close()
+
+    def _ready(self, events: int) -> None:
+        for _ in range(ACCEPT_BATCH):
+            try:
+                sock, remote = self._socket.accept()
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    self._pause(error)
+                if error.errno not in (errno.ECONNABORTED, errno.EPROTO):
+                    return
+                continue
+            connection = SocketConnection(self._loop, sock, remote[:2], OPEN)
+            handler = self._accept(connection)
+            if handler is None:
+                connection.abort("turned away")
+            else:
+                connection.handler = handler
+
+    def _pause(self, error: OSError) -> None:
+        """No descriptors: those who are here go on, newcomers wait in the backlog; spinning helps nobody."""
+        limited_log("descriptors", logging.WARNING, "[P2P] accepting pauses: %s", _words(error))
+        self._unwatch()
+        self._loop.call_later(ACCEPT_PAUSE, self._watch)
+
+    def _watch(self) -> None:
+        if not self._watching and self._socket.fileno() >= 0:
+            self._loop.set_interest(self._socket, 0, selectors.EVENT_READ, self._ready, None)
+            self._watching = True
+
+    def _unwatch(self) -> None:
+        if self._watching:
+            self._loop.set_interest(self._socket, selectors.EVENT_READ, 0, self._ready, None)
+            self._watching = False
+
+
+class Strangers:
+    """Connections that have not yet said who they are: bounded for each address, the oldest goes first."""
+
+    def __init__(self, most: int = MAX_STRANGERS) -> None:
+        self._most = most
+        self._by_ip: Dict[str, Dict[Connection, None]] = {}
+
+    def add(self, connection: Connection) -> None:
+        """One more; too many from its address cost the oldest of them its connection."""
+        ip = connection.remote[0]
+        waiting = self._by_ip.setdefault(ip, {})
+        waiting[connection] = None
+        if len(waiting) > self._most:
+            oldest = next(iter(waiting))
+            limited_log("strangers", logging.WARNING, "[P2P] too many silent connections from %s", ip)
+            self.discard(oldest)
+            oldest.abort("too many silent connections")
+
+    def discard(self, connection: Connection) -> None:
+        """It has said who it is, or is gone."""
+        ip = connection.remote[0]
+        waiting = self._by_ip.get(ip)
+        if waiting is not None:
+            waiting.pop(connection, None)
+            if not waiting:
+                del self._by_ip[ip]
+
+
+class Lan:
+    """Beacons: datagrams to everybody on the local network, and straight answers to them.
+
+    One socket on the port that all share hears what is sent to the group or broadcast. One socket for
+    each local address sends, so that a datagram leaves by every interface, and hears straight answers."""
+
+    def __init__(self, loop: "Loop", host: str, port: int, heard: Callable[[bytes, Address], Optional[bytes]]) -> None:
+        """`heard(datagram, sender)` returns the answer, if any. Raises OSError when there is no way."""
+        self._loop = loop
+        self._host = host
+        self._port = port
+        self._heard = heard
+        self._senders: Dict[str, socket.socket] = {}
+        # Bound to the group, a socket hears nothing else: nothing that came from outside the loopback.
+        self._shared = self._open(LAN_GROUP if is_loopback(host) and os.name == "posix" else "", port)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Follow the machine's addresses: cables are plugged, leases change."""
+        current = set(self._addresses())
+        for ip in sorted(set(self._senders) - current):
+            self._drop(ip)
+        for ip in sorted(current - set(self._senders)):
+            self._add(ip)
+
+    def shout(self, data: bytes) -> None:
+        """Send a datagram to everybody, out of every local address."""
+        for ip, sock in sorted(self._senders.items()):
+            targets = [LAN_GROUP] if is_loopback(ip) else [LAN_GROUP, "255.255.255.255"]
+            for target in targets:
+                try:
+                    sock.sendto(data, (target, self._port))
+                except OSError as error:
+                    log.debug("[P2P] no beacon from %s to %s: %s", ip, target, _words(error))
+
+    def close(self) -> None:
+        """Stop sending and hearing."""
+        for ip in list(self._senders):
+            self._drop(ip)
+        self._close(self._shared)
+
+    def _addresses(self) -> List[str]:
+        if self._host not in ("", "0.0.0.0"):
+            return [self._host]
+        found = self._loop.local_addresses()
+        return [ip for ip in found if not is_loopback(ip)] or found
+
+    def _add(self, ip: str) -> None:
+        try:
+            sock = self._open(ip, 0)
+        except OSError as error:
+            log.debug("[P2P] no beacons from %s: %s", ip, _words(error))
+            return
+        self._senders[ip] = sock
+        member = socket.inet_aton(LAN_GROUP) + socket.inet_aton(ip)
+        for option, value in ((socket.IP_MULTICAST_IF, socket.inet_aton(ip)), (socket.IP_MULTICAST_TTL, 1)):
+            sock.setsockopt(socket.IPPROTO_IP, option, value)
+        try:
+            self._shared.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
+        except OSError as error:
+            log.debug("[P2P] not in the group on %s: %s", ip, _words(error))
+
+    def _drop(self, ip: str) -> None:
+        self._close(self._senders.pop(ip))
+        member = socket.inet_aton(LAN_GROUP) + socket.inet_aton(ip)
+        try:
+            self._shared.setsockopt(socket.IPPROTO_IP, socket.IP_DROP_MEMBERSHIP, member)
+        except OSError:
+            pass  # the interface went away and took the membership along
+
+    def _open(self, ip: str, port: int) -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if sys.platform == "linux":
+                sock.setsockopt(socket.IPPROTO_IP, 49, 0)  # IP_MULTICAST_ALL: only what this socket joined
+            elif hasattr(socket, "SO_REUSEPORT"):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((ip, port))
+            sock.setblocking(False)
+        except OSError:
+            sock.close()
+            raise
+        self._loop.set_interest(sock, 0, selectors.EVENT_READ, functools.partial(self._ready, sock), None)
+        return sock
+
+    def _close(self, sock: socket.socket) -> None:
+        self._loop.set_interest(sock, selectors.EVENT_READ, 0, None, None)
+        sock.close()
+
+    def _ready(self, sock: socket.socket, events: int) -> None:
+        for _ in range(64):
+            try:
+                data, sender = sock.recvfrom(2048)
+            except OSError:
+                return
+            answer = self._heard(data, sender[:2])
+            if answer is not None:
+                self._answer(sock, answer, sender[:2])
+
+    def _answer(self, sock: socket.socket, data: bytes, to: Address) -> None:
+        """Straight back: from the socket that heard it, or from the address nearest to the asker."""
+        if sock is self._shared:
+            asker = int(ipaddress.IPv4Address(to[0]))
+            nearest = min(self._senders, key=lambda ip: int(ipaddress.IPv4Address(ip)) ^ asker, default=None)
+            if nearest is None:
+                return
+            sock = self._senders[nearest]
+        try:
+            sock.sendto(data, to)
+        except OSError as error:
+            log.debug("[P2P] no answer to %s: %s", to[0], _words(error))
+
+
+Ready = Callable[[int], None]
+
+
+class Loop:
+    """The real loop: the system's clock, randomness and sockets."""
+
+    def __init__(self, rng: Optional[random.Random] = None) -> None:
+        self.random = rng or random.Random()
+        self._selector = selectors.DefaultSelector()
+        self._timers: List[Tuple[float, int, Timer]] = []
+        self._count = itertools.count()
+        self._unflushed: List[SocketConnection] = []
+        self._stopped = False
+        self._signals: Dict[int, Callable[[], None]] = {}
+        self._wake: Optional[Tuple[socket.socket, socket.socket]] = None
+
+    def now(self) -> float:
+        """Seconds on a clock that only goes forward."""
+        return time.monotonic()
+
+    def wall(self) -> float:
+        """Unix time, seconds: for people, never for decisions."""
+        return time.time()
+
+    def call_later(self, delay: float, callback: Callable[..., None], *args: Any) -> Timer:
+        """Call back after `delay` seconds; with 0 in the next turn."""
+        timer = Timer(self.now() + delay, callback, args)
+        heapq.heappush(self._timers, (timer.when, next(self._count), timer))
+        return timer
+
+    def listen(self, host: str, port: int, accept: Callable[[Connection], Optional[Handler]]) -> Listener:
+        """Listen on an address. Raises OSError."""
+        return Listener(self, host, port, accept)
+
+    def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
+        """Dial an IPv4 address; `handler` hears `opened`, or `closed` with the reason within `timeout` s."""
+        try:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as error:
+            return self._stillborn(address, handler, error)
+        connection = SocketConnection(self, sock, address, CONNECTING)
+        connection.handler = handler
+        try:
+            code = sock.connect_ex(address)
+        except (OSError, OverflowError) as error:  # not an address at all
+            connection.abort(_words(error))
+            return connection
+        if code and code not in _IN_PROGRESS:
+            connection.abort(_words(OSError(code, os.strerror(code))))
+        else:
+            connection.dial_within(timeout)
+        return connection
+
+    def lan(self, host: str, port: int, heard: Callable[[bytes, Address], Optional[bytes]]) -> Lan:
+        """Open the beacon sockets. Raises OSError."""
+        return Lan(self, host, port, heard)
+
+    def local_addresses(self) -> List[str]:
+        """The machine's own IPv4 addresses, the one towards the outside first, loopback last."""
+        return find_local_addresses()
+
+    def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
+        """Call back whenever a file can be read; an exception there leaves `run`: it is the program's own.
+
+        Raises PermissionError or ValueError for a file that can't be waited for."""
+        self._selector.register(fileobj, selectors.EVENT_READ, (lambda events: callback(), self))
+
+    def unwatch(self, fileobj: Any) -> None:
+        """Stop watching."""
+        self._selector.unregister(fileobj)
+
+    def on_signal(self, signum: int, callback: Callable[[], None]) -> None:
+        """Call back, from the loop, when a signal comes. Only from the main thread."""
+        if self._wake is None:
+            self._wake = socket.socketpair()
+            for end in self._wake:
+                end.setblocking(False)
+            signal.set_wakeup_fd(self._wake[1].fileno(), warn_on_full_buffer=False)
+            self.watch(self._wake[0], self._signalled)
+        self._signals[signum] = callback
+        signal.signal(signum, lambda *_: None)
+
+    def run(self) -> None:
+        """Turn until stopped."""
+        self._stopped = False
+        while not self._stopped:
+            self.turn()
+
+    def stop(self) -> None:
+        """Let `run` return after this turn."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Give back the selector and the signals' descriptors."""
+        if self._wake is not None:
+            signal.set_wakeup_fd(-1)
+            for end in self._wake:
+                end.close()
+        self._selector.close()
+
+    def turn(self, longest: Optional[float] = None) -> None:
+        """Wait for something, at most `longest` seconds, and handle all that is ready and due."""
+        for key, events in self._selector.select(self._patience(longest)):
+            callback, owner = key.data
+            if owner is self:
+                callback(events)
+            else:
+                self._call_out(callback, owner, events)
+        now = self.now()
+        due: List[Timer] = []
+        while self._timers and self._timers[0][0] <= now:
+            due.append(heapq.heappop(self._timers)[2])
+        for timer in due:  # what these schedule waits for the next turn
+            self._call_out(timer.fire, None)
+        self._flush()
+
+    def flush_later(self, connection: SocketConnection) -> None:
+        """Send what a connection has queued at the end of this turn."""
+        self._unflushed.append(connection)
+
+    def set_interest(self, sock: socket.socket, old: int, new: int, ready: Optional[Ready], owner: Optional[Connection]) -> None:
+        """Change what the selector waits for on a socket; 0 is nothing."""
+        if new and old:
+            self._selector.modify(sock, new, (ready, owner))
+        elif new:
+            self._selector.register(sock, new, (ready, owner))
+        elif old:
+            self._selector.unregister(sock)
+
+    def failed(self, connection: Optional[Connection]) -> None:
+        """An exception that nobody caught: our bug. It costs the connection, not the loop."""
+        log.exception("[P2P] an error in the program; %s", "the connection is closed" if connection else "it goes on")
+        if connection is not None:
+            connection.abort("an error in the program")
+
+    def _call_out(self, callback: Callable[..., None], connection: Optional[Connection], *args: Any) -> None:
+        """The one place from which handlers are called."""
+        try:
+            callback(*args)
+        except Exception:
+            self.failed(connection)
+
+    def _patience(self, longest: Optional[float]) -> Optional[float]:
+        while self._timers and not self._timers[0][2].active:
+            heapq.heappop(self._timers)
+        if self._unflushed:
+            return 0.0
+        if not self._timers:
+            return longest
+        wait = max(0.0, self._timers[0][0] - self.now())
+        return wait if longest is None else min(wait, longest)
+
+    def _flush(self) -> None:
+        queued, self._unflushed = self._unflushed, []
+        for connection in queued:
+            if connection.state != CLOSED:
+                self._call_out(connection.flush, connection)
+
+    def _signalled(self) -> None:
+        assert self._wake is not None
+        try:
+            signums = self._wake[0].recv(64)
+        except OSError:
+            return
+        for signum in sorted(set(signums)):
+            callback = self._signals.get(signum)
+            if callback is not None:
+                callback()
+
+    def _stillborn(self, address: Address, handler: Handler, error: OSError) -> Connection:
+        """A connection for which there was no descriptor: closed from the start."""
+        connection = Connection(self, address, CLOSED)
+        self.call_later(0, handler.closed, _words(error))
+        return connection
+
+
+class Ticker:
+    """Calls back every `interval` seconds, for the first time at a random offset into the first interval."""
+
+    def __init__(self, loop: Loop, interval: float, callback: Callable[[], None]) -> None:
+        self._loop = loop
+        self._interval = interval
+        self._callback = callback
+        self._timer = loop.call_later(interval * loop.random.random(), self._tick)
+
+    def cancel(self) -> None:
+        """Stop it."""
+        self._timer.cancel()
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(self._interval, self._tick)  # first: an error must not end it
+        self._callback()
+
+
+def find_local_addresses() -> List[str]:
+    """This machine's IPv4 addresses: the one a datagram to the outside would leave by, then each interface's."""
+    found: List[str] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: it only asks for the route
+            found.append(probe.getsockname()[0])
+        except OSError:
+            pass  # no default route
+        found += _interface_addresses(probe)
+    unique = list(dict.fromkeys(ip for ip in found if is_peer_ip(ip)))
+    return [ip for ip in unique if not is_loopback(ip)] + [ip for ip in unique if is_loopback(ip)] or ["127.0.0.1"]
+
+
+def _interface_addresses(sock: socket.socket) -> List[str]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: there the host name resolves to all of them
+        try:
+            return socket.gethostbyname_ex(socket.gethostname())[2]
+        except OSError:
+            return []
+    request = 0x8915 if sys.platform == "linux" else 0xC0206921  # SIOCGIFADDR
+    found = []
+    for _, name in socket.if_nameindex():
+        try:
+            answer = fcntl.ioctl(sock.fileno(), request, name.encode()[:15].ljust(40, b"\0"))
+            found.append(socket.inet_ntoa(answer[20:24]))
+        except OSError:
+            pass  # an interface without an IPv4 address
+    return found
+
+
+def raise_descriptor_limit() -> int:
+    """Ask for as many descriptors as the system allows without root; return how many there are."""
+    try:
+        import resource
+    except ImportError:
+        return 512
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted and soft >= 256:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+        except (OSError, ValueError):
+            pass
+    return soft
+
+
+class _LogLimiter:
+    """Counts lines of one kind, so that a hostile peer can't fill a disk with them."""
+
+    def __init__(self) -> None:
+        self._counts: Dict[str, Tuple[float, int]] = {}
+
+    def allows(self, kind: str, now: float) -> bool:
+        """Whether another line of this kind may be written; the last one says that the rest is left out."""
+        start, count = self._counts.get(kind, (now, 0))
+        if now - start >= 60:
+            start, count = now, 0
+        self._counts[kind] = (start, count + 1)
+        if count == LOG_REPEATS:
+            log.warning("[P2P] more of this kind (%s) is left out for a minute", kind)
+        return count < LOG_REPEATS
+
+
+_log_limiter = _LogLimiter()
+
+
+def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
+    """Log what somebody else can cause, at most LOG_REPEATS lines of one kind a minute. `kind` is ours."""
+    if log.isEnabledFor(level) and _log_limiter.allows(kind, time.monotonic()):
+        log.log(level, text, *args)
+
+
+def _words(error: Exception) -> str:
+    """An error of the system in words; REFUSED for the one that proves that nobody is there."""
+    code = getattr(error, "errno", None)
+    if code in (errno.ECONNREFUSED, getattr(errno, "WSAECONNREFUSED", errno.ECONNREFUSED)):
+        return REFUSED
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
+
+

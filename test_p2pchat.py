@@ -1,10 +1,25 @@
 """Tests of p2pchat: python -m pytest. Also: python test_p2pchat.py bench|simulate|soak|hostile|fuzz."""
 
-import json
-import pytest
-import p2pchat
 import ast
+import errno
+import hashlib
+import heapq
+import itertools
+import json
+import os
 import random
+import resource
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+
+import p2pchat
 
 # -- codec ---------------------------------------------------------------------------------------------
 
@@ -419,3 +434,1351 @@ def test_membership_news_is_told_as_often_as_the_rule_says():
         assert [record["status"] for record in records] == ["dead"]
         told += 2
     assert told == p2pchat.NEWS_ROUNDS * 2 and news.take(2, 0.0) == []
+
+
+# ======================================================================================================
+# Simulator
+#
+# A network in one process: many hosts, one virtual clock, one heap of things to come, one seed. Servers
+# and peers run on it unchanged, because all that they know of time, chance and sockets is their loop.
+# Time jumps to the next event, so an hour of fifty peers passes in seconds, and the same seed gives the
+# same run to the last byte.
+#
+# SimHost is a machine: addresses, a cable, a firewall. SimLoop is one process on it, with the methods of
+# p2pchat.Loop. SimConnection is TCP as a program sees it; what the kernel does (handshakes, taking data for
+# a process that is stopped, sending again what a cut cable swallowed, resets for the dead) goes on without
+# the process. Each event is one turn of one process: what it queues on a connection leaves as one segment.
+#
+# Corners cut: bandwidth is endless; acknowledgements of the kernel cost no time and are never lost, so a
+# cut in one direction stops only what goes in that direction, besides new handshakes; a kernel never gives
+# up on a connection by itself. An exception in a handler is not logged but leaves SimNetwork.run: the test fails.
+# ======================================================================================================
+
+
+
+
+SIM_EPOCH = 1_700_000_000.0  # Unix time at which every simulation begins
+SIM_KERNEL_BUFFER = 256 * 1024  # bytes that the two kernels of a connection hold for a reader that does not read
+SIM_SAME_HOST = 0.00005  # seconds from process to process on one machine
+SIM_TURNS_AT_ONCE = 200_000  # events at one and the same moment: past that something calls itself for ever
+SEG_ACCEPT, SEG_END, SEG_RESET = "accept", "end", "reset"  # what travels on a connection besides bytes
+
+
+class SimNetwork:
+    """Hosts, what connects them, and what is wrong with that. `delay` is a range of seconds, one way;
+    `link_life` the mean time after which a connection breaks; `lan_loss` the share of datagrams lost."""
+
+    def __init__(self, seed=0, delay=(0.0005, 0.005), link_life=None, lan_loss=0.0, trace=False):
+        self.seed = seed
+        self.random = random.Random(f"network {seed}")
+        self.time = 0.0
+        self.delay_range = delay
+        self.link_life = link_life
+        self.lan_loss = lan_loss
+        self.lan_works = True
+        self.hosts = {}  # by name
+        self.by_ip = {}
+        self.cuts = []  # pairs of frozensets: nothing passes from a host in the first to one in the second
+        self.blocked = {}  # connections with segments that a cut holds up, and since when
+        self.lans = []
+        self.census = None  # bytes sent by message type, when a test wants to know
+        self._heap = []
+        self._count = itertools.count()
+        self._trace = hashlib.sha256() if trace else None
+
+    # -- time ------------------------------------------------------------------------------------------
+
+    def post(self, delay, call, *args):
+        """Something that no process does happens in `delay` seconds."""
+        heapq.heappush(self._heap, (self.time + delay, next(self._count), None, call, args))
+
+    def post_timer(self, loop, timer):
+        """A timer of a process; its deadline is on that process's clock."""
+        when = max(self.time, timer.when - loop.skew)
+        heapq.heappush(self._heap, (when, next(self._count), loop, timer, ()))
+
+    def run(self, seconds):
+        """Let `seconds` pass."""
+        end, heap, pop = self.time + seconds, self._heap, heapq.heappop
+        turns = 0
+        while heap and heap[0][0] <= end:
+            when, number, loop, call, args = pop(heap)
+            turns = turns + 1 if when == self.time else 0
+            if turns > SIM_TURNS_AT_ONCE:
+                raise AssertionError(f"time stands still at {when}: {call}")
+            self.time = when
+            if self._trace is not None:
+                self._note(number, loop, call, args)
+            if loop is None:
+                call(*args)
+            else:
+                loop.timer_due(call)
+        self.time = end
+
+    def run_until(self, condition, limit, step=0.05):
+        """Let time pass until `condition()`; return how long that took. Fails after `limit` seconds."""
+        start = self.time
+        while not condition():
+            assert self.time - start < limit, f"seed {self.seed}: not within {limit} s: {condition}"
+            self.run(step)
+        return self.time - start
+
+    def trace(self):
+        """A hash of all that happened: equal for equal seeds."""
+        return self._trace.hexdigest()
+
+    def _note(self, number, loop, call, args):
+        who = loop.name if loop else getattr(getattr(call, "__self__", None), "name", "-")
+        self._trace.update(f"{self.time:.9f} {number} {who} {getattr(call, '__name__', '')}\n".encode())
+        for piece in args:
+            self._trace.update(piece if isinstance(piece, bytes) else b"")
+
+    def reschedule(self, loop):
+        """A process's clock was set: its timers come at other times now."""
+        entries, self._heap[:] = self._heap[:], []
+        for when, number, owner, call, args in sorted(entries):
+            if owner is loop:
+                when = max(self.time, call.when - loop.skew)
+            self._heap.append((when, number, owner, call, args))
+        heapq.heapify(self._heap)
+
+    # -- what there is ---------------------------------------------------------------------------------
+
+    def host(self, name, *addresses):
+        """A machine; its address is chosen if none is given."""
+        number = len(self.hosts) + 1
+        host = SimHost(name, list(addresses or [f"10.0.{number // 250}.{number % 250 + 1}"]))
+        self.hosts[name] = host
+        self.by_ip.update((ip, host) for ip in host.addresses)
+        return host
+
+    def start(self, host, name=None):
+        """A new process on a host: a loop of its own."""
+        return SimLoop(self, host, name or host.name)
+
+    def move(self, host, *addresses):
+        """A host gets other addresses; what was connected at the old ones falls silent."""
+        for ip in host.addresses:
+            self.by_ip.pop(ip, None)
+        host.addresses = list(addresses)
+        self.by_ip.update((ip, host) for ip in host.addresses)
+        for loop in host.processes:
+            for connection in loop.connections:
+                connection.stranded = connection.local[0] not in [*addresses, "127.0.0.1"]
+
+    # -- what goes wrong -------------------------------------------------------------------------------
+
+    def cut(self, some, others, both=True):
+        """Nothing passes from `some` hosts to `others` any more, and nothing back if `both`."""
+        some, others = frozenset(some), frozenset(others)
+        self.cuts.append((some, others))
+        if both:
+            self.cuts.append((others, some))
+
+    def heal(self):
+        """All cuts are mended, and hosts that were dark are not any more."""
+        self.cuts.clear()
+        for host in self.hosts.values():
+            host.dark = False
+        self.release()
+
+    def release(self):
+        """Kernels send again what was held up: the later, the longer they had tried in vain."""
+        for connection, since in self.blocked.items():
+            patience = min(60.0, max(0.2, self.time - since))
+            self.post(patience * self.random.random(), connection.release)
+        self.blocked.clear()
+
+    def unplug(self, host):
+        """Pull out its cable."""
+        host.dark = True
+
+    def plug(self, host):
+        """And in again."""
+        host.dark = False
+        self.release()
+
+    def break_link(self, connection):
+        """A connection breaks: both sides hear of it, what was under way is lost."""
+        for side in (connection, connection.far):
+            if side is not None and side.state != p2pchat.CLOSED:
+                side.broken = True
+                self.post(self.delay(None, None), side.loop.enter, side.reset)
+
+    def passes(self, source, target):
+        """Whether a packet gets from one host to another now."""
+        if source is target:
+            return True
+        if source.dark or target.dark:
+            return False
+        return not any(source in some and target in others for some, others in self.cuts)
+
+    def delay(self, source, target):
+        """How long a packet takes, seconds."""
+        if source is target and source is not None:
+            return SIM_SAME_HOST
+        low, high = self.delay_range
+        return low + (high - low) * self.random.random()
+
+    # -- handshakes, which are the kernels' business ------------------------------------------------------
+
+    def syn(self, connection, again=1.0):
+        """A dial's first packet leaves; if nothing comes back it is sent again after 1, 2, 4 s."""
+        if connection.state != p2pchat.CONNECTING or connection.loop.dead:
+            return
+        target = self._target(connection)
+        reaches = target is not None and self.passes(connection.loop.host, target)
+        if reaches and not (target.walled and target is not connection.loop.host):
+            self.post(self.delay(connection.loop.host, target), self._syn_arrived, connection, target, again)
+        else:
+            self.post(again, self.syn, connection, 2 * again)
+
+    def _target(self, connection):
+        ip = connection.remote[0]
+        return connection.loop.host if ip.startswith("127.") else self.by_ip.get(ip)
+
+    def _syn_arrived(self, connection, target, again):
+        listener = target.listening(*connection.remote)
+        if self.passes(target, connection.loop.host) and not connection.stranded:
+            self.post(self.delay(target, connection.loop.host), self._answered, connection, listener)
+        else:
+            self.post(again, self.syn, connection, 2 * again)
+
+    def _answered(self, connection, listener):
+        """Nobody listens, or a kernel has taken the connection for its process, which may be asleep."""
+        if connection.state != p2pchat.CONNECTING or connection.loop.dead:
+            return
+        if listener is None:
+            connection.loop.enter(connection.abort, p2pchat.REFUSED)
+            return
+        far = SimConnection(listener.loop, connection.local, p2pchat.OPEN)
+        far.local = connection.remote
+        connection.far, far.far = far, connection
+        far.listener = listener
+        connection.transmit(SEG_ACCEPT)
+        connection.loop.enter(connection.established)
+        if self.link_life is not None:
+            self.post(self.random.expovariate(1 / self.link_life), self.break_link, connection)
+
+    # -- datagrams -------------------------------------------------------------------------------------
+
+    def datagram(self, source, target, data):
+        """One datagram from one beacon socket to another, or nothing."""
+        here, there = source.loop.host, target.loop.host
+        walled = there.walled and here is not there
+        if not self.lan_works or walled or not self.passes(here, there) or self.random.random() < self.lan_loss:
+            return
+        self.post(self.delay(here, there), target.loop.enter, target.hear, source, data)
+
+
+class SimHost:
+    """A machine."""
+
+    def __init__(self, name, addresses):
+        self.name = name
+        self.addresses = addresses
+        self.dark = False  # its cable is out
+        self.walled = False  # a firewall drops what others begin; it can dial out
+        self.processes = []
+        self.listeners = {}  # by port
+        self._ports = itertools.count(40001)
+
+    def free_port(self):
+        """A port for who does not care."""
+        return next(self._ports)
+
+    def listening(self, ip, port):
+        """Who takes connections to this address."""
+        listener = self.listeners.get(port)
+        return listener if listener is not None and listener.address[0] in ("0.0.0.0", ip) else None
+
+
+class SimLoop:
+    """One process: what p2pchat.Loop offers to servers and peers, on the simulated network."""
+
+    def __init__(self, network, host, name):
+        self.network = network
+        self.host = host
+        self.name = name
+        number = len(host.processes)
+        self.random = random.Random(f"{name} {number} {network.seed}")
+        self.skew = 0.0  # of the clock that only goes forward, against the network's time
+        self.wall_skew = 0.0
+        self.dead = False
+        self.frozen = False
+        self.connections = {}  # those not closed
+        self.sent = 0  # bytes
+        self._turning = False
+        self._unflushed = []
+        self._backlog = []  # what a frozen process will find when it runs again
+        self._late = []  # and the timers that came due meanwhile
+        host.processes.append(self)
+
+    # -- what p2pchat.Loop has -------------------------------------------------------------------------
+
+    def now(self):
+        return self.network.time + self.skew
+
+    def wall(self):
+        return SIM_EPOCH + self.network.time + self.wall_skew
+
+    def call_later(self, delay, callback, *args):
+        timer = p2pchat.Timer(self.network.time + self.skew + delay, callback, args)
+        self.network.post_timer(self, timer)
+        return timer
+
+    def listen(self, host, port, accept):
+        port = port or self.host.free_port()
+        if port in self.host.listeners:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        listener = self.host.listeners[port] = SimListener(self, (host, port), accept)
+        return listener
+
+    def connect(self, address, handler, timeout):
+        connection = SimConnection(self, address, p2pchat.CONNECTING)
+        connection.handler = handler
+        ip = "127.0.0.1" if address[0].startswith("127.") else self.host.addresses[0]
+        connection.local = (ip, self.host.free_port())
+        connection.set_deadline(timeout, f"no answer within {timeout:g} s")
+        self.network.syn(connection)
+        return connection
+
+    def lan(self, host, port, heard):
+        return SimLan(self, heard)
+
+    def local_addresses(self):
+        return [*self.host.addresses, "127.0.0.1"]
+
+    # -- turns -----------------------------------------------------------------------------------------
+
+    def enter(self, callback, *args):
+        """A turn for something that came from outside."""
+        if self.dead:
+            return
+        if self.frozen:
+            self._backlog.append((callback, args))
+            return
+        self._turning = True
+        callback(*args)
+        self._end_turn()
+
+    def timer_due(self, timer):
+        """A turn for a timer."""
+        if self.frozen:
+            self._late.append(timer)
+        elif timer.active and not self.dead:
+            self._turning = True
+            timer.fire()
+            self._end_turn()
+
+    def flush_later(self, connection):
+        """Send what it has queued at the end of this turn; a test that calls a node is a turn of its own."""
+        self._unflushed.append(connection)
+        if not self._turning:
+            self.network.post(0, self.enter, self._end_turn)
+
+    def _end_turn(self):
+        self._turning = False
+        if self._unflushed:
+            queued, self._unflushed = self._unflushed, []
+            for connection in queued:
+                connection.flush()
+
+    # -- what happens to processes ---------------------------------------------------------------------
+
+    def freeze(self):
+        """SIGSTOP: it runs no more; its kernel goes on."""
+        self.frozen = True
+
+    def thaw(self):
+        """SIGCONT. As in the real loop one turn handles all that has come, then the timers that are due."""
+        self.frozen = False
+        backlog, self._backlog = self._backlog, []
+        late, self._late = self._late, []
+        self._turning = True
+        for callback, args in backlog:
+            callback(*args)
+        for timer in sorted(late, key=lambda timer: timer.when):
+            timer.fire()
+        self._end_turn()
+
+    def crash(self, reset=True):
+        """kill -9: the kernel ends its connections. Without `reset` the machine dies: silence."""
+        self.dead = True
+        for port, listener in list(self.host.listeners.items()):
+            if listener.loop is self:
+                del self.host.listeners[port]
+        for connection in list(self.connections):
+            connection.state = p2pchat.CLOSED
+            if reset and connection.far is not None:
+                connection.transmit(self.network.random.choice((SEG_END, SEG_RESET)))
+        self.connections.clear()
+        self.network.lans = [lan for lan in self.network.lans if lan.loop is not self]
+        self.host.dark = self.host.dark or not reset
+
+    def jump(self, seconds, wall=None):
+        """Set its clock forward (or back); both clocks, unless the jump of the wall clock is given as well."""
+        self.skew += seconds
+        self.wall_skew += seconds if wall is None else wall
+        self.network.reschedule(self)
+
+
+class SimConnection(p2pchat.Connection):
+    """One end of a connection. What `transmit` takes arrives at the far end, in order, or waits for a cut
+    to heal, or is lost with the connection."""
+
+    def __init__(self, loop, remote, state):
+        super().__init__(loop, remote, state)
+        self.far = None
+        self.listener = None  # of an end that was accepted
+        self.broken = False  # nothing passes any more, for good
+        self.stranded = False  # its address is not ours any more
+        self._output = []
+        self._owed = 0
+        self._queued = False
+        self._reason = ""
+        self._deadline = None
+        self._in_flight = 0  # bytes that the far end has not read
+        self._arrives = 0.0  # when the last segment arrives: none overtakes another
+        self._held = []
+        self._end_sent = self._end_came = False
+        loop.connections[self] = None
+
+    @property
+    def name(self):
+        """For the trace."""
+        return f"{self.loop.name}:{self.local[1]}"
+
+    # -- what p2pchat.Connection promises --------------------------------------------------------------
+
+    def send(self, data):
+        if self.state not in (p2pchat.OPEN, p2pchat.CONNECTING):
+            return
+        self._output.append(data)
+        self._owed += len(data)
+        if self._owed > p2pchat.MAX_OUTPUT:
+            self.abort("it does not read what it is sent")
+        elif self.state == p2pchat.OPEN:
+            self._flush_later()
+
+    def close(self, reason):
+        if self.state == p2pchat.CONNECTING:
+            self.abort(reason)
+        if self.state != p2pchat.OPEN:
+            return
+        self.state = p2pchat.DRAINING
+        self._reason = reason
+        self.set_deadline(p2pchat.DRAIN_TIMEOUT, reason)
+        self._flush_later()
+
+    def abort(self, reason):
+        if self.state == p2pchat.CLOSED:
+            return
+        if self.far is not None and not self._end_sent:
+            self._end_sent = True
+            self.transmit(SEG_END)  # behind what the kernel has taken already
+        self.state = p2pchat.CLOSED
+        self._output.clear()
+        self._owed = 0
+        self._forget_timers()
+        self.set_deadline(None, "")
+        self.loop.connections.pop(self, None)
+        self.loop.call_later(0, self.handler.closed, self._reason or reason)
+
+    # -- turns of its process --------------------------------------------------------------------------
+
+    def established(self):
+        """The dial has succeeded."""
+        if self.state != p2pchat.CONNECTING:
+            return
+        self.set_deadline(None, "")
+        self.state = p2pchat.OPEN
+        self.handler.opened()
+        self._flush_later()
+
+    def accepted(self):
+        """A connection that a kernel has taken for us."""
+        if self.listener.loop.host.listeners.get(self.listener.address[1]) is not self.listener:
+            self._reset_far()
+            return
+        handler = self.listener.accept(self)
+        if handler is None:
+            self.abort("turned away")
+        else:
+            self.handler = handler
+
+    def read(self, data):
+        """Bytes have come."""
+        if self.state == p2pchat.CLOSED:
+            self._reset_far()
+            return
+        self.far.consumed(len(data))
+        self.feed(data)
+
+    def ended(self):
+        """The far end sends no more."""
+        self._end_came = True
+        if self.state == p2pchat.OPEN:
+            self.end_of_stream()
+        elif self.state == p2pchat.DRAINING and not self._output:
+            self.abort(self._reason)
+
+    def reset(self):
+        """The connection is broken."""
+        self._end_sent = True  # there is nobody to tell
+        self.abort("connection reset")
+
+    def consumed(self, size):
+        """The far end has read so much: there is room for more."""
+        self._in_flight -= size
+        if self._output and self.state != p2pchat.CLOSED:
+            self.loop.network.post(0, self.loop.enter, self.flush)
+
+    def flush(self):
+        """The end of a turn: all that is queued goes as one segment, if the kernels have room for it."""
+        self._queued = False
+        if self.state not in (p2pchat.OPEN, p2pchat.DRAINING):
+            return
+        if self._output and (not self._in_flight or self._in_flight + self._owed <= SIM_KERNEL_BUFFER):
+            data = b"".join(self._output)
+            self._output.clear()
+            self._owed = 0
+            self._in_flight += len(data)
+            self.transmit(data)
+            if self.state == p2pchat.OPEN and self._deadline is not None:
+                self.set_deadline(None, "")
+        if self._output:
+            if self._deadline is None:
+                self.set_deadline(p2pchat.STALL_TIMEOUT, "it does not read what it is sent")
+        elif self.state == p2pchat.DRAINING:
+            self._all_sent()
+
+    def set_deadline(self, timeout, reason):
+        """So long, and it is aborted; None takes the deadline away."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if timeout is None else self.loop.call_later(timeout, self.abort, reason)
+
+    def _flush_later(self):
+        if not self._queued:
+            self._queued = True
+            self.loop.flush_later(self)
+
+    def _all_sent(self):
+        if not self._end_sent:
+            self._end_sent = True
+            self.transmit(SEG_END)
+        if self._end_came:
+            self.abort(self._reason)
+
+    # -- what kernels do -------------------------------------------------------------------------------
+
+    def transmit(self, segment):
+        """A segment leaves for the far end."""
+        loop, network = self.loop, self.loop.network
+        loop.sent += len(segment)
+        if network.census is not None and isinstance(segment, bytes):
+            sim_count(network.census, segment)
+        when = max(self._arrives, network.time + network.delay(loop.host, self.far.loop.host))
+        self._arrives = when
+        network.post(when - network.time, self._arrive, segment)
+
+    def _arrive(self, segment):
+        if self.broken:
+            return
+        network, far = self.loop.network, self.far
+        passes = network.passes(self.loop.host, far.loop.host) and not (self.stranded or far.stranded)
+        if self._held or not passes:
+            self._held.append(segment)
+            network.blocked.setdefault(self, network.time)
+        else:
+            far.take(segment)
+
+    def release(self):
+        """The cut may be healed: what was held up arrives, if so."""
+        held, self._held = self._held, []
+        for segment in held:
+            self._arrive(segment)
+
+    def take(self, segment):
+        """A segment has arrived: hand it to the process, or answer for one that is no more."""
+        loop = self.loop
+        if segment is SEG_RESET:
+            loop.enter(self.reset)
+        elif loop.dead or self.state == p2pchat.CLOSED:
+            if segment is not SEG_END or loop.dead:
+                self._reset_far()
+        elif segment is SEG_ACCEPT:
+            loop.enter(self.accepted)
+        elif segment is SEG_END:
+            loop.enter(self.ended)
+        else:
+            loop.enter(self.read, segment)
+
+    def _reset_far(self):
+        self.state = p2pchat.CLOSED
+        self.loop.connections.pop(self, None)
+        self.transmit(SEG_RESET)
+
+
+class SimListener:
+    """Takes connections for a process."""
+
+    def __init__(self, loop, address, accept):
+        self.loop = loop
+        self.address = address
+        self.accept = accept
+
+    def close(self):
+        """Stop listening."""
+        if self.loop.host.listeners.get(self.address[1]) is self:
+            del self.loop.host.listeners[self.address[1]]
+
+
+class SimLan:
+    """The beacon sockets of a process."""
+
+    def __init__(self, loop, heard):
+        self.loop = loop
+        self.heard = heard
+        self.port = loop.host.free_port()
+        loop.network.lans.append(self)
+
+    def refresh(self):
+        """Addresses are looked up with each datagram."""
+
+    def shout(self, data):
+        """To everybody who listens, oneself included."""
+        for lan in list(self.loop.network.lans):
+            self.loop.network.datagram(self, lan, data)
+
+    def hear(self, source, data):
+        """A datagram came; the answer goes straight back."""
+        if self not in self.loop.network.lans:
+            return
+        answer = self.heard(data, (source.loop.host.addresses[0], source.port))
+        if answer is not None and source in self.loop.network.lans:
+            self.loop.network.datagram(self, source, answer)
+
+    def close(self):
+        """Hear no more."""
+        if self in self.loop.network.lans:
+            self.loop.network.lans.remove(self)
+
+
+def sim_count(census, segment):
+    """Add a segment's bytes to the count of each message type in it."""
+    for line in segment.splitlines(True):
+        kind = line[9:line.index(b'"', 9)].decode()
+        census[kind] = census.get(kind, 0) + len(line)
+
+
+# -- the simulator and the real loop, side by side -----------------------------------------------------
+#
+# Each script below is played on the real Loop over 127.0.0.1 and on the simulated one, and must give the
+# same log: what a simulation proves is worth as much as these agree.
+
+
+def chat_line(text):
+    """One message, as bytes."""
+    return p2pchat.create_message("MSG_CHAT", "t@127.0.0.1:1", str(text))
+
+
+class LoggingHandler(p2pchat.Handler):
+    """Writes down what a connection tells its owner. `reactions` maps an event's name to a call."""
+
+    def __init__(self, name, log, **reactions):
+        self.name = name
+        self.log = log
+        self.reactions = reactions
+        self.connection = None
+
+    def opened(self):
+        self._note("opened", "")
+
+    def received(self, messages):
+        self._note("received", " ".join(str(message["content"]) for message in messages))
+
+    def spoilt(self, reason):
+        self._note("spoilt", "half" if reason.startswith("half") else "bad")
+
+    def closed(self, reason):
+        self._note("closed", "reset" if reason.startswith("connection reset") else reason)
+
+    def _note(self, event, detail):
+        self.log.append(f"{self.name} {event} {detail}".strip())
+        reaction = self.reactions.get(event)
+        if reaction is not None:
+            reaction(self.connection)
+
+
+class LoopScript:
+    """What a script plays on: two ends `a` (dials) and `b` (listens), a log, and time."""
+
+    def __init__(self, dialler, listening, run_until):
+        self.loop = dialler
+        self.listening = listening
+        self.run_until = run_until
+        self.log = []
+        self.a = self.b = None
+        self.listener = None
+
+    def accept_with(self, **reactions):
+        """Listen; what is accepted becomes `b`."""
+        def accept(connection):
+            self.b = connection
+            handler = LoggingHandler("b", self.log, **reactions)
+            handler.connection = connection
+            return handler
+        self.listener = self.listening.listen("127.0.0.1", 0, accept)
+
+    def dial(self, address=None, timeout=2.0, **reactions):
+        """Dial; the connection becomes `a`."""
+        handler = LoggingHandler("a", self.log, **reactions)
+        self.a = handler.connection = self.loop.connect(address or self.listener.address, handler, timeout)
+
+    def pair(self, a=None, b=None):
+        """Two ends, open; the log begins afterwards."""
+        self.accept_with(**(b or {}))
+        self.dial(**(a or {}))
+        self.run_until(lambda: self.b is not None and self.a.state == p2pchat.OPEN)
+        self.log.clear()
+
+    def wait(self, *lines):
+        """Until the log holds these lines."""
+        self.run_until(lambda: all(line in self.log for line in lines))
+
+
+def real_script():
+    loop = p2pchat.Loop()
+
+    def run_until(condition):
+        deadline = time.monotonic() + 5
+        while not condition():
+            assert time.monotonic() < deadline, script.log
+            loop.turn(0.05)
+
+    script = LoopScript(loop, loop, run_until)
+    return script
+
+
+def simulated_script():
+    network = SimNetwork(1)
+    host = network.host("h", "10.0.0.1")
+    return LoopScript(network.start(host), network.start(host), lambda condition: network.run_until(condition, 5, 0.001))
+
+
+def script_order(play):
+    """Three messages in three turns."""
+    play.pair()
+    for text in "one two three".split():
+        play.a.send(chat_line(text))
+        play.wait(f"b received {text}")
+    return ["b received one", "b received two", "b received three"]
+
+
+def script_one_segment(play):
+    """What is queued in one turn comes as one piece."""
+    play.pair()
+    play.loop.call_later(0, lambda: [play.a.send(chat_line(text)) for text in "xyz"])
+    play.wait("b received x y z")
+    return ["b received x y z"]
+
+
+def script_queued_before_open(play):
+    """What is sent before the dial has succeeded leaves once it has."""
+    play.accept_with()
+    play.dial()
+    play.a.send(chat_line("early"))
+    play.wait("b received early")
+    return ["a opened", "b received early"]
+
+
+def script_close_drains(play):
+    """What was queued before a close arrives, though the other side's words are unread."""
+    play.pair()
+    play.a.send(chat_line("unread") * 50)
+    play.b.send(chat_line("last words"))
+    play.b.close("enough")
+    play.wait("a closed closed by the other side", "b closed enough")
+    return ["a received last words", "a closed closed by the other side", "b closed enough"]
+
+
+def script_abort_drops(play):
+    """What was queued in the same turn as an abort does not arrive; closed comes later than the call."""
+    play.pair()
+    play.a.send(chat_line("never"))
+    play.a.abort("changed my mind")
+    assert play.log == []
+    play.wait("a closed changed my mind", "b closed closed by the other side")
+    return ["a closed changed my mind", "b closed closed by the other side"]
+
+
+def script_closed_once(play):
+    """However often it is closed and aborted."""
+    play.pair(a={"closed": lambda connection: connection.abort("again")})
+    for _ in range(3):
+        play.a.close("first")
+        play.a.abort("second")
+        play.a.send(chat_line("nothing"))
+    play.wait("a closed first", "b closed closed by the other side")
+    play.b.abort("late")
+    return ["a closed first", "b closed closed by the other side"]
+
+
+def script_refused(play):
+    """Nobody listens there."""
+    play.accept_with()
+    play.listener.close()
+    play.dial()
+    assert play.log == []
+    play.wait(f"a closed {p2pchat.REFUSED}")
+    return [f"a closed {p2pchat.REFUSED}"]
+
+
+def script_abort_of_a_dial(play):
+    """A dial that is given up at once: never opened, closed once; close is as good as abort."""
+    play.accept_with()
+    play.dial()
+    play.a.close("not any more")
+    play.wait("a closed not any more")
+    play.run_until(lambda: play.loop.call_later(0, play.log.append, "later") and "later" in play.log)
+    return [line for line in play.log if line.startswith("a opened")] + ["a closed not any more", "later"]
+
+
+def script_end_of_stream(play):
+    """The end of the stream ends a message, too, and the answer still goes out."""
+    play.pair(b={"received": lambda connection: connection.send(chat_line("answer"))})
+    play.a.send(chat_line("question")[:-1])
+    play.a.close("asked")
+    play.wait("a closed asked", "b closed closed by the other side")
+    return ["b received question", "b closed closed by the other side", "a closed asked"]
+
+
+def script_half_a_message(play):
+    """Half a message, and then nothing."""
+    play.pair()
+    play.a.send(chat_line("whole") + chat_line("half")[:20])
+    play.wait("b closed half a message, and then nothing", "a closed closed by the other side")
+    return ["b received whole", "b spoilt half", "a closed closed by the other side",
+            "b closed half a message, and then nothing"]
+
+
+def script_bad_message(play):
+    """What comes before a bad line counts, the line does not, and the words about it arrive."""
+    play.pair(b={"spoilt": lambda connection: connection.send(chat_line("that was bad"))})
+    play.a.send(chat_line("good") + b"bad\n" + chat_line("behind it"))
+    play.wait("a closed closed by the other side", "b closed not JSON")
+    return ["b received good", "b spoilt bad", "a received that was bad", "a closed closed by the other side",
+            "b closed not JSON"]
+
+
+def script_both_close(play):
+    """Both at once."""
+    play.pair()
+    play.a.send(chat_line("bye from a"))
+    play.b.send(chat_line("bye from b"))
+    play.a.close("a is done")
+    play.b.close("b is done")
+    play.wait("a closed a is done", "b closed b is done")
+    return ["a closed a is done", "b closed b is done"]
+
+
+def script_abort_in_handler(play):
+    """From within the handler, with more behind it: nothing further comes."""
+    play.pair(b={"received": lambda connection: connection.abort("I have heard enough")})
+    play.a.send(chat_line("one"))
+    play.wait("b closed I have heard enough")
+    play.a.send(chat_line("two"))
+    play.run_until(lambda: play.a.state == p2pchat.CLOSED)
+    play.run_until(lambda: any(line.startswith("a closed") for line in play.log))
+    return ["b received one", "b closed I have heard enough", play.log[-1]]
+
+
+def script_timers(play):
+    """By deadline, then in the order in which they were made; what a timer schedules waits a turn."""
+    log, later = play.log, play.loop.call_later
+    later(0.02, log.append, "second")
+    later(0.01, log.append, "first")
+    cancelled = later(0.005, log.append, "cancelled")
+    later(0, lambda: (log.append("now"), later(0, log.append, "a turn later")))
+    later(0, log.append, "now, too")
+    cancelled.cancel()
+    cancelled.cancel()
+    assert not cancelled.active
+    play.wait("second")
+    return ["now", "now, too", "a turn later", "first", "second"]
+
+
+LOOP_SCRIPTS = [script_order, script_one_segment, script_queued_before_open, script_close_drains, script_abort_drops,
+                script_closed_once, script_refused, script_abort_of_a_dial, script_end_of_stream, script_half_a_message,
+                script_bad_message, script_both_close, script_abort_in_handler, script_timers]
+LOOP_SCRIPTS_UNORDERED = {script_both_close, script_abort_drops, script_closed_once, script_close_drains,
+                          script_end_of_stream, script_bad_message, script_half_a_message}
+
+
+@pytest.mark.parametrize("make", [real_script, simulated_script])
+@pytest.mark.parametrize("script", LOOP_SCRIPTS)
+def test_loop_script(script, make, monkeypatch):
+    monkeypatch.setattr(p2pchat, "LINE_TIMEOUT", 0.2)
+    play = make()
+    expected = script(play)
+    if script in LOOP_SCRIPTS_UNORDERED:  # the two ends' lines may mix; each end's own order is fixed
+        by_end = [[line for line in lines if line.startswith(end)] for lines in (expected, play.log) for end in "ab"]
+        assert by_end[:2] == by_end[2:]
+    else:
+        assert play.log == expected
+
+
+# -- what only the simulator does ----------------------------------------------------------------------
+
+
+def sim_pair(network, **reactions):
+    """Two hosts, a connection between them: (script, network hosts)."""
+    one, two = network.host("one"), network.host("two")
+    play = LoopScript(network.start(one), network.start(two), lambda condition: network.run_until(condition, 5, 0.001))
+    play.accept_with(**reactions)
+    play.listener.address = ("0.0.0.0", play.listener.address[1])
+    play.dial((two.addresses[0], play.listener.address[1]))
+    play.run_until(lambda: play.b is not None and play.a.state == p2pchat.OPEN)
+    play.log.clear()
+    return play, one, two
+
+
+def test_sim_a_cut_connection_is_silent_and_its_data_arrives_after_healing():
+    network = SimNetwork(1)
+    play, one, two = sim_pair(network)
+    network.cut([one], [two])
+    for text in "abc":
+        play.a.send(chat_line(text))
+        network.run(100)
+    assert play.log == [] and play.b.state == p2pchat.OPEN
+    network.heal()
+    play.a.send(chat_line("d"))
+    network.run(61)
+    assert play.log == ["b received a", "b received b", "b received c", "b received d"]
+
+
+def test_sim_a_cut_in_one_direction():
+    network = SimNetwork(1)
+    play, one, two = sim_pair(network)
+    network.cut([one], [two], both=False)
+    play.a.send(chat_line("lost for now"))
+    play.b.send(chat_line("arrives"))
+    network.run(1)
+    assert play.log == ["a received arrives"]
+
+
+def test_sim_who_gave_up_during_a_cut_ends_the_other_when_it_heals():
+    network = SimNetwork(1)
+    play, one, two = sim_pair(network)
+    network.cut([one], [two])
+    play.a.abort("gave up")
+    network.run(100)
+    assert play.log == ["a closed gave up"]
+    network.heal()
+    network.run(61)
+    assert play.log == ["a closed gave up", "b closed closed by the other side"]
+
+
+@pytest.mark.parametrize("obstacle", ["dark", "walled", "cut", "unknown"])
+def test_sim_a_dial_into_nothing_times_out(obstacle):
+    network = SimNetwork(1)
+    play, one, two = sim_pair(network)
+    two.dark, two.walled = obstacle == "dark", obstacle == "walled"
+    if obstacle == "cut":
+        network.cut([two], [one], both=False)
+    ip = "10.9.9.9" if obstacle == "unknown" else two.addresses[0]
+    play.dial((ip, play.listener.address[1]), timeout=3)
+    network.run(2.9)
+    assert play.log == []
+    network.run(0.2)
+    assert play.log == ["a closed no answer within 3 s"]
+
+
+def test_sim_a_frozen_process_takes_connections_and_data_but_runs_nothing():
+    network = SimNetwork(1)
+    play, one, two = sim_pair(network)
+    frozen = play.b.loop
+    frozen.call_later(1, play.log.append, "a timer of b")
+    frozen.freeze()
+    play.dial((two.addresses[0], play.listener.address[1]))
+    play.a.send(chat_line("hello?"))
+    network.run(60)
+    assert play.log == ["a opened"]
+    frozen.thaw()
+    assert play.log == ["a opened", "b received hello?", "a timer of b"]
+
+
+def test_sim_crashes_with_and_without_a_reset():
+    for reset in (True, False):
+        network = SimNetwork(1)
+        play, one, two = sim_pair(network)
+        play.b.loop.crash(reset=reset)
+        network.run(10)
+        assert len(play.log) == reset
+        if reset:
+            play.dial((two.addresses[0], play.listener.address[1]))
+            network.run(1)
+            assert play.log[-1] == f"a closed {p2pchat.REFUSED}"
+        else:  # the machine is started again: it knows nothing of the connection
+            network.plug(two)
+            play.a.send(chat_line("are you there?"))
+            network.run(10)
+            assert play.log == ["a closed reset"]
+
+
+def test_sim_a_broken_link_is_reset_on_both_sides_and_loses_what_was_under_way():
+    network = SimNetwork(1, link_life=5)
+    play, one, two = sim_pair(network)
+    network.run_until(lambda: len(play.log) == 2, 100)
+    assert sorted(play.log) == ["a closed reset", "b closed reset"]
+
+
+def test_sim_a_new_address_silences_the_old_connections():
+    network = SimNetwork(1)
+    play, one, two = sim_pair(network)
+    network.move(two, "10.7.7.7")
+    play.a.send(chat_line("x"))
+    network.run(5)
+    assert play.log == []
+    play.dial(("10.7.7.7", play.listener.address[1]))
+    network.run(1)
+    assert play.log == ["a opened"]
+
+
+def test_sim_a_jump_of_the_clock_fires_what_is_due():
+    network = SimNetwork(1)
+    loop, fired = network.start(network.host("h")), []
+    loop.call_later(100, fired.append, "in 100 s")
+    loop.call_later(3600, fired.append, "in an hour")
+    before = loop.now()
+    loop.jump(200)
+    network.run(0.001)
+    assert fired == ["in 100 s"] and loop.now() - before > 200
+    loop.jump(-50, wall=7200)
+    network.run(3449)
+    assert fired == ["in 100 s"]
+    network.run(2)
+    assert fired == ["in 100 s", "in an hour"]
+
+
+def test_sim_a_reader_that_does_not_read_is_cut_off():
+    network = SimNetwork(1)
+    play, one, two = sim_pair(network)
+    play.b.loop.freeze()
+    for _ in range(60):
+        play.a.send(chat_line("x" * 10_000))
+        network.run(0.1)
+    assert play.log == []
+    network.run(p2pchat.STALL_TIMEOUT)
+    assert play.log == ["a closed it does not read what it is sent"]
+
+
+def test_sim_segments_never_overtake_each_other():
+    network = SimNetwork(1, delay=(0.001, 0.5))
+    play, one, two = sim_pair(network)
+    for number in range(200):
+        play.a.send(chat_line(number))
+        network.run(0.01)
+        if number == 50:
+            network.cut([one], [two])
+        elif number == 150:
+            network.heal()
+    network.run(10)
+    words = " ".join(line.replace("b received ", "") for line in play.log).split()
+    assert words == [str(number) for number in range(200)]
+
+
+def test_sim_an_exception_in_a_handler_fails_the_test():
+    network = SimNetwork(1)
+    network.start(network.host("h")).call_later(1, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        network.run(2)
+
+
+SIM_TRACE_PROGRAM = """
+import test_p2pchat as t
+print(t.sim_trace_of_a_mess(7))
+"""
+
+
+def sim_trace_of_a_mess(seed):
+    """The trace of a network in which much goes wrong."""
+    network = SimNetwork(seed, delay=(0.001, 0.3), link_life=20, lan_loss=0.2, trace=True)
+    hosts = [network.host(f"h{number}") for number in range(8)]
+    nodes = []
+    for host in hosts:
+        loop = network.start(host)
+        nodes.append(p2pchat.PeerNode(loop, p2pchat.Settings(username=host.name), lambda event: None))
+        nodes[-1].start()
+    network.run(15)
+    network.cut(hosts[:3], hosts[3:])
+    network.run(20)
+    network.heal()
+    nodes[0].loop.crash()
+    nodes[1].loop.freeze()
+    network.run(15)
+    nodes[1].loop.thaw()
+    nodes[2].chat("hello")
+    network.run(10)
+    return network.trace()
+
+
+def test_sim_same_seed_same_trace():
+    """Within one process, and in another, whose hashes of strings are others."""
+    here = sim_trace_of_a_mess(7)
+    assert here == sim_trace_of_a_mess(7) != sim_trace_of_a_mess(8)
+    environment = dict(os.environ, PYTHONHASHSEED="99", PYTHONPATH=os.path.dirname(os.path.abspath(__file__)))
+    there = subprocess.run([sys.executable, "-c", SIM_TRACE_PROGRAM], env=environment, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, timeout=30)
+    assert there.stdout.decode().strip() == here, there.stderr.decode()
+
+
+# -- the real loop ---------------------------------------------------------------------------------------
+
+
+class LoopRig:
+    """A real loop, one connection of the program's at one end, a plain socket at the other."""
+
+    def __init__(self, small_buffers=False):
+        self.loop = p2pchat.Loop()
+        self.log = []
+        self.handler = LoggingHandler("c", self.log)
+        self.sockets = []
+        ours, self.far = self._small_pair() if small_buffers else self.tcp_pair()
+        self.connection = p2pchat.SocketConnection(self.loop, ours, ("127.0.0.1", 1), p2pchat.OPEN)
+        self.connection.handler = self.handler
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.connection.abort("the test is over")
+        for sock in self.sockets:
+            sock.close()
+        self.loop.close()
+
+    def _small_pair(self):
+        """Two ends with tiny kernel buffers (TCP's grow by themselves, and crawl when they may not)."""
+        self.sockets += socket.socketpair()
+        for sock in self.sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return self.sockets
+
+    def tcp_pair(self):
+        """Two ends of a connection over the loopback."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            far = socket.create_connection(listener.getsockname())
+            ours = listener.accept()[0]
+        far.settimeout(5)
+        self.sockets += [ours, far]
+        return ours, far
+
+    def turn_until(self, condition, limit=5.0):
+        """Turn until it holds; fails after `limit` seconds."""
+        deadline = time.monotonic() + limit
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {limit} s: {self.log}"
+            self.loop.turn(0.02)
+
+    def read(self, size):
+        """What has arrived at the far end, at most so many bytes; None at the end of the stream."""
+        self.far.setblocking(False)
+        try:
+            return self.far.recv(size) or None
+        except BlockingIOError:
+            return b""
+
+    def read_all(self, size=None):
+        """What arrives at the far end, until the end of the stream or so many bytes, while the loop turns."""
+        pieces = []
+
+        def more():
+            pieces.append(self.read(100_000))
+            return pieces[-1] is None or size is not None and sum(map(len, pieces)) >= size
+        self.turn_until(more, 10)
+        return b"".join(piece for piece in pieces if piece)
+
+
+def test_loop_partial_writes_arrive_whole_and_in_order():
+    with LoopRig(small_buffers=True) as rig:
+        lines = [chat_line(f"{number} {'x' * 1000}") for number in range(300)]
+        for line in lines:
+            rig.connection.send(line)
+        rig.loop.turn(0)
+        assert rig.connection.state == p2pchat.OPEN and not rig.log
+        assert rig.read_all(sum(map(len, lines))) == b"".join(lines)
+        rig.connection.close("all said")
+        assert rig.read_all() == b""
+        rig.far.close()
+        rig.turn_until(lambda: rig.log == ["c closed all said"])
+
+
+def test_loop_reads_byte_by_byte():
+    with LoopRig() as rig:
+        for byte in chat_line("slowly") + chat_line("but surely"):
+            rig.far.send(bytes([byte]))
+            rig.loop.turn(1)
+        assert rig.log == ["c received slowly", "c received but surely"]
+
+
+def test_loop_reset_by_the_far_end():
+    with LoopRig() as rig:
+        rig.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        rig.far.close()
+        rig.turn_until(lambda: rig.log == ["c closed reset"])
+
+
+def test_loop_a_reader_that_stalls_is_cut_off(monkeypatch):
+    monkeypatch.setattr(p2pchat, "STALL_TIMEOUT", 0.2)
+    with LoopRig(small_buffers=True) as rig:
+        rig.connection.send(b"x" * 1_000_000)
+        rig.turn_until(lambda: rig.log == ["c closed it does not read what it is sent"])
+
+
+def test_loop_a_reader_that_is_slow_is_not(monkeypatch):
+    monkeypatch.setattr(p2pchat, "STALL_TIMEOUT", 0.3)
+    with LoopRig(small_buffers=True) as rig:
+        rig.connection.send(b"x" * 200_000)
+        begin, received = time.monotonic(), 0
+        while time.monotonic() < begin + 1.0:
+            received += len(rig.read(2000))
+            rig.loop.turn(0.02)
+        assert rig.log == [] and 0 < received < 200_000
+
+
+def test_loop_output_is_bounded(monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_OUTPUT", 100_000)
+    with LoopRig() as rig:
+        for _ in range(11):
+            rig.connection.send(b"x" * 10_000)
+        rig.turn_until(lambda: rig.log == ["c closed it does not read what it is sent"])
+
+
+def test_loop_last_words_arrive_though_input_is_unread():
+    """miniircd loses them: a close with input unread makes the kernel reset the connection."""
+    with LoopRig() as rig:
+        rig.handler.reactions["received"] = lambda: None
+        rig.far.sendall(b"rubbish\n" + chat_line("unread") * 5000)
+        rig.handler.reactions = {"spoilt": lambda _: rig.connection.send(chat_line("that was rubbish"))}
+        assert rig.read_all() == chat_line("that was rubbish")
+        rig.far.close()
+        rig.turn_until(lambda: rig.log == ["c spoilt bad", "c closed not JSON"])
+
+
+def test_loop_draining_ends_though_the_far_end_says_nothing(monkeypatch):
+    monkeypatch.setattr(p2pchat, "DRAIN_TIMEOUT", 0.1)
+    with LoopRig() as rig:
+        rig.connection.close("bye")
+        rig.turn_until(lambda: rig.log == ["c closed bye"])
+
+
+@pytest.mark.parametrize("pieces", [1, 30])
+def test_loop_half_a_message(monkeypatch, pieces):
+    """Whether it comes at once or a byte at a time: it must be whole in time."""
+    monkeypatch.setattr(p2pchat, "LINE_TIMEOUT", 0.2)
+    with LoopRig() as rig:
+        half = chat_line("half")[:30]
+        size = len(half) // pieces
+        for start in range(0, len(half), size):
+            if rig.connection.state == p2pchat.OPEN:
+                rig.far.send(half[start:start + size])
+                rig.loop.turn(0.02)
+        rig.turn_until(lambda: rig.log == ["c spoilt half"] and rig.connection.state != p2pchat.OPEN)
+
+
+def test_loop_an_exception_costs_only_its_connection(caplog):
+    with LoopRig() as rig, LoopRig() as other:
+        other.connection.abort("not needed")
+        second = p2pchat.SocketConnection(rig.loop, other.tcp_pair()[0], ("127.0.0.1", 1), p2pchat.OPEN)
+        second.handler = LoggingHandler("second", rig.log, received=lambda _: 1 / 0)
+        fired = []
+        rig.loop.call_later(0, lambda: 1 / 0)
+        rig.loop.call_later(0, fired.append, "still")
+        for sock in (rig.far, other.sockets[-1]):
+            sock.sendall(chat_line("hi"))
+        rig.turn_until(lambda: "second closed an error in the program" in rig.log)
+        assert "c received hi" in rig.log and fired == ["still"] and rig.connection.state == p2pchat.OPEN
+        assert "ZeroDivisionError" in caplog.text or not p2pchat.log.propagate
+
+
+def test_loop_accepting_pauses_when_descriptors_are_used_up(monkeypatch):
+    """Those who are connected go on, nothing spins, and the newcomers get in once there is room."""
+    monkeypatch.setattr(p2pchat, "ACCEPT_PAUSE", 0.1)
+    with LoopRig() as rig:
+        accepted, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+        listener = rig.loop.listen("127.0.0.1", 0, loop_taker(accepted))
+        dialled = [socket.create_connection(listener.address) for _ in range(3)]
+        rig.sockets += dialled
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (dialled[-1].fileno() + 1, limits[1]))
+            turns = loop_turns_in(rig.loop, 0.35)
+            rig.far.sendall(chat_line("still here"))
+            rig.turn_until(lambda: rig.log == ["c received still here"])
+            assert accepted == [] and turns < 30
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        rig.turn_until(lambda: len(accepted) == 3)
+        for connection in accepted:
+            connection.abort("the test is over")
+        listener.close()
+
+
+def loop_taker(accepted):
+    """Accepts everybody, and keeps the connections in a list."""
+    return lambda connection: accepted.append(connection) or p2pchat.Handler()
+
+
+def loop_turns_in(loop, seconds):
+    """How often a loop turns in so many seconds."""
+    deadline, turns = time.monotonic() + seconds, 0
+    while time.monotonic() < deadline:
+        loop.turn(deadline - time.monotonic())
+        turns += 1
+    return turns
+
+
+def test_loop_does_not_turn_for_nothing():
+    with LoopRig() as rig:
+        rig.far.sendall(chat_line("x"))
+        rig.connection.send(chat_line("y"))
+        assert loop_turns_in(rig.loop, 0.2) <= 4
+
+
+def test_loop_a_signal_wakes_it():
+    with LoopRig() as rig:
+        former = signal.getsignal(signal.SIGUSR1)
+        heard = []
+        try:
+            rig.loop.on_signal(signal.SIGUSR1, lambda: heard.append("signal"))
+            program = f"import os; os.kill({os.getpid()}, {int(signal.SIGUSR1)})"
+            child = subprocess.Popen([sys.executable, "-c", program])
+            rig.turn_until(lambda: heard == ["signal"], 10)
+            child.wait(10)
+        finally:
+            signal.signal(signal.SIGUSR1, former)
+
+
+def test_loop_refuses_an_address_that_is_in_use():
+    with LoopRig() as rig:
+        listener = rig.loop.listen("127.0.0.1", 0, lambda connection: None)
+        with pytest.raises(OSError) as caught:
+            rig.loop.listen("127.0.0.1", listener.address[1], lambda connection: None)
+        assert caught.value.errno == errno.EADDRINUSE
+        listener.close()
+
+
+def test_loop_a_burst_of_connections_is_taken_at_once():
+    with LoopRig() as rig:
+        accepted = []
+        listener = rig.loop.listen("127.0.0.1", 0, loop_taker(accepted))
+        rig.sockets += [socket.create_connection(listener.address) for _ in range(200)]
+        begin = time.monotonic()
+        rig.turn_until(lambda: len(accepted) == 200)
+        assert time.monotonic() - begin < 2
+        for connection in accepted:
+            connection.abort("the test is over")
+        listener.close()
