@@ -1992,3 +1992,268 @@ def _words(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
+# ======================================================================================================
+# Discovery server
+#
+# Introduces peers to one another, and does nothing else: no chat passes through it. Each connection has
+# a Session; one that has registered stands in `_peers` under its id. Joins and leaves are gathered for
+# NEWS_GATHER seconds, encoded once, and sent to all: a thousand peers that come at once cost each of them
+# one list and a few messages.
+# ======================================================================================================
+
+
+class Session(Handler):
+    """One connection to the server: of a registered peer, or of somebody who asks."""
+
+    def __init__(self, server: "DiscoveryServer", connection: Connection) -> None:
+        self.server = server
+        self.connection = connection
+        self.peer_id: Optional[str] = None
+        self.last_heard = server.loop.now()
+
+    def received(self, messages: List[Message]) -> None:
+        self.last_heard = self.server.loop.now()
+        for message in messages:
+            handle = self.server.handlers.get(message["type"])
+            if handle is not None and self.connection.state == OPEN:
+                handle(self, message)
+
+    def spoilt(self, reason: str) -> None:
+        limited_log("bad input", logging.WARNING, "[Server] bad input from %s:%d: %s", *self.connection.remote, reason)
+        self.error(reason)
+
+    def closed(self, reason: str) -> None:
+        self.server.session_closed(self, reason)
+
+    def send(self, msg_type: str, content: Any) -> None:
+        """Send one message to this session."""
+        to = self.peer_id or ""
+        self.connection.send(create_message(msg_type, self.server.id, content, to))
+
+    def error(self, reason: str) -> None:
+        """Say what was wrong; to the other side, in words."""
+        self.send(MSG_ERROR, {"reason": clean(reason)[:500], "role": "server"})
+
+    def refuse(self, reason: str) -> None:
+        """Say what was wrong and close."""
+        limited_log("refused", logging.WARNING, "[Server] refused %s:%d: %s", *self.connection.remote, reason)
+        self.error(reason)
+        self.connection.close(reason)
+
+
+class DiscoveryServer:
+    """The server. Use: DiscoveryServer(loop, settings).start(), then run the loop."""
+
+    def __init__(self, loop: Loop, settings: Optional[ServerSettings] = None) -> None:
+        self.loop = loop
+        self.settings = settings or ServerSettings()
+        self.id = ""
+        self.handlers: Dict[str, Callable[[Session, Message], None]] = {
+            MSG_REGISTER: self._register,
+            MSG_HEARTBEAT: self._heartbeat,
+            MSG_UNREGISTER: self._unregister,
+            MSG_SYNC_PEERS_REQUEST: self._sync_request,
+            MSG_HELLO: self._hello,
+            MSG_CHAT: self._chat,
+        }
+        self._listener: Optional[Listener] = None
+        self._lan: Optional[Lan] = None
+        self._monitor: Optional[Ticker] = None
+        self._sessions: Dict[Session, None] = {}
+        self._strangers = Strangers()  # not registered
+        self._peers: Dict[str, Session] = {}
+        self._encoded: Dict[str, str] = {}  # each registered peer's record as JSON
+        self._joined: Dict[str, None] = {}  # ids, since the last broadcast
+        self._left: Dict[str, Dict[str, Any]] = {}
+        self._gathering: Optional[Timer] = None
+
+    # -- starting and stopping -------------------------------------------------------------------------
+
+    @property
+    def address(self) -> Address:
+        """Where it listens."""
+        assert self._listener is not None, "not started"
+        return self._listener.address
+
+    def start(self) -> None:
+        """Listen. Raises OSError when the port can't be had."""
+        log.info("[Server] starting")
+        self._listener = self.loop.listen(self.settings.host, self.settings.port, self._accept)
+        self.id = f"server@{self.address[0]}:{self.address[1]}"
+        self._monitor = Ticker(self.loop, self.settings.check_interval, self._drop_silent)
+        if self.settings.lan:
+            try:
+                self._lan = self.loop.lan(self.settings.host, DEFAULT_PORT, self._beacon)
+            except OSError as error:
+                log.warning("[Server] can't be found on the local network: %s", error)
+        log.info("[Server] listening on %s:%d", *self.address)
+
+    def stop(self) -> None:
+        """Say goodbye to everybody and close; the last words go out while the loop still turns."""
+        log.info("[Server] goodbye")
+        for closable in (self._listener, self._lan, self._monitor):
+            if isinstance(closable, Ticker):
+                closable.cancel()
+            elif closable is not None:
+                closable.close()
+        for session in list(self._sessions):
+            session.connection.close("the server stops")
+
+    @property
+    def peer_ids(self) -> List[str]:
+        """Who is registered."""
+        return sorted(self._peers)
+
+    # -- connections -----------------------------------------------------------------------------------
+
+    def _accept(self, connection: Connection) -> Optional[Handler]:
+        session = Session(self, connection)
+        self._sessions[session] = None
+        self._strangers.add(connection)
+        return session
+
+    def session_closed(self, session: Session, reason: str) -> None:
+        """A connection is gone, and with it the peer that was registered over it."""
+        self._sessions.pop(session, None)
+        self._strangers.discard(session.connection)
+        if session.peer_id is not None and self._peers.get(session.peer_id) is session:
+            self._drop(session, f"connection lost: {reason}")
+
+    def _drop_silent(self) -> None:
+        limit = self.loop.now() - self.settings.heartbeat_timeout
+        silent = [each for each in self._sessions if each.last_heard < limit]
+        for session in [each for each in silent if each.peer_id is not None]:
+            log.info("[Monitor] timeout: %s", session.peer_id)
+            self._drop(session, "timed out")
+        for session in silent:
+            session.refuse(f"nothing heard for {self.settings.heartbeat_timeout:g} s")
+
+    # -- what peers say --------------------------------------------------------------------------------
+
+    def _register(self, session: Session, message: Message) -> None:
+        content = message["content"]
+        ip = self._reachable_ip(session.connection, content)
+        peer_id = f"{content['username']}@{ip}:{content['port']}"
+        if len(self._peers) >= MAX_PEERS and peer_id not in self._peers:
+            session.refuse(f"the server is full: {MAX_PEERS} peers")
+            return
+        former = self._peers.get(peer_id)
+        if former is not None and former is not session:
+            self._drop(former, "registered anew")
+            former.refuse("somebody registered under the same id")
+        if session.peer_id not in (None, peer_id):
+            self._drop(session, "renamed")
+        self._strangers.discard(session.connection)
+        session.peer_id = peer_id
+        self._peers[peer_id] = session
+        record = {"id": peer_id, "ip": ip, "port": content["port"], "username": content["username"]}
+        record.update((key, content[key]) for key in ("instance", "incarnation") if key in content)
+        self._encoded[peer_id] = json.dumps(record, separators=(",", ":"))
+        self._joined[peer_id] = None
+        log.info("[Server] registered %s", peer_id)
+        self._gather()
+
+    def _reachable_ip(self, connection: Connection, content: Dict[str, Any]) -> str:
+        """The address that the server sees; for a peer on the server's own machine one that others can reach."""
+        seen = connection.remote[0]
+        if not is_loopback(seen):
+            return seen
+        own, claimed = self.loop.local_addresses(), content.get("ip")
+        if claimed in own:
+            return str(claimed)
+        return seen if is_loopback(self.settings.host) else own[0]
+
+    def _heartbeat(self, session: Session, message: Message) -> None:
+        if session.peer_id is None:
+            session.refuse("register first")
+        elif self._is_own(session, message):
+            session.send(MSG_HEARTBEAT, None)
+
+    def _unregister(self, session: Session, message: Message) -> None:
+        if session.peer_id is None:
+            session.refuse("you are not registered on this connection")
+        elif self._is_own(session, message):
+            self._drop(session, "left")
+            session.connection.close("left")
+
+    def _is_own(self, session: Session, message: Message) -> bool:
+        """Whether a message speaks for the peer of its own connection; nobody speaks for another."""
+        if message["sender_id"] == session.peer_id:
+            return True
+        session.refuse(f"sender_id is not yours, which is {session.peer_id}")
+        return False
+
+    def _sync_request(self, session: Session, message: Message) -> None:
+        for peers in in_lists(self._encoded.values()):
+            content = f'{{"peer_list":[{peers}]}}'
+            session.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, self.id, message["sender_id"], content))
+
+    def _hello(self, session: Session, message: Message) -> None:
+        session.error("this is a discovery server: say MSG_REGISTER")
+
+    def _chat(self, session: Session, message: Message) -> None:
+        session.error("this is a discovery server: chat goes from peer to peer")
+
+    def _beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
+        """Somebody looks for a server: here is one. Never longer than the question."""
+        message = parse_message(data)
+        if message is None or message["type"] != MSG_BEACON or not message["content"].get("server_wanted"):
+            return None
+        return make_beacon(self.id, {"role": "server", "port": self.address[1]}, len(data))
+
+    # -- news ------------------------------------------------------------------------------------------
+
+    def _drop(self, session: Session, reason: str) -> None:
+        peer_id = session.peer_id
+        assert peer_id is not None
+        session.peer_id = None
+        del self._peers[peer_id]
+        record = json.loads(self._encoded.pop(peer_id))
+        self._joined.pop(peer_id, None)
+        gone = {"id": peer_id, "reason": clean(reason)}
+        gone.update((key, record[key]) for key in ("instance", "incarnation") if key in record)
+        self._left[peer_id] = gone
+        log.info("[Server] dropped %s: %s", peer_id, reason)
+        self._gather()
+
+    def _gather(self) -> None:
+        if self._gathering is None:
+            self._gathering = self.loop.call_later(NEWS_GATHER, self._broadcast)
+
+    def _broadcast(self) -> None:
+        """Tell the newcomers who is there, and everybody else who came and went."""
+        self._gathering = None
+        newcomers = [self._peers[peer_id] for peer_id in self._joined]
+        others = [session for peer_id, session in self._peers.items() if peer_id not in self._joined]
+        gone = json.dumps(list(self._left.values()), separators=(",", ":"))
+        for joined in in_lists(self._encoded[peer_id] for peer_id in self._joined):
+            update = create_raw(MSG_PEER_LIST_UPDATE, self.id, EVERYONE, f'{{"joined":[{joined}],"left":{gone}}}')
+            gone = "[]"
+            for session in others:
+                session.connection.send(update)
+        self._introduce(newcomers)
+        log.info("[Broadcast] %d joined, %d left: told %d and answered %d",
+                 len(self._joined), len(self._left), len(others), len(newcomers))
+        self._joined.clear()
+        self._left.clear()
+
+    def _introduce(self, newcomers: List[Session]) -> None:
+        """Answer those who have registered. The list is encoded once; only the first bytes differ."""
+        if not newcomers:
+            return
+        first, *rest = in_lists(self._encoded.values())
+        tail = f'"peer_list":[{first}]}}}}\n'.encode("ascii")
+        more = [create_raw(MSG_PEER_LIST_UPDATE, self.id, EVERYONE, f'{{"joined":[{peers}],"left":[]}}') for peers in rest]
+        for session in newcomers:
+            peer_id = json.dumps(session.peer_id)
+            head = f'{{"type":"{MSG_REGISTER_ACK}","sender_id":{json.dumps(self.id)},"to":{peer_id},"content":{{"peer_id":{peer_id},'
+            for piece in (head.encode("ascii"), tail, *more):
+                session.connection.send(piece)
+
+
+def make_beacon(sender_id: str, content: Dict[str, Any], size: int) -> bytes:
+    """A beacon padded to `size` bytes, or b"" when it does not fit: an answer is never longer than its question."""
+    bare = create_message(MSG_BEACON, sender_id, content, pad="")
+    return create_message(MSG_BEACON, sender_id, content, pad=" " * (size - len(bare))) if len(bare) <= size else b""
+
+

@@ -1782,3 +1782,210 @@ def test_loop_a_burst_of_connections_is_taken_at_once():
         for connection in accepted:
             connection.abort("the test is over")
         listener.close()
+
+
+# -- discovery server ----------------------------------------------------------------------------------
+
+
+class ServerRig:
+    """A server on the simulated network, and clients that speak the bare protocol."""
+
+    def __init__(self, **settings):
+        self.network = SimNetwork(delay=(0.001, 0.002))
+        self.loop = self.network.start(self.network.host("server", "10.0.0.100"))
+        self.server = p2pchat.DiscoveryServer(self.loop, p2pchat.ServerSettings(**settings))
+        self.server.start()
+
+    def client(self, ip="10.0.0.1", host=None):
+        """A connection to the server, open."""
+        host = host or self.network.by_ip.get(ip) or self.network.host(ip, ip)
+        client = ServerClient()
+        address = ("127.0.0.1" if host is self.loop.host else "10.0.0.100", 9999)
+        client.connection = self.network.start(host).connect(address, client, 5.0)
+        self.network.run(0.01)
+        assert client.connection.state == "open"
+        return client
+
+    def registered(self, name, ip="10.0.0.1", port=5000, **content):
+        """A client that has registered and been answered."""
+        client = self.client(ip)
+        client.say("MSG_REGISTER", {"username": name, "port": port, **content})
+        self.network.run(0.1)
+        return client
+
+
+class ServerClient(p2pchat.Handler):
+    """Keeps what it hears."""
+
+    def __init__(self):
+        self.heard = []
+        self.ended = None
+        self.id = "somebody"
+
+    def received(self, messages):
+        self.heard += messages
+        for message in messages:
+            if message["type"] == "MSG_REGISTER_ACK":
+                self.id = message["content"]["peer_id"]
+
+    def closed(self, reason):
+        self.ended = reason
+
+    def say(self, kind, content, sender=None):
+        self.connection.send(p2pchat.create_message(kind, sender or self.id, content))
+
+    def take(self, kind):
+        """The contents of all messages of a type heard since the last time."""
+        taken = [message["content"] for message in self.heard if message["type"] == kind]
+        self.heard = [message for message in self.heard if message["type"] != kind]
+        return taken
+
+
+def test_server_registers_introduces_and_tells_the_others():
+    rig = ServerRig()
+    alice = rig.registered("Alice", "10.0.0.1", instance="a1", incarnation=7)
+    assert alice.take("MSG_REGISTER_ACK") == [{"peer_id": "Alice@10.0.0.1:5000", "peer_list": [
+        {"id": "Alice@10.0.0.1:5000", "ip": "10.0.0.1", "port": 5000, "username": "Alice", "instance": "a1",
+         "incarnation": 7}]}]
+    bob = rig.registered("Bob", "10.0.0.2")
+    assert [peer["id"] for peer in bob.take("MSG_REGISTER_ACK")[0]["peer_list"]] == [alice.id, "Bob@10.0.0.2:5000"]
+    (update,) = alice.take("MSG_PEER_LIST_UPDATE")
+    assert [peer["id"] for peer in update["joined"]] == [bob.id] and update["left"] == []
+    assert bob.take("MSG_PEER_LIST_UPDATE") == []
+
+
+def test_server_a_second_registration_replaces_the_first():
+    rig = ServerRig()
+    first = rig.registered("Alice", instance="a1")
+    second = rig.registered("Alice", instance="a2")
+    rig.network.run(1)
+    assert first.ended and first.take("MSG_ERROR")
+    assert second.ended is None and rig.server.peer_ids == ["Alice@10.0.0.1:5000"]
+
+
+def test_server_the_same_peer_under_another_name():
+    rig = ServerRig()
+    bob, alice = rig.registered("Bob", "10.0.0.2"), rig.registered("Alice")
+    bob.take("MSG_PEER_LIST_UPDATE")
+    alice.say("MSG_REGISTER", {"username": "Alicia", "port": 5000})
+    rig.network.run(0.1)
+    (update,) = bob.take("MSG_PEER_LIST_UPDATE")
+    assert [peer["username"] for peer in update["joined"]] == ["Alicia"]
+    assert [(gone["id"], gone["reason"]) for gone in update["left"]] == [("Alice@10.0.0.1:5000", "renamed")]
+
+
+def leave_by_word(rig, peer):
+    peer.say("MSG_UNREGISTER", None)
+
+
+def leave_by_breaking(rig, peer):
+    peer.connection.abort("gone")
+
+
+def leave_by_silence(rig, peer):
+    peer.connection.loop.freeze()
+
+
+@pytest.mark.parametrize("leave, reason, within", [
+    (leave_by_word, "left", 0.1), (leave_by_breaking, "connection lost", 0.1), (leave_by_silence, "timed out", 40.1)])
+def test_server_tells_who_left_and_why(leave, reason, within):
+    rig = ServerRig()
+    alice, bob = rig.registered("Alice"), rig.registered("Bob", "10.0.0.2")
+    alice.take("MSG_PEER_LIST_UPDATE")
+    leave(rig, bob)
+    for _ in range(int(within * 10)):
+        alice.say("MSG_HEARTBEAT", None)
+        rig.network.run(0.1)
+    (update,) = alice.take("MSG_PEER_LIST_UPDATE")
+    assert update["joined"] == [] and [gone["id"] for gone in update["left"]] == ["Bob@10.0.0.2:5000"]
+    assert update["left"][0]["reason"].startswith(reason)
+    assert rig.server.peer_ids == ["Alice@10.0.0.1:5000"] and alice.take("MSG_HEARTBEAT") != []
+
+
+def test_server_answers_anybody_who_asks_for_the_list():
+    rig = ServerRig()
+    rig.registered("Alice")
+    asker = rig.client("10.0.0.9")
+    asker.say("MSG_SYNC_PEERS_REQUEST", None, "nobody")
+    rig.network.run(0.1)
+    assert [peer["id"] for peer in asker.take("MSG_SYNC_PEERS_RESPONSE")[0]["peer_list"]] == ["Alice@10.0.0.1:5000"]
+
+
+@pytest.mark.parametrize("kind, sender", [("MSG_HEARTBEAT", "Bob@10.0.0.2:5000"), ("MSG_UNREGISTER", "Bob@10.0.0.2:5000"),
+                                          ("MSG_UNREGISTER", "")])
+def test_server_nobody_speaks_for_another(kind, sender):
+    rig = ServerRig()
+    rig.registered("Bob", "10.0.0.2")
+    mallory = rig.registered("Mallory", "10.0.0.3")
+    mallory.say(kind, None, sender or "x")
+    rig.network.run(1)
+    assert mallory.take("MSG_ERROR") and mallory.ended and rig.server.peer_ids == ["Bob@10.0.0.2:5000"]
+
+
+@pytest.mark.parametrize("kind", ["MSG_HEARTBEAT", "MSG_UNREGISTER"])
+def test_server_who_has_not_registered_is_told_to(kind):
+    rig = ServerRig()
+    stranger = rig.client()
+    stranger.say(kind, None)
+    rig.network.run(1)
+    assert "register" in stranger.take("MSG_ERROR")[0]["reason"] and stranger.ended
+
+
+@pytest.mark.parametrize("claimed, introduced", [
+    ("10.0.0.100", "10.0.0.100"), (None, "10.0.0.100"), ("8.8.8.8", "10.0.0.100"), ("127.0.0.1", "127.0.0.1"), (5, "10.0.0.100")])
+def test_server_a_peer_on_its_own_machine_is_introduced_at_an_address_that_others_reach(claimed, introduced):
+    rig = ServerRig()
+    local = rig.client(host=rig.loop.host)
+    local.say("MSG_REGISTER", {"username": "Alice", "port": 5000, "ip": claimed})
+    rig.network.run(0.1)
+    assert local.id == f"Alice@{introduced}:5000"
+
+
+def test_server_believes_no_address_from_afar():
+    rig = ServerRig()
+    assert rig.registered("Alice", ip="10.0.0.1", **{}).id == "Alice@10.0.0.1:5000"
+    liar = rig.client("10.0.0.3")
+    liar.say("MSG_REGISTER", {"username": "Bob", "port": 5000, "ip": "10.0.0.1"})
+    rig.network.run(0.1)
+    assert liar.id == "Bob@10.0.0.3:5000"
+
+
+def test_server_silent_strangers_are_sent_away_and_bounded(monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_STRANGERS", 5)
+    rig = ServerRig()
+    rig.server._strangers = p2pchat.Strangers(5)
+    silent = [rig.client("10.0.0.9") for _ in range(8)]
+    rig.network.run(0.1)
+    assert [client.ended is not None for client in silent] == [True] * 3 + [False] * 5
+    rig.network.run(45)
+    assert all(client.ended for client in silent)
+    assert rig.registered("Alice").id == "Alice@10.0.0.1:5000"
+
+
+def test_server_a_thousand_at_once_cost_each_of_them_little():
+    """Linear in the news: what a newcomer receives is near the size of the list that it must learn."""
+    rig = ServerRig()
+    first = rig.registered("First", "10.0.9.9")
+    first.heard.clear()
+    clients = [rig.client(f"10.0.{number // 200 + 1}.{number % 200 + 1}") for number in range(300)]
+    for client in clients:
+        client.say("MSG_REGISTER", {"username": "x", "port": 5000})
+    rig.network.run(1)
+    assert len(rig.server.peer_ids) == 301
+    assert len(first.heard) <= 5, "the joins were gathered"
+    learned = {peer["id"] for message in first.heard for peer in message["content"]["joined"]}
+    assert learned == {client.id for client in clients}
+
+
+def test_server_a_beacon_is_answered_by_no_more_than_it_brought():
+    rig = ServerRig()
+    question = {"role": "peer", "port": 5, "instance": "a", "server_wanted": True}
+    for size in (150, 300, 512):
+        data = p2pchat.make_beacon("Alice@10.0.0.1:5", question, size)
+        answer = rig.server._beacon(data, ("10.0.0.1", 5))
+        assert answer is not None and len(answer) <= len(data)
+        if answer:
+            assert p2pchat.parse_message(answer)["content"] == {"role": "server", "port": 9999}
+    content = dict(question, server_wanted=False)
+    assert rig.server._beacon(p2pchat.make_beacon("a", content, 512), ("10.0.0.1", 5)) is None
+    assert rig.server._beacon(b"garbage", ("10.0.0.1", 5)) is None
