@@ -2257,3 +2257,1639 @@ def make_beacon(sender_id: str, content: Dict[str, Any], size: int) -> bytes:
     return create_message(MSG_BEACON, sender_id, content, pad=" " * (size - len(bare))) if len(bare) <= size else b""
 
 
+# ======================================================================================================
+# Peer node
+#
+# A peer is client and server at once. PeerNode holds what it knows and six helpers that each do one job:
+#   Links       connections to other peers: dialling, saying hello, who is at the far end
+#   Delivery    chat messages: numbered, kept until acknowledged, shown once and in order
+#   Detector    who is still there: probes, doubts, and whether it is ourselves who are cut off
+#   Gossip      what peers tell each other of third ones: news at once, lists on difference
+#   Discovery   the connection to a discovery server
+#   Finder      others, when nobody is known: addresses named by hand, beacons on the local network
+# It tells its interface by events and never draws. Nothing here trusts what a message claims: whoever says
+# hello must have the address that we see it at, or answer at the one that it claims.
+# ======================================================================================================
+
+
+class ChatError(Exception):
+    """Something that the user asked for can't be done; the text says why, in a sentence for the user."""
+
+
+class Link(Handler):
+    """A connection to another peer. It is *bound* once we know whose it is: then `peer` is set."""
+
+    __slots__ = ("node", "connection", "dialled", "address", "peer", "ids", "shown", "acknowledge",
+                 "refused", "used", "timer", "synced")
+
+    def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
+        self.node = node
+        self.address = address  # the far end
+        self.dialled = dialled
+        self.connection: Connection
+        self.peer: Optional[Peer] = None
+        self.ids: Tuple[str, ...] = ()  # under which it may speak: its id, and those it had before
+        self.shown = 0  # last message shown, for one that never said hello
+        self.acknowledge = 0  # last message handed over and not yet acknowledged
+        self.refused: Optional[Tuple[int, int, str]] = None  # first, last and why
+        self.used = node.loop.now()
+        self.synced = 0.0  # when it was last given our list
+        self.timer: Optional[Timer] = None
+
+    def send(self, msg_type: str, content: Any) -> None:
+        """Send one message to the far end."""
+        self.used = self.node.loop.now()
+        to = self.peer.id if self.peer else EVERYONE
+        self.connection.send(create_message(msg_type, self.node.me.id, content, to))
+
+    def refuse(self, reason: str) -> None:
+        """Say what was wrong and close."""
+        limited_log("refused", logging.WARNING, "[P2P] refused %s:%d: %s", *self.connection.remote, reason)
+        self.send(MSG_ERROR, {"reason": clean(reason)[:500]})
+        self.connection.close(reason)
+
+    def opened(self) -> None:
+        self.node.adopt_address(self.connection.local[0])
+        self.node.links.say_hello(self)
+
+    def received(self, messages: List[Message]) -> None:
+        node = self.node
+        if self.peer is not None or self.connection.remote[0] not in node.own_addresses():
+            node.detector.heard(self.peer)
+        handlers = node.handlers
+        for message in messages:
+            handle = handlers.get(message["type"])
+            if handle is None:
+                continue
+            if self.peer is None:
+                if message["type"] not in _FROM_ANYONE:
+                    self.refuse("say MSG_HELLO first")
+            elif message["sender_id"] not in self.ids:
+                self.refuse(f"sender_id is not yours, which is {self.ids[-1]}")
+            if self.connection.state != OPEN:
+                return
+            handle(self, message)
+        if self.acknowledge or self.refused:
+            node.delivery.acknowledge(self)
+
+    def spoilt(self, reason: str) -> None:
+        limited_log("bad input", logging.WARNING, "[P2P] bad input from %s:%d: %s", *self.connection.remote, reason)
+        self.send(MSG_ERROR, {"reason": clean(reason)[:500]})
+
+    def closed(self, reason: str) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.node.links.closed(self, reason)
+
+
+_FROM_ANYONE = frozenset((MSG_HELLO, MSG_CHAT, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_HEARTBEAT, MSG_REGISTER))
+
+
+class Links:
+    """All links: at most one is used for sending to a peer, any may be received on."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.current: Dict[str, Link] = {}  # by the peer's key
+        self._all: Dict[Link, None] = {}
+        self._dialling: Dict[Address, Optional[Peer]] = {}
+        self._waiting: Dict[Address, Optional[Peer]] = {}  # dials for which there is no room now
+        self._failed: Dict[str, Tuple[float, float]] = {}  # by key: when to try again, how long that was
+        self._strangers = Strangers()
+        self._banned: Dict[str, float] = {}  # until when
+        self._own: Set[Address] = set()  # addresses at which we met ourselves
+
+    def accept(self, connection: Connection) -> Optional[Handler]:
+        """Somebody dialled us."""
+        link = Link(self.node, connection.remote, dialled=False)
+        link.connection = connection
+        self._strangers.add(connection)  # which may turn away an older one
+        self._all[link] = None
+        link.timer = self.node.loop.call_later(HELLO_TIME, self._no_hello, link)
+        return link
+
+    def want(self, peer: Peer) -> None:
+        """See to it that there is a link to a peer, or will be."""
+        if peer.key not in self.current:
+            self.dial(peer.address, peer)
+
+    def dial(self, address: Address, peer: Optional[Peer] = None) -> None:
+        """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
+        if address in self._dialling or address in self._own or self.node.stopping:
+            return
+        if len(self._dialling) >= MAX_DIALS:
+            if len(self._waiting) < MAX_PEERS:
+                self._waiting[address] = peer
+            return
+        self._dialling[address] = peer
+        link = Link(self.node, address, dialled=True)
+        self._all[link] = None
+        link.connection = self.node.loop.connect(address, link, self.node.settings.timeout)
+
+    def say_hello(self, link: Link) -> None:
+        """Say who we are; in an answer also at which address we see the other."""
+        node = self.node
+        content = {"peer": node.me.wire(node.loop.now()), "digest": node.peers.digest()}
+        if not link.dialled:
+            content["you"] = {"ip": link.connection.remote[0]}
+        elif link.timer is None:
+            link.timer = node.loop.call_later(node.settings.timeout, self._no_hello, link)
+        link.send(MSG_HELLO, content)
+
+    def hello(self, link: Link, message: Message) -> None:
+        """The far end says who it is: believe it if that can be, and bind the link to it."""
+        if link.peer is not None:
+            return
+        content = message["content"]
+        record = content["peer"]
+        objection = self._objection(link, record)
+        if objection:
+            link.refuse(objection)
+            return
+        before = self.node.peers.by_key(record["instance"])
+        was_lost = before is not None and before.gone
+        verdict, peer, changes = self.node.peers.confirm(record, self.node.loop.now())
+        self._bind(link, peer, record["id"])
+        if not link.dialled:
+            self.say_hello(link)
+        else:
+            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection)
+        self.node.apply(changes)
+        self.node.gossip.met(link, verdict, was_lost, content.get("digest"))
+        if not peer.gone:
+            self.node.delivery.resume(peer, link)
+
+    def _bind(self, link: Link, peer: Peer, peer_id: str) -> None:
+        link.peer = peer
+        link.ids = (peer_id,)
+        if link.timer is not None:
+            link.timer.cancel()
+        self._strangers.discard(link.connection)
+        if link.dialled:
+            self._dial_over(link)
+        self.current[peer.key] = link
+        self._failed.pop(peer.key, None)
+        self.node.detector.heard(peer)
+        self.node.detector.proved(peer)
+        log.debug("[P2P] linked to %s", peer.id)
+
+    def _objection(self, link: Link, record: Dict[str, Any]) -> str:
+        """Why the far end can't be who it says it is; empty if nothing speaks against it."""
+        node = self.node
+        claimed = (record["ip"], record["port"])
+        if record["instance"] == node.me.instance:
+            self._own.add(link.address if link.dialled else claimed)
+            return "this is yourself"
+        if self._is_banned(record["instance"]):
+            return "you sent too much; come back later"
+        if not self.seen_there(link, claimed):
+            self.look(claimed)
+            return f"you say that you are at {claimed[0]}:{claimed[1]}, but I see you at {link.connection.remote[0]}"
+        holder = node.peers.get(record["id"])
+        if not link.dialled and holder is not None and holder.key != record["instance"]:
+            self.look(claimed)
+            return "another peer has that id; I am looking which of you answers there"
+        known = node.peers.by_key(record["instance"])
+        if known is not None and not known.gone and known.address != claimed and self._is_lively(known):
+            node.detector.probe(known)
+            return f"that instance is at {known.ip}:{known.port}, and still answers"
+        return ""
+
+    def seen_there(self, link: Link, claimed: Address) -> bool:
+        """Whether the address that the far end claims is the one at which we see it."""
+        seen, port = link.connection.remote
+        if link.dialled and port != claimed[1]:
+            return False
+        if seen == claimed[0]:
+            return True
+        own = self.node.own_addresses()
+        return (is_loopback(seen) or seen in own) and (is_loopback(claimed[0]) or claimed[0] in own)
+
+    def look(self, address: Address) -> None:
+        """Dial an address that somebody named, to see who answers there; within bounds."""
+        if address != self.node.me.address and len(self._dialling) < MAX_DIALS:
+            self.dial(address)
+
+    def _is_lively(self, peer: Peer) -> bool:
+        return peer.key in self.current and self.node.loop.now() - peer.heard < QUIET_AFTER
+
+    def closed(self, link: Link, reason: str) -> None:
+        """A link is gone. Another one to the same peer takes over; else the peer is looked after."""
+        del self._all[link]
+        self._strangers.discard(link.connection)
+        if self.node.stopping:
+            self.node.proceed()
+            return
+        peer = link.peer
+        if peer is None:
+            if link.dialled:
+                self._dial_over(link, reason)
+            return
+        if self.current.get(peer.key) is not link:
+            return
+        del self.current[peer.key]
+        other = next((each for each in self._all if each.peer is peer and each.connection.state == OPEN), None)
+        if other is not None:
+            self.current[peer.key] = other
+            self.node.delivery.resume(peer, other)
+        elif not peer.gone:
+            log.debug("[P2P] link to %s lost: %s", peer.id, reason)
+            self.node.detector.link_lost(peer)
+
+    def _dial_over(self, link: Link, failure: str = "") -> None:
+        """A dial has ended, well or not: whoever waits may dial now."""
+        peer = self._dialling.pop(link.address, None)
+        if failure:
+            self.node.finder.dial_failed(link.address, failure)
+            if peer is not None and not peer.gone:
+                self._back_off(peer)
+                self.node.detector.dial_failed(peer, failure)
+            elif peer is not None and failure == REFUSED:
+                self.node.detector.hopeless(peer)
+        if self._waiting and len(self._dialling) < MAX_DIALS:
+            address = next(iter(self._waiting))
+            self.dial(address, self._waiting.pop(address))
+
+    def _back_off(self, peer: Peer) -> None:
+        _, wait = self._failed.get(peer.key, (0.0, 0.5))
+        wait = min(2 * wait, 30.0)
+        self._failed[peer.key] = (self.node.loop.now() + wait * (0.75 + self.node.loop.random.random() / 2), wait)
+
+    def _no_hello(self, link: Link) -> None:
+        link.timer = None
+        if link.peer is None:
+            link.refuse("no MSG_HELLO came")
+            if link.dialled:
+                link.connection.abort("it does not answer")
+
+    def drop(self, peer: Peer, reason: str) -> None:
+        """Close every link to a peer that is gone."""
+        self._failed.pop(peer.key, None)
+        for link in [each for each in self._all if each.peer is peer]:
+            link.connection.abort(reason)
+
+    def ban(self, link: Link) -> None:
+        """End a link, and accept no other from that instance for a while."""
+        if link.peer is not None and len(self._banned) < MAX_PEERS:
+            self._banned[link.peer.key] = self.node.loop.now() + BAN_TIME
+        link.refuse("you sent too much; come back later")
+
+    def _is_banned(self, key: str) -> bool:
+        now = self.node.loop.now()
+        self._banned = {each: until for each, until in self._banned.items() if until > now}
+        return key in self._banned
+
+    def keep_house(self) -> None:
+        """Dial those who should be linked; close links that nobody needs."""
+        now, me = self.node.loop.now(), self.node.me
+        if len(self.node.peers) <= IDLE_LINKS:
+            for peer in self.node.peers.present():
+                may_dial = me.key < peer.key or now - peer.last_sign() > QUIET_AFTER - 1
+                if peer.key not in self.current and may_dial and now >= self._failed.get(peer.key, (0.0, 0.0))[0]:
+                    self.dial(peer.address, peer)
+        else:  # too many to be linked to all: verify one that was only heard of
+            unheard = [peer for peer in self.node.peers.present() if not peer.heard]
+            for peer in self.node.peers.sample(self.node.loop.random, 1, unheard):
+                self.dial(peer.address, peer)
+        for link in list(self._all):
+            idle = link.peer is not None and now - link.used > IDLE_TIME
+            if idle and self._is_needless(link):
+                link.connection.close("not needed")
+
+    def _is_needless(self, link: Link) -> bool:
+        """A second link, which one side closes; or one too many, unused."""
+        assert link.peer is not None
+        if self.current.get(link.peer.key) is not link:
+            return self.node.me.key < link.peer.key
+        return len(self.current) > IDLE_LINKS and not self.node.delivery.is_waiting(link.peer)
+
+    def close_all(self) -> None:
+        """Say goodbye to all and close."""
+        for link in list(self._all):
+            if link.peer is not None:
+                link.send(MSG_UNREGISTER, None)
+            link.connection.close("leaving")
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def open_links(self) -> List[Link]:
+        """The links in use, in a fixed order."""
+        return [self.current[key] for key in sorted(self.current)]
+
+
+class Pending(NamedTuple):
+    """A message that a receiver has not yet acknowledged. One is shared by all its receivers."""
+
+    sequence: int
+    data: bytes
+    sender_id: str  # under which it was encoded
+    to: str
+    text: str
+    message_id: str
+
+
+class Channel:
+    """What is on its way to one peer, and how far we got with what it sent."""
+
+    __slots__ = ("waiting", "size", "progress", "shown", "refused", "spent", "since", "excess")
+
+    def __init__(self, now: float) -> None:
+        self.waiting: Deque[Pending] = collections.deque()
+        self.size = 0  # bytes waiting
+        self.progress = now  # when the first of them began to wait, or an acknowledgement came
+        self.shown = 0  # the last of its messages that was handed over or refused
+        self.refused: Deque[Tuple[int, int]] = collections.deque(maxlen=1000)  # those refused: first, last
+        self.spent = 0.0  # bytes of its budget
+        self.since = now
+        self.excess = 0.0  # bytes refused
+
+
+class Delivery:
+    """Chat messages, out and in. Sent ones are kept until acknowledged and sent again on every new link;
+    the receiver shows each number once. So nothing is lost, doubled or out of order while both live."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self._channels: Dict[str, Channel] = {}
+        self._sequence = 0
+        self._timer: Optional[Timer] = None
+
+    # -- out -------------------------------------------------------------------------------------------
+
+    def send(self, text: str, receivers: List[Peer], to: str) -> str:
+        """Send to all the receivers, encoded once; return the message's id."""
+        node = self.node
+        self._sequence += 1
+        message_id = f"{node.me.instance}-{self._sequence}"
+        data = create_chat(node.me.id, text, to, self._sequence)
+        pending = Pending(self._sequence, data, node.me.id, to, text, message_id)
+        node.emit({"event": "sent", "to": to, "text": text, "id": message_id,
+                   "receivers": [peer.id for peer in receivers]})
+        for peer in receivers:
+            self._enqueue(peer, pending)
+        if self._timer is None:
+            self._timer = node.loop.call_later(1.0, self._look_after)
+        return message_id
+
+    def _enqueue(self, peer: Peer, pending: Pending) -> None:
+        channel = self._channels.get(peer.key) or self._channel(peer)
+        if len(channel.waiting) >= OUTBOX_MESSAGES or channel.size + len(pending.data) > OUTBOX_BYTES:
+            self._failed(peer, pending, "too much is waiting for it already")
+            return
+        if not channel.waiting:
+            channel.progress = self.node.loop.now()
+        channel.waiting.append(pending)
+        channel.size += len(pending.data)
+        link = self.node.links.current.get(peer.key)
+        if link is not None:
+            link.used = channel.progress
+            link.connection.send(pending.data)
+        else:
+            self.node.links.want(peer)
+
+    def resume(self, peer: Peer, link: Link) -> None:
+        """Send all that is unacknowledged over a new link, in order."""
+        channel = self._channels.get(peer.key)
+        if channel is None:
+            return
+        for pending in channel.waiting:
+            if pending.sender_id == self.node.me.id:
+                link.connection.send(pending.data)
+            else:  # our name or address was another when it was encoded
+                link.connection.send(create_chat(self.node.me.id, pending.text, pending.to, pending.sequence))
+
+    def acknowledged(self, link: Link, message: Message) -> None:
+        """The far end has handed over all messages up to a number."""
+        peer = link.peer
+        assert peer is not None
+        for pending in self._taken(peer, message["content"]["upto"]):
+            self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
+        if self.node.leaving:
+            self.node.proceed()
+
+    def refused(self, link: Link, message: Message) -> None:
+        """The far end will not show some messages."""
+        peer, content = link.peer, message["content"]
+        assert peer is not None
+        for pending in self._taken(peer, content["upto"], content["id"]):
+            self._failed(peer, pending, clean(content["reason"])[:200])
+        self.node.proceed()
+
+    def _taken(self, peer: Peer, upto: int, first: int = 0) -> Iterator[Pending]:
+        """Take those with numbers from `first` to `upto` out of what waits; those before `first` are delivered."""
+        channel = self._channels.get(peer.key)
+        if channel is None:
+            return
+        waiting = channel.waiting
+        channel.progress = self.node.loop.now()
+        while waiting and waiting[0].sequence <= upto:
+            pending = waiting.popleft()
+            channel.size -= len(pending.data)
+            if pending.sequence >= first:
+                yield pending
+            else:
+                self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
+
+    def fail(self, peer: Peer, reason: str) -> None:
+        """Give up all that waits for a peer, and say so."""
+        channel = self._channels.get(peer.key)
+        while channel is not None and channel.waiting:
+            pending = channel.waiting.popleft()
+            channel.size -= len(pending.data)
+            self._failed(peer, pending, reason)
+
+    def fail_all(self, reason: str) -> None:
+        """Give up everything that waits."""
+        for key in list(self._channels):
+            peer = self.node.peers.by_key(key)
+            if peer is not None:
+                self.fail(peer, reason)
+
+    def _failed(self, peer: Peer, pending: Pending, reason: str) -> None:
+        self.node.undelivered += 1
+        limited_log("undelivered", logging.WARNING, "[Chat] not delivered to %s: %s", peer.id, reason)
+        self.node.emit({"event": "failed", "id": pending.message_id, "to": peer.public, "reason": reason,
+                        "text": pending.text})
+
+    def is_waiting(self, peer: Optional[Peer] = None) -> bool:
+        """Whether something waits for an acknowledgement, of one peer or of anybody."""
+        if peer is not None:
+            return peer.key in self._channels and bool(self._channels[peer.key].waiting)
+        return any(channel.waiting for channel in self._channels.values())
+
+    def _look_after(self) -> None:
+        """Once a second while anything waits: a receiver that does not answer is doubted, then given up."""
+        self._timer = None
+        now = self.node.loop.now()
+        for key, channel in list(self._channels.items()):
+            peer = self.node.peers.by_key(key)
+            if peer is None or not channel.waiting:
+                continue
+            stalled = now - channel.progress
+            if stalled > UNREACHABLE_TIME and not self.node.detector.cut_off:
+                self.fail(peer, "it can't be reached from here")
+                self.node.links.drop(peer, "it does not acknowledge what it is sent")
+            elif stalled > QUIET_AFTER - 1:
+                self.node.detector.stalled(peer)
+        if self.is_waiting():
+            self._timer = self.node.loop.call_later(1.0, self._look_after)
+
+    def _channel(self, peer: Peer) -> Channel:
+        """A peer's channel; those of forgotten peers make room."""
+        if len(self._channels) >= 2 * MAX_PEERS:
+            known = self.node.peers.by_key
+            self._channels = {key: each for key, each in self._channels.items() if known(key) is not None}
+        channel = self._channels[peer.key] = Channel(self.node.loop.now())
+        return channel
+
+    # -- in --------------------------------------------------------------------------------------------
+
+    def chat(self, link: Link, message: Message) -> None:
+        """A chat message came: hand it over if it is new, for us, and within its sender's budget."""
+        peer = link.peer or self._stranger(link, message)
+        if peer is None:
+            return
+        channel = self._channels.get(peer.key) or self._channel(peer)
+        sequence = message.get("id", 0)
+        if sequence:
+            shown = channel.shown if link.peer is not None else link.shown
+            if sequence <= shown:
+                self._seen_before(link, channel, sequence)
+                return
+            channel.shown = link.shown = sequence
+        to = message["to"]
+        if to != EVERYONE and to not in self.node.my_ids:
+            self._refuse(link, channel, sequence, "it is meant for somebody else")
+            return
+        text = message["content"]
+        channel.spent += len(text) + 128  # what stands around a text costs, too
+        if channel.spent > self.node.settings.budget > 0 and not self._within_budget(link, channel, len(text)):
+            self._refuse(link, channel, sequence, "you send too much: slow down")
+            return
+        self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else self.node.me.id,
+                        "text": clean(text, newlines=True), "id": f"{peer.instance}-{sequence}"})
+        if sequence > link.acknowledge:
+            link.acknowledge = sequence
+
+    def _seen_before(self, link: Link, channel: Channel, sequence: int) -> None:
+        """It came again because our answer was lost: answer as before."""
+        if any(first <= sequence <= last for first, last in channel.refused):
+            self._refuse(link, channel, sequence, "it was refused before")
+        else:
+            link.acknowledge = max(link.acknowledge, sequence)
+
+    def _within_budget(self, link: Link, channel: Channel, length: int) -> bool:
+        """Whether a sender that seems to have spent its budget has: it comes back at a steady rate."""
+        now, budget = self.node.loop.now(), self.node.settings.budget
+        channel.spent = max(0.0, channel.spent - budget * (now - channel.since) / 60)
+        channel.excess = max(0.0, channel.excess - budget * (now - channel.since) / 60)
+        channel.since = now
+        if channel.spent <= budget:
+            return True
+        channel.spent -= length + 128
+        channel.excess += length + 128
+        if channel.excess > CUT_OFF_FACTOR * budget:
+            channel.excess = 0.0
+            self.node.links.ban(link)
+        return False
+
+    def _refuse(self, link: Link, channel: Channel, sequence: int, reason: str) -> None:
+        """Refuse a message, for good. Refusals that follow each other are told as one."""
+        limited_log("refused chat", logging.WARNING, "[Chat] refused from %s: %s", link.connection.remote[0], reason)
+        if not sequence:
+            link.send(MSG_ERROR, {"reason": reason})
+            return
+        if channel.refused and channel.refused[-1][1] < sequence and link.refused is not None:
+            channel.refused[-1] = (channel.refused[-1][0], sequence)
+        else:
+            channel.refused.append((sequence, sequence))
+        if link.refused is None or link.refused[2] != reason:
+            self.acknowledge(link)
+            link.refused = (sequence, sequence, reason)
+        link.refused = (link.refused[0], sequence, reason)
+
+    def acknowledge(self, link: Link) -> None:
+        """Tell the far end what became of its messages, in few messages of ours."""
+        if link.refused is not None:
+            first, last, reason = link.refused
+            link.refused = None
+            link.send(MSG_CHAT_REFUSED, {"id": first, "upto": last, "reason": reason})
+        if link.acknowledge:
+            upto, link.acknowledge = link.acknowledge, 0
+            link.send(MSG_CHAT_ACK, {"upto": upto})
+
+    def _stranger(self, link: Link, message: Message) -> Optional[Peer]:
+        """A program that chats without having said hello: who it says it is, if nobody else is that."""
+        parts = split_id(message["sender_id"])
+        if parts is None:
+            link.refuse("sender_id must be username@ip:port")
+            return None
+        known = self.node.peers.get(message["sender_id"])
+        if parts[1] != link.connection.remote[0] or (known is not None and known.instance) or \
+                message["sender_id"] in self.node.my_ids:
+            link.refuse("that sender_id is not yours; say MSG_HELLO first")
+            return None
+        return known or Peer(*parts)
+
+
+class Doubt:
+    """A peer may be gone: it has until `timer` to show that it lives."""
+
+    __slots__ = ("since", "timer", "reason", "hearsay")
+
+    def __init__(self, since: float, timer: Timer, reason: str, hearsay: bool) -> None:
+        self.since = since
+        self.timer = timer
+        self.reason = reason
+        self.hearsay = hearsay
+
+
+class Detector:
+    """Who is still there. Each peer probes its NEIGHBOURS on a ring, so each is watched by a few and the
+    cost does not grow with the number of peers. Silence makes a doubt: others are asked to try, the
+    accused hears of it and can deny it, and only when none of that helps in time is it removed."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.contact = 0.0  # when anything was last heard from anybody
+        self.cut_off = False  # everybody fell silent at once: it is us
+        self._doubts: Dict[str, Doubt] = {}
+        self._askers: Dict[str, List[Link]] = {}  # who asked us to try a peer, by its key
+        self._hopeless: Set[str] = set()  # lost peers whose address refused us: not tried again
+        self._last_tick = (node.loop.now(), node.loop.wall())
+
+    def start(self) -> None:
+        """Begin to probe."""
+        self.contact = self.node.loop.now()
+        self._last_tick = (self.contact, self.node.loop.wall())
+        self.node.every(PROBE_INTERVAL, self._tick)
+
+    # -- signs of life ---------------------------------------------------------------------------------
+
+    def heard(self, peer: Optional[Peer]) -> None:
+        """Something came from a peer itself; None for the server, or one that has not said who it is.
+
+        What comes from this very machine says nothing of the network."""
+        now = self.node.loop.now()
+        if peer is None or peer.ip != self.node.me.ip:
+            self.contact = now
+            if self.cut_off:
+                self._network_back()
+        if peer is not None:
+            peer.heard = now
+            if peer.quiet or peer.unverified is not None or peer.key in self._doubts:
+                self._clear(peer)
+
+    def vouched(self, peer: Peer) -> None:
+        """Somebody else heard a peer, or the peer denied that it is gone."""
+        peer.vouched = self.node.loop.now()
+        self._clear(peer)
+
+    def _clear(self, peer: Peer) -> None:
+        doubt = self._doubts.pop(peer.key, None)
+        if doubt is not None:
+            doubt.timer.cancel()
+            self.node.gossip.news.drop(peer, SUSPECT)
+        peer.unverified = None
+        self._set_quiet(peer, False)
+
+    def _set_quiet(self, peer: Peer, quiet: bool) -> None:
+        if peer.quiet != quiet and not peer.gone:
+            peer.quiet = quiet
+            self.node.emit({"event": "quiet", "peer": peer.public, "quiet": quiet})
+
+    # -- probing ---------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self._check_clock()
+        now = self.node.loop.now()
+        self._last_tick = (now, self.node.loop.wall())
+        ahead, behind = self.node.peers.neighbours(NEIGHBOURS)
+        for peer in ahead:
+            self.probe(peer)
+        for peer in {peer.key: peer for peer in ahead + behind}.values():
+            if now - peer.last_sign() > QUIET_AFTER - 1:
+                self._silent(peer)
+        self._try_lost()
+        if self.cut_off:
+            for peer in self.node.peers.sample(self.node.loop.random, MAX_DIALS // 2, self.node.peers.present()):
+                self.probe(peer)
+        self.node.links.keep_house()
+
+    def probe(self, peer: Peer, status: str = ALIVE) -> None:
+        """Ask a peer for a sign of life, and tell it what is said of it."""
+        link = self.node.links.current.get(peer.key)
+        if link is None:
+            self.node.links.want(peer)
+        else:
+            number = int(self.node.loop.now() * 1_000_000)
+            link.send(MSG_PROBE, {"number": number, "incarnation": peer.incarnation, "status": status})
+
+    def probed(self, link: Link, message: Message) -> None:
+        """We are asked for a sign of life."""
+        content = message["content"]
+        if content.get("status", ALIVE) != ALIVE:
+            self.node.deny(content.get("incarnation", 0))
+            link.send(MSG_PEER_NEWS, {"peers": [self.node.me.wire(self.node.loop.now())]})
+        link.send(MSG_PROBE_ACK, {"number": content["number"], "incarnation": self.node.me.incarnation})
+
+    def answered(self, link: Link, message: Message) -> None:
+        """The answer to a probe. The number is the time on our own clock at which we asked, in microseconds."""
+        assert link.peer is not None
+        rtt = self.node.loop.now() - message["content"]["number"] / 1_000_000
+        if 0 <= rtt < 60:
+            link.peer.rtt = rtt
+        self.proved(link.peer)
+
+    def _silent(self, peer: Peer) -> None:
+        """Nothing was heard of a peer that should be heard. First others are asked whether they hear it."""
+        if peer.key not in self._doubts and not self.cut_off:
+            self.doubt(peer, SUSPICION, "silent", hearsay=False)
+            self.node.loop.call_later(1.5, self._still_silent, peer, self._doubts[peer.key])
+
+    def _still_silent(self, peer: Peer, doubt: Doubt) -> None:
+        """Nobody else heard it either: say so, which reaches the peer itself if anything does."""
+        if self._doubts.get(peer.key) is doubt:
+            self._set_quiet(peer, True)
+            self.node.gossip.spread(peer, SUSPECT)
+
+    def stalled(self, peer: Peer) -> None:
+        """A peer does not acknowledge what it is sent."""
+        self.probe(peer)
+        if self.node.loop.now() - peer.last_sign() > QUIET_AFTER - 1:
+            self._silent(peer)
+
+    def link_lost(self, peer: Peer) -> None:
+        """A link broke, which happens to the living, too: look whether its program still answers."""
+        self.node.links.want(peer)
+
+    def dial_failed(self, peer: Peer, reason: str) -> None:
+        """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
+        if reason != REFUSED:
+            return
+        if peer.ip != self.node.me.ip:
+            self.contact = self.node.loop.now()  # somebody sent the refusal: our own network works
+        doubt = self._doubts.get(peer.key)
+        if doubt is not None and doubt.hearsay:
+            self._remove(peer, doubt.reason)
+        elif peer.key not in self.node.links.current and self.node.loop.now() - peer.vouched > QUIET_AFTER:
+            self.doubt(peer, REFUSED_SUSPICION, "connection refused", hearsay=False)
+            self.node.gossip.spread(peer, SUSPECT)
+
+    # -- doubting --------------------------------------------------------------------------------------
+
+    def accused(self, peer: Peer, status: str, reason: str = "") -> None:
+        """Somebody says that a peer is suspect or gone: let the peer itself answer."""
+        now = self.node.loop.now()
+        if status == SUSPECT and now - peer.heard < QUIET_AFTER:
+            self.probe(peer, SUSPECT)  # we hear it: it will deny that, and its word travels
+            return
+        known = self._doubts.get(peer.key)
+        if known is not None and status != SUSPECT and now - known.since > HEARSAY_SUSPICION:
+            self._expired(peer)  # it had its time to answer already
+            return
+        fuse = SUSPICION if status == SUSPECT else HEARSAY_SUSPICION
+        if status == SUSPECT and known is None:
+            self.node.gossip.spread(peer, SUSPECT)
+        self.doubt(peer, fuse, reason or ("left" if status == LEFT else "silent"), hearsay=status != SUSPECT)
+        self.probe(peer, status)
+
+    def doubt(self, peer: Peer, fuse: float, reason: str, hearsay: bool) -> None:
+        """Give a peer `fuse` seconds to show that it lives, and ask others to try it."""
+        now = self.node.loop.now()
+        doubt = self._doubts.get(peer.key)
+        if peer.gone or (doubt is not None and doubt.timer.when <= now + fuse):
+            return
+        if doubt is not None:
+            doubt.timer.cancel()
+        timer = self.node.loop.call_later(fuse, self._expired, peer)
+        self._doubts[peer.key] = Doubt(now, timer, reason, hearsay)
+        self.probe(peer, SUSPECT)
+        self._ask_helpers(peer)
+
+    def _ask_helpers(self, peer: Peer) -> None:
+        links = [link for link in self.node.links.open_links() if link.peer is not peer]
+        chosen = self.node.loop.random.sample(links, min(PROBE_HELPERS, len(links)))
+        for link in chosen:
+            link.send(MSG_PROBE_REQUEST, {"peer": peer.wire(self.node.loop.now())})
+
+    def help_probe(self, link: Link, message: Message) -> None:
+        """Somebody can't reach a peer and asks whether we can."""
+        peer = self.node.peers.by_key(message["content"]["peer"].get("instance", ""))
+        if peer is None or peer.gone:
+            return
+        askers = self._askers.setdefault(peer.key, [])
+        if len(askers) < IDLE_LINKS and link not in askers:
+            askers.append(link)
+        self.probe(peer, SUSPECT)
+
+    def proved(self, peer: Peer) -> None:
+        """A peer has answered just now: tell those who asked."""
+        for link in self._askers.pop(peer.key, ()):
+            link.send(MSG_PROBE_RESULT, {"peer": peer.wire(self.node.loop.now())})
+
+    def helped(self, link: Link, message: Message) -> None:
+        """Somebody whom we asked has heard the peer that we doubt."""
+        record = message["content"]["peer"]
+        peer = self.node.peers.by_key(record.get("instance", ""))
+        if peer is not None and not peer.gone and peer.key in self._doubts:
+            self.vouched(peer)
+
+    def _expired(self, peer: Peer) -> None:
+        """Nothing showed that it lives."""
+        doubt = self._doubts.get(peer.key)
+        if self._check_clock() or doubt is None:
+            return
+        now = self.node.loop.now()
+        others = sum(1 for each in self.node.peers.present() if each.ip != self.node.me.ip)
+        if not self.cut_off and others > 1 and now - self.contact > QUIET_AFTER:
+            self._network_gone()
+        if self.cut_off:
+            doubt.timer = self.node.loop.call_later(SUSPICION, self._expired, peer)
+            return
+        self._remove(peer, doubt.reason)
+
+    def _remove(self, peer: Peer, reason: str) -> None:
+        self.forget(peer)
+        status = LEFT if reason == "left" else DEAD
+        self.node.remove(peer, status, reason)
+
+    def forget(self, peer: Peer) -> None:
+        """A peer is gone: there is nothing left to doubt."""
+        self._askers.pop(peer.key, None)
+        doubt = self._doubts.pop(peer.key, None)
+        if doubt is not None:
+            doubt.timer.cancel()
+
+    # -- oneself ---------------------------------------------------------------------------------------
+
+    def _network_gone(self) -> None:
+        """Everybody fell silent at once: that is more likely us than they. Keep the list, try them all."""
+        self.cut_off = True
+        log.warning("[P2P] nobody can be heard: this machine's own network seems to be gone")
+        for peer in self.node.peers.present():
+            self._set_quiet(peer, True)
+            peer.unverified = peer.unverified or self.contact
+        self.node.unsure_of_address()
+        self.node.emit({"event": "network", "gone": True})
+
+    def _network_back(self) -> None:
+        self.cut_off = False
+        log.info("[P2P] the network is back")
+        self.node.emit({"event": "network", "gone": False})
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Trust no silence from before now, and no list either: people may have gone meanwhile."""
+        now = self.node.loop.now()
+        present = self.node.peers.present()
+        for peer in present:
+            peer.added = now
+            peer.unverified = peer.unverified or now
+            self.forget(peer)
+        for peer in self.node.peers.sample(self.node.loop.random, MAX_DIALS, present):
+            self.probe(peer)
+            self.node.gossip.ask(peer)
+        self.node.loop.call_later(QUIET_AFTER, self._doubt_unverified)
+
+    def _doubt_unverified(self) -> None:
+        """Those who neither answered nor are on anybody's list: look after each."""
+        for peer in self.node.peers.present():
+            if peer.unverified is not None and not self.cut_off:
+                self.doubt(peer, SUSPICION, "silent", hearsay=False)
+
+    def _check_clock(self) -> bool:
+        """Whether the machine slept, or the process was stopped: then the silence was ours, not the peers'."""
+        now, wall = self.node.loop.now(), self.node.loop.wall()
+        passed = now - self._last_tick[0]
+        late, jump = passed - PROBE_INTERVAL, abs(wall - self._last_tick[1] - passed)
+        if late < QUIET_AFTER - PROBE_INTERVAL and jump < CLOCK_JUMP:
+            return False
+        self._last_tick = (now, wall)
+        if max(late, jump) > CLOCK_JUMP:
+            log.warning("[P2P] the clock jumped by %d s: looking who is still there", max(late, jump))
+            self.node.discovery.check()
+        self._start_over()
+        return True
+
+    def _try_lost(self) -> None:
+        """Dial one of those who were lost: so the halves of a cut network find each other again."""
+        lost = [peer for peer in self.node.peers.tombstones()
+                if peer.status == DEAD and peer.key not in self._hopeless]
+        if lost:
+            peer = self.node.loop.random.choice(lost)
+            self.node.links.dial(peer.address, peer)
+
+    def hopeless(self, peer: Peer) -> None:
+        """A lost peer's address refuses connections: its program has ended."""
+        if len(self._hopeless) > 2 * MAX_PEERS:
+            self._hopeless.clear()
+        self._hopeless.add(peer.key)
+
+
+class Gossip:
+    """What peers tell each other of third ones: news at once to a few, who pass it on; and each interval
+    one random peer is compared with, by a digest first, so that what news missed is found."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.news = News()
+        self._timer: Optional[Timer] = None
+        self._synced = False  # whether anybody's list was taken in yet
+        self._asked: Dict[str, bool] = {}  # keys of peers to ask once they are linked: by the user's wish?
+
+    def start(self) -> None:
+        """Begin to gossip."""
+        self.node.every(self.node.settings.gossip_interval, self._tick)
+
+    def spread(self, peer: Peer, status: str) -> None:
+        """Pass on what has become of a peer (oneself included)."""
+        self.news.add(peer, status, len(self.node.peers))
+        if self._timer is None:
+            self._timer = self.node.loop.call_later(0, self._tell)
+
+    def _tell(self) -> None:
+        """Tell a few peers all that is news."""
+        self._timer = None
+        links = self.node.links.open_links()
+        chosen = self.node.loop.random.sample(links, min(NEWS_FANOUT, len(links)))
+        if chosen:
+            records = self.news.take(len(chosen), self.node.loop.now())
+            data = create_message(MSG_PEER_NEWS, self.node.me.id, {"peers": records})
+            for link in chosen:
+                link.connection.send(data)
+        if self.news:
+            self._timer = self.node.loop.call_later(NEWS_INTERVAL, self._tell)
+
+    def _tick(self) -> None:
+        for peer in self.node.peers.sample(self.node.loop.random, 1, self.node.peers.present()):
+            self.ask(peer)
+
+    def ask(self, peer: Peer, by_user: bool = False) -> None:
+        """Compare lists with a peer, now or as soon as it is linked."""
+        link = self.node.links.current.get(peer.key)
+        if len(self._asked) >= MAX_DIALS:
+            self._asked.clear()
+        self._asked[peer.key] = by_user
+        if link is None:
+            self.node.links.want(peer)
+        else:
+            self._request(link)
+
+    def _request(self, link: Link) -> None:
+        link.send(MSG_SYNC_PEERS_REQUEST, {"digest": self.node.peers.digest(), "count": len(self.node.peers) + 1})
+
+    def met(self, link: Link, verdict: str, was_lost: bool, digest: Any) -> None:
+        """A link was bound: pass on that the peer is there, and compare lists if there is reason to."""
+        peer = link.peer
+        assert peer is not None
+        self.node.loop.call_later(SETTLE_TIME / 4, self.node.settle)
+        if verdict == NEW:
+            self.spread(peer, ALIVE)
+        elif verdict == STALE:  # it is thought gone: it must know, to be able to deny it
+            link.send(MSG_PEER_NEWS, {"peers": [peer.wire(self.node.loop.now(), peer.status if peer.gone else SUSPECT)]})
+        wanted = peer.key in self._asked
+        if wanted or (link.dialled and digest != self.node.peers.digest() and (not self._synced or was_lost)):
+            self._request(link)
+
+    def requested(self, link: Link, message: Message) -> None:
+        """Somebody asks whom we know: everybody, unless its digest says that it knows them all."""
+        node, content = self.node, message["content"] or {}
+        digest = node.peers.digest()
+        now = node.loop.now()
+        if content.get("digest") == digest:
+            link.send(MSG_SYNC_PEERS_RESPONSE, {"peer_list": [], "digest": digest})
+            return
+        if now - link.synced < 0.5 and link.synced:
+            return  # it has our list already
+        link.synced = now
+        to = link.peer.id if link.peer else message["sender_id"]
+        for records in in_lists(_ENCODER.encode(record) for record in self._list(bool(link.peer))):
+            content = f'{{"peer_list":[{records}],"digest":"{digest}"}}'
+            link.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, node.me.id, to, content))
+
+    def _list(self, tombstones: bool) -> List[Dict[str, Any]]:
+        now, peers = self.node.loop.now(), self.node.peers
+        present = [self.node.me, *(peer for peer in peers.present() if peer.unverified is None)]
+        return [peer.wire(now) for peer in present + (peers.tombstones()[-NEWS_BATCH:] if tombstones else [])]
+
+    def answered(self, link: Link, message: Message) -> None:
+        """Somebody's list: take it in, and send back what it lacks."""
+        content, peers = message["content"], self.node.peers
+        listed = content["peer_list"]
+        assert link.peer is not None
+        before = len(peers)
+        if listed:
+            self.hear(link, listed)
+            told = {record.get("instance", "") or record["id"] for record in listed}
+            now = self.node.loop.now()
+            lacking = [peer.wire(now) for peer in peers.present() if peer.key not in told and peer.unverified is None]
+            if len(listed) < MAX_PEERS and lacking:
+                self._send_news(link, lacking)
+        self._synced = True
+        self._report(link.peer, len(peers) - before)
+
+    def _report(self, peer: Peer, found: int) -> None:
+        by_user = self._asked.pop(peer.key, False)
+        log.info("[Gossip] compared with %s: %d new", peer.id, found)
+        if by_user:
+            news = f"{found} new" if found else "nothing new"
+            self.node.emit({"event": "notice", "text": f"compared lists with {self.node.peers.label(peer)}: {news}"})
+
+    def _send_news(self, link: Link, records: List[Dict[str, Any]]) -> None:
+        for start in range(0, len(records), NEWS_BATCH):
+            link.send(MSG_PEER_NEWS, {"peers": records[start:start + NEWS_BATCH]})
+
+    def told(self, link: Link, message: Message) -> None:
+        """News from a peer."""
+        self.hear(link, message["content"]["peers"])
+
+    def hear(self, link: Link, records: List[Dict[str, Any]]) -> None:
+        """Take in records that a peer sent; tell it where we know better."""
+        before, new, answers = len(self.node.peers), [], []
+        for record in records:
+            verdict, peer = self._hear_one(link, record)
+            if verdict == NEW:
+                new.append(peer)
+            elif verdict == STALE:
+                answers.append(peer.wire(self.node.loop.now()))
+        if len(new) <= max(before, 1):  # a newcomer's first list is no news to anybody else
+            for peer in new:
+                self.spread(peer, ALIVE)
+        if answers:
+            self._send_news(link, answers[:NEWS_BATCH])
+
+    def _hear_one(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Peer]:
+        node = self.node
+        if record.get("instance") == node.me.instance or record["id"] == node.me.id:
+            return self._about_me(record), node.me
+        if link.peer is not None and record.get("instance") == link.peer.instance:
+            return self._own_word(link, record)
+        return self.hear_of(record, link.connection.remote[0])
+
+    def hear_of(self, record: Dict[str, Any], source_ip: str) -> Tuple[str, Peer]:
+        """Hearsay about a third peer."""
+        node = self.node
+        if is_loopback(record["ip"]) and not (is_loopback(source_ip) or source_ip in node.own_addresses()):
+            return IMPLAUSIBLE, node.me
+        verdict, peer, changes = node.peers.hear(record, node.loop.now())
+        if verdict == NEW or (verdict == KNOWN and peer.unverified is not None and not peer.gone):
+            node.detector.vouched(peer)
+        elif verdict == ACCUSED:
+            node.detector.accused(peer, record["status"])
+        elif verdict == CONFLICT:
+            node.links.look((record["ip"], record["port"]))
+        node.apply(changes)
+        return verdict, peer
+
+    def _about_me(self, record: Dict[str, Any]) -> str:
+        me = self.node.me
+        if record.get("instance") != me.instance:
+            return KNOWN  # somebody who had our address before us, or says so
+        differs = record.get("status", ALIVE) != ALIVE or record["id"] != me.id
+        if record.get("incarnation", 0) > me.incarnation or (record.get("incarnation", 0) == me.incarnation and differs):
+            self.node.deny(record.get("incarnation", 0))
+            return STALE
+        return KNOWN
+
+    def _own_word(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Peer]:
+        """What the far end says of itself: another name, or that it is not gone."""
+        peer = link.peer
+        assert peer is not None
+        if (record["ip"], record["port"]) != peer.address and not self.node.links.seen_there(
+                link, (record["ip"], record["port"])):
+            self.node.links.look((record["ip"], record["port"]))
+            return IMPLAUSIBLE, peer
+        if record.get("status", ALIVE) != ALIVE:
+            return KNOWN, peer
+        verdict, peer, changes = self.node.peers.confirm(record, self.node.loop.now())
+        if record["id"] not in link.ids:
+            link.ids = (*link.ids[-7:], record["id"])
+        self.node.detector.heard(peer)
+        self.node.apply(changes)
+        return verdict, peer
+
+
+class ServerLink(Handler):
+    """The connection to a discovery server."""
+
+    def __init__(self, discovery: "Discovery") -> None:
+        self.discovery = discovery
+        self.connection: Connection
+
+    def send(self, msg_type: str, content: Any) -> None:
+        """Send one message to the server."""
+        self.connection.send(create_message(msg_type, self.discovery.node.me.id, content, "server"))
+
+    def opened(self) -> None:
+        self.discovery.register()
+
+    def received(self, messages: List[Message]) -> None:
+        for message in messages:
+            self.discovery.received(self, message)
+
+    def spoilt(self, reason: str) -> None:
+        limited_log("bad input", logging.WARNING, "[Discovery] bad input from the server: %s", reason)
+
+    def closed(self, reason: str) -> None:
+        self.discovery.closed(self, reason)
+
+
+class Discovery:
+    """The client of the discovery server: registers, sends heartbeats, takes in who is there. When the
+    server is gone it tries again, later each time, and any others that were found."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.online = False
+        self.since = node.loop.wall()  # since when it is, or is not, online
+        self.reason = ""
+        self._told = False  # whether the interface was told of the server at all
+        first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
+        self._candidates: List[Address] = [first]
+        self._wait = RETRY_SERVER_MIN
+        self._link: Optional[ServerLink] = None
+        self._timer: Optional[Timer] = None  # of the next try, or of an answer that is due
+        self._heartbeat: Optional[Timer] = None
+
+    @property
+    def address(self) -> Address:
+        """The server that is used, or tried next."""
+        return self._candidates[0]
+
+    def start(self) -> None:
+        """Dial the first candidate."""
+        self._timer = None
+        self._link = ServerLink(self)
+        self._link.connection = self.node.loop.connect(self.address, self._link, self.node.settings.timeout)
+
+    def found(self, address: Address) -> None:
+        """A server was found on the network, or named with --join."""
+        if address in self._candidates or len(self._candidates) >= 8:
+            return
+        log.info("[Discovery] found a server at %s:%d", *address)
+        self._candidates.append(address)
+        if self._link is None and not self.node.stopping:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._candidates.insert(0, self._candidates.pop())
+            self.start()
+
+    def register(self) -> None:
+        """Say who we are; again after a change of name or address."""
+        assert self._link is not None
+        me = self.node.me
+        self.node.adopt_address(self._link.connection.local[0])
+        self._link.send(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip,
+                                       "instance": me.instance, "incarnation": me.incarnation})
+        self._expect_answer("no answer to MSG_REGISTER", self.node.settings.timeout)
+
+    def register_again(self) -> None:
+        """Our name or address is another now."""
+        if self.online:
+            self.register()
+
+    def _expect_answer(self, otherwise: str, within: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        assert self._link is not None
+        self._timer = self.node.loop.call_later(within, self._link.connection.abort, otherwise)
+
+    def received(self, link: ServerLink, message: Message) -> None:
+        """Something came from the server."""
+        if link is not self._link:
+            return
+        if not is_loopback(link.connection.remote[0]):
+            self.node.detector.heard(None)
+        if message["type"] == MSG_REGISTER_ACK:
+            self._registered(message["content"])
+        elif message["type"] == MSG_PEER_LIST_UPDATE:
+            self._updated(message["content"])
+        elif message["type"] == MSG_ERROR:
+            self.reason = clean(message["content"]["reason"])[:200]
+            log.warning("[Discovery] the server says: %s", self.reason)
+        if self.online:
+            self._expect_answer("the server is silent", 2.5 * self.node.settings.heartbeat_interval)
+
+    def _registered(self, content: Dict[str, Any]) -> None:
+        parts = split_id(content["peer_id"])
+        assert parts is not None
+        self._wait = RETRY_SERVER_MIN
+        assert self._link is not None
+        self.node.confirm_address(parts[1], self._link.connection)
+        if not self.online:
+            log.info("[Discovery] registered as %s", content["peer_id"])
+            self._set_online(True, "")
+            self._beat()
+        self._hear(content["peer_list"])
+        self.node.settle()
+
+    def _updated(self, content: Dict[str, Any]) -> None:
+        self._hear(content["joined"])
+        for gone in content["left"]:
+            peer = self.node.peers.get(gone["id"])
+            reason = clean(gone.get("reason", ""))[:100]
+            if peer is not None and gone.get("instance", peer.instance) == peer.instance and reason != "renamed":
+                self.node.detector.accused(peer, LEFT if reason == "left" else SUSPECT, reason)
+
+    def _hear(self, records: List[Dict[str, Any]]) -> None:
+        assert self._link is not None
+        source = self._link.connection.remote[0]
+        for record in records:
+            if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
+                self.node.gossip.hear_of(record, source)
+
+    def _beat(self) -> None:
+        """A heartbeat now, and the next one later."""
+        self._heartbeat = None
+        if self.online and self._link is not None:
+            self._link.send(MSG_HEARTBEAT, None)
+            self._heartbeat = self.node.loop.call_later(self.node.settings.heartbeat_interval, self._beat)
+
+    def check(self) -> None:
+        """We may have slept: look at once whether the server still knows us."""
+        if self.online and self._link is not None:
+            self._link.send(MSG_HEARTBEAT, None)
+            self._expect_answer("the server is silent", self.node.settings.timeout)
+
+    def closed(self, link: ServerLink, reason: str) -> None:
+        """The connection is gone, or never was: go on without, and try again."""
+        if link is not self._link:
+            return
+        self._link = None
+        for timer in (self._timer, self._heartbeat):
+            if timer is not None:
+                timer.cancel()
+        if self.node.stopping:
+            return
+        reason = self.reason or reason
+        self.reason = ""
+        self.node.finder.tried[f"server {self.address[0]}:{self.address[1]}"] = reason
+        self._set_online(False, reason)
+        self._candidates.append(self._candidates.pop(0))
+        delay = self._wait * (0.75 + self.node.loop.random.random() / 2)
+        self._wait = min(2 * self._wait, RETRY_SERVER_MAX)
+        self._timer = self.node.loop.call_later(delay, self.start)
+        self.node.finder.server_failed()
+
+    def _set_online(self, online: bool, reason: str) -> None:
+        if online != self.online or not self._told:
+            self._told = True
+            self.online = online
+            self.since = self.node.loop.wall()
+            if not online:
+                log.info("[Discovery] no server: %s; going on in P2P mode", reason)
+            address = f"{self.address[0]}:{self.address[1]}"
+            self.node.emit({"event": "server", "online": online, "address": address, "reason": reason})
+
+    def leave(self) -> None:
+        """Tell the server that we leave."""
+        for timer in (self._timer, self._heartbeat):
+            if timer is not None:
+                timer.cancel()
+        if self._link is not None:
+            if self.online:
+                self._link.send(MSG_UNREGISTER, None)
+            self._link.connection.close("leaving")
+
+
+class Finder:
+    """Looks for others: at the addresses named with --join, and by beacons on the local network. What a
+    beacon says is only a hint: it leads to a connection being tried, and to no more than a few at once."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.tried: Dict[str, str] = {}  # what was tried, and what came of it
+        self._lan: Optional[Lan] = None
+        self._timer: Optional[Timer] = None
+        self._hints: Dict[Address, float] = {}  # addresses that beacons named, and when they were dialled
+        self._answers = (0.0, 0)  # in this second: how many
+
+    def start(self) -> None:
+        """Begin to look, at once."""
+        if self.node.settings.lan and self.node.settings.server is None:
+            try:
+                self._lan = self.node.loop.lan(self.node.settings.host, DEFAULT_PORT, self._heard)
+            except OSError as error:
+                log.warning("[P2P] can't look for others on the local network: %s", error)
+                self.tried["local network"] = str(error)
+        self._look()
+
+    def _look(self) -> None:
+        """Try the addresses named by hand, and shout."""
+        alone = not len(self.node.peers)
+        linked = {peer.address for peer in self.node.peers.present()}
+        for address in self.node.settings.join:
+            if address not in linked:
+                self.node.links.dial(address)
+        if self._lan is not None:
+            self._lan.refresh()
+            self._lan.shout(self._beacon(answer=False, size=BEACON_SIZE))
+        if self._lan is not None or self.node.settings.join:
+            wait = BEACON_ALONE if alone else BEACON_SETTLED * (0.75 + self.node.loop.random.random() / 2)
+            self._timer = self.node.loop.call_later(wait, self._look)
+
+    def _beacon(self, answer: bool, size: int) -> bytes:
+        node = self.node
+        content = {"role": "peer", "port": node.me.port, "instance": node.me.instance, "answer": answer,
+                   "alone": not len(node.peers), "server_wanted": not node.discovery.online}
+        return make_beacon(node.me.id, content, size)
+
+    def _heard(self, data: bytes, sender: Address) -> Optional[bytes]:
+        """A datagram came: perhaps a peer that we do not know, or a server; perhaps one that seeks us."""
+        message = parse_message(data)
+        if message is None or message["type"] != MSG_BEACON:
+            limited_log("beacon", logging.INFO, "[P2P] a datagram from %s that is no beacon", sender[0])
+            return None
+        content = message["content"]
+        if content.get("instance") == self.node.me.instance or self.node.stopping:
+            return None
+        address = (sender[0], content["port"])
+        if content["role"] == "server":
+            self.node.discovery.found(address)
+            return None
+        known = self.node.peers.by_key(content.get("instance", ""))
+        few = self.node.loop.random.random() * len(self.node.peers) < 10  # a thousand need not all answer
+        if (known is None or known.gone) and few:
+            self._follow(address)
+        if content.get("alone") is True and content.get("answer") is not True and few and self._may_answer():
+            return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
+        return None
+
+    def _follow(self, address: Address) -> None:
+        """Dial an address that a beacon named, unless that was done lately."""
+        now = self.node.loop.now()
+        self._hints = {each: when for each, when in self._hints.items() if now - when < QUIET_AFTER}
+        if address not in self._hints and len(self._hints) < MAX_BEACON_DIALS and is_peer_ip(address[0]):
+            self._hints[address] = now
+            self.node.links.look(address)
+
+    def _may_answer(self) -> bool:
+        second, count = self._answers
+        now = self.node.loop.now()
+        self._answers = (now, 1) if now - second >= 1 else (second, count + 1)
+        return self._answers[1] <= BEACON_ANSWERS
+
+    def dial_failed(self, address: Address, reason: str) -> None:
+        """Remember what became of an address named by hand."""
+        if address in self.node.settings.join:
+            self.tried[f"{address[0]}:{address[1]}"] = reason
+
+    def error(self, link: Link, message: Message) -> None:
+        """The far end says what it did not like, or that it is a server."""
+        content = message["content"]
+        reason = clean(content["reason"])[:200]
+        limited_log("error", logging.INFO, "[P2P] %s:%d says: %s", *link.connection.remote, reason)
+        if content.get("role") == "server" and link.dialled:
+            self.node.discovery.found(link.address)
+            link.connection.close("a server")
+        elif link.peer is None and link.address in self.node.settings.join:
+            self.tried[f"{link.address[0]}:{link.address[1]}"] = reason
+
+    def server_failed(self) -> None:
+        """With no server, and nothing else to look for, there is nothing to wait for."""
+        if self._lan is None and not self.node.settings.join:
+            self.node.settle()
+
+    def report(self) -> List[str]:
+        """Why nobody is here, and what to do about it; empty if somebody is."""
+        node = self.node
+        if len(node.peers):
+            return []
+        lines = ["Nobody else is here yet.", f"You are {node.me.id}."]
+        lines += [f"Tried {what}: {result}." for what, result in self.tried.items()]
+        if self._lan is not None:
+            lines.append(f"Looked on the local network (UDP port {DEFAULT_PORT}): no answer.")
+        where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
+        lines.append(f"To connect {where}: python p2pchat.py peer --join {node.me.ip}:{node.me.port}")
+        return lines
+
+    def stop(self) -> None:
+        """Look no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._lan is not None:
+            self._lan.close()
+
+
+class PeerNode:
+    """A peer. Use: PeerNode(loop, settings, on_event).start(), then run the loop; on_event gets each event."""
+
+    def __init__(self, loop: Loop, settings: Settings, on_event: Callable[[Event], None]) -> None:
+        self.loop = loop
+        self.settings = settings
+        self.emit = on_event
+        self.me = Peer(settings.username or "anonymous", "127.0.0.1", 0, instance=f"{loop.random.getrandbits(64):016x}",
+                       incarnation=int(loop.wall() * 1000))
+        self.my_ids: Dict[str, None] = {}  # every id that we had, the last one last
+        self.peers = PeerList(self.me)
+        self.undelivered = 0  # messages reported as failed
+        self.leaving = False  # no new messages; what is under way may still arrive
+        self.stopping = False  # saying goodbye
+        self._settled = False
+        self._stopped = False
+        self._address_sure = settings.host != "0.0.0.0"
+        self._own_addresses: Tuple[float, FrozenSet[str]] = (-1e9, frozenset())
+        self._listener: Optional[Listener] = None
+        self._tickers: List[Ticker] = []
+        self.finder = Finder(self)
+        self.links = Links(self)
+        self.delivery = Delivery(self)
+        self.detector = Detector(self)
+        self.gossip = Gossip(self)
+        self.discovery = Discovery(self)
+        self.handlers: Dict[str, Callable[[Link, Message], None]] = {
+            MSG_CHAT: self.delivery.chat,
+            MSG_CHAT_ACK: self.delivery.acknowledged,
+            MSG_CHAT_REFUSED: self.delivery.refused,
+            MSG_HELLO: self.links.hello,
+            MSG_UNREGISTER: self._unregistered,
+            MSG_PROBE: self.detector.probed,
+            MSG_PROBE_ACK: self.detector.answered,
+            MSG_PROBE_REQUEST: self.detector.help_probe,
+            MSG_PROBE_RESULT: self.detector.helped,
+            MSG_PEER_NEWS: self.gossip.told,
+            MSG_SYNC_PEERS_REQUEST: self.gossip.requested,
+            MSG_SYNC_PEERS_RESPONSE: self.gossip.answered,
+            MSG_ERROR: self.finder.error,
+            MSG_REGISTER: self._not_a_server,
+        }
+
+    # -- starting and leaving --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen, and look for others. Raises OSError when the port can't be had."""
+        settings = self.settings
+        self._listener = self.loop.listen(settings.host, settings.port, self.links.accept)
+        ip = settings.host if self._address_sure else self.loop.local_addresses()[0]
+        self._place(self.me.username, ip, self._listener.address[1])
+        log.info("[P2P] listening on %s:%d as %s", settings.host, self.me.port, self.me.id)
+        self.emit({"event": "ready", "id": self.me.id, "ip": self.me.ip, "port": self.me.port})
+        self.detector.start()
+        self.gossip.start()
+        self.discovery.start()
+        self.finder.start()
+        named = settings.server is not None or settings.join
+        self.loop.call_later(settings.timeout if named else SETTLE_TIME, self.settle)
+
+    def every(self, interval: float, callback: Callable[[], None]) -> None:
+        """Call back every so many seconds until we stop."""
+        self._tickers.append(Ticker(self.loop, interval, callback))
+
+    def settle(self) -> None:
+        """The first look around is over: whoever could be found quickly is known. Said once."""
+        if not self._settled and not self.stopping:
+            self._settled = True
+            self.emit({"event": "settled"})
+
+    def leave(self) -> None:
+        """Wait for what is under way, at most settings.timeout; tell everybody; then comes "stopped"."""
+        if self.leaving:
+            return
+        self.leaving = True
+        self.loop.call_later(self.settings.timeout, self._depart)
+        self.proceed()
+
+    def proceed(self) -> None:
+        """Something has come to its end: leave, if that was the last thing to wait for."""
+        if self.stopping:
+            if not self.links and not self._stopped:
+                self._stop()
+        elif self.leaving and not self.delivery.is_waiting():
+            self._depart()
+
+    def _depart(self) -> None:
+        if self.stopping:
+            return
+        self.delivery.fail_all("you left before it was delivered")
+        self.stopping = True
+        for ticker in self._tickers:
+            ticker.cancel()
+        self.finder.stop()
+        self.discovery.leave()
+        self.links.close_all()
+        if self._listener is not None:
+            self._listener.close()
+        self.loop.call_later(1.0, self._stop)
+        self.proceed()
+
+    def _stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            log.info("[P2P] left")
+            self.emit({"event": "stopped"})
+
+    # -- what an interface asks for --------------------------------------------------------------------
+
+    def present(self) -> List[Peer]:
+        """Everybody else, by name."""
+        return self.peers.present()
+
+    def label(self, peer_id: str) -> str:
+        """The shortest text that tells a peer from the others, from its id."""
+        peer = self.peers.get(peer_id)
+        if peer is None:
+            parts = split_id(peer_id)
+            if parts is None:
+                return peer_id
+            peer = Peer(*parts)
+        return self.peers.label(peer)
+
+    def find(self, text: str) -> List[Peer]:
+        """Those present whom a typed text names; more than one is ambiguous."""
+        return self.peers.find(text)
+
+    def chat(self, text: str, to: Optional[str] = None) -> str:
+        """Send a text to everybody, or to the peer with the id `to`; return the message's id. Raises ChatError."""
+        text = clean(text, newlines=True)
+        if self.leaving:
+            raise ChatError("You are leaving: nothing more is sent.")
+        if not text.strip():
+            raise ChatError("There is nothing to send.")
+        size = len(text.encode("utf-8"))
+        if size > MAX_TEXT:
+            raise ChatError(f"The text has {size} bytes; at most {MAX_TEXT} can be sent at once.")
+        if to is None:
+            if not len(self.peers):
+                raise ChatError("Not sent: nobody else is here. /who says why.")
+            return self.delivery.send(text, self.present(), EVERYONE)
+        peer = self.peers.get(to)
+        if peer is None:
+            raise ChatError(f"Not sent: {to} is not here.")
+        return self.delivery.send(text, [peer], peer.id)
+
+    def rename(self, username: str) -> None:
+        """Take another name. Raises ChatError."""
+        try:
+            username = check_username(username)
+        except ValueError as error:
+            raise ChatError(str(error)) from None
+        if username != self.me.username:
+            self._change(username, self.me.ip)
+
+    def sync(self) -> None:
+        """Compare lists with one random peer now."""
+        for peer in self.peers.sample(self.loop.random, 1, self.present()):
+            self.gossip.ask(peer, by_user=True)
+            self.emit({"event": "notice", "text": f"comparing lists with {self.peers.label(peer)}"})
+        if not len(self.peers):
+            self.emit({"event": "notice", "text": "nobody to compare lists with"})
+
+    def who(self) -> List[str]:
+        """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
+        rows = [("name", "address", "heard", "ago", "round trip")]
+        for peer in self.present():
+            rows.append((self.peers.label(peer), f"{peer.ip}:{peer.port}", *self._heard_how(peer)))
+        widths = [max(width(row[column]) for row in rows) for column in range(5)]
+        return ["  ".join(pad(cell, size) for cell, size in zip(row, widths)).rstrip() for row in rows]
+
+    def _heard_how(self, peer: Peer) -> Tuple[str, str, str]:
+        now = self.loop.now()
+        directly = peer.heard > 0 and peer.key in self.links.current
+        how = "quiet" if peer.quiet else "directly" if directly else "through others"
+        since = now - (peer.heard if directly else peer.last_sign())
+        trip = "" if peer.rtt is None else f"{peer.rtt * 1000:.1f} ms"
+        return how, f"{max(0, since):.0f} s", trip
+
+    def alone(self) -> List[str]:
+        """Why nobody is here, and what to do; empty if somebody is."""
+        return self.finder.report()
+
+    def server_status(self) -> Tuple[bool, str, float]:
+        """(online, address, since when as Unix time)."""
+        address = self.discovery.address
+        return self.discovery.online, f"{address[0]}:{address[1]}", self.discovery.since
+
+    @property
+    def network_gone(self) -> bool:
+        """Whether everybody fell silent at once."""
+        return self.detector.cut_off
+
+    # -- changes ---------------------------------------------------------------------------------------
+
+    def apply(self, changes: List[Change]) -> None:
+        """The list has changed: clean up behind those who left, and tell the interface."""
+        for change in changes:
+            peer = change.peer
+            log.info("[P2P] %s %s %s", change.kind, peer.id, change.reason)
+            if change.kind == GONE:
+                self.detector.forget(peer)
+                self.links.drop(peer, change.reason)
+                self.delivery.fail(peer, change.reason)
+                self.emit({"event": "left", "peer": peer.public, "reason": change.reason})
+                self.proceed()
+            elif change.kind == JOINED:
+                self.emit({"event": "joined", "peer": peer.public})
+            else:
+                self.emit({"event": "renamed", "peer": peer.public, "old": change.old})
+
+    def remove(self, peer: Peer, status: str, reason: str) -> None:
+        """A peer is gone."""
+        changes = self.peers.remove(peer, status, reason, self.loop.now())
+        self.apply(changes)
+        if changes:
+            self.gossip.spread(peer, status)
+
+    def _unregistered(self, link: Link, message: Message) -> None:
+        """The far end leaves, by its own word."""
+        assert link.peer is not None
+        peer = link.peer
+        link.connection.close("it left")
+        self.remove(peer, LEFT, "left")
+
+    def _not_a_server(self, link: Link, message: Message) -> None:
+        link.refuse("this is a peer, not a discovery server: say MSG_HELLO")
+
+    # -- oneself ---------------------------------------------------------------------------------------
+
+    def deny(self, incarnation: int) -> None:
+        """Somebody holds us to be gone, or elsewhere: raise our incarnation above what it says, and tell."""
+        me = self.me
+        if me.incarnation <= incarnation <= me.incarnation + MAX_RAISE:
+            me.incarnation = incarnation + 1
+        self.gossip.spread(me, ALIVE)
+
+    def own_addresses(self) -> FrozenSet[str]:
+        """This machine's addresses, looked up at most every few seconds."""
+        now = self.loop.now()
+        if now - self._own_addresses[0] > QUIET_AFTER:
+            self._own_addresses = (now, frozenset([*self.loop.local_addresses(), self.me.ip]))
+        return self._own_addresses[1]
+
+    def adopt_address(self, local_ip: str) -> None:
+        """A connection left from this address of ours: better than a guess, until somebody confirms one."""
+        if not self._address_sure and not is_loopback(local_ip) and is_peer_ip(local_ip):
+            self._change(self.me.username, local_ip)
+
+    def confirm_address(self, seen_ip: Any, connection: Connection) -> None:
+        """The far side of a connection sees us at this address, which beats what we think."""
+        if self._address_sure or not isinstance(seen_ip, str) or not is_peer_ip(seen_ip) or is_loopback(seen_ip):
+            return
+        self._address_sure = not is_loopback(connection.remote[0])
+        self._change(self.me.username, seen_ip)
+
+    def unsure_of_address(self) -> None:
+        """The network is gone; it may come back with another address."""
+        self._address_sure = self.settings.host != "0.0.0.0"
+
+    def _change(self, username: str, ip: str) -> None:
+        """Take another name or address, and tell everybody: a change, not a leave and a join."""
+        if (username, ip) == (self.me.username, self.me.ip):
+            return
+        old = dict(self.me.public)
+        self.me.incarnation += 1
+        self._place(username, ip, self.me.port)
+        log.info("[P2P] now known as %s", self.me.id)
+        for link in self.links.open_links():
+            link.send(MSG_PEER_NEWS, {"peers": [self.me.wire(self.loop.now())]})
+        self.gossip.spread(self.me, ALIVE)
+        self.discovery.register_again()
+        self.emit({"event": "renamed", "peer": self.me.public, "old": old})
+
+    def _place(self, username: str, ip: str, port: int) -> None:
+        self.me.place(username, ip, port)
+        self.my_ids[self.me.id] = None
+        self.peers.me_changed()
+
+
