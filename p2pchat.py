@@ -30,7 +30,10 @@ One thread, one loop, and no call that blocks. The sections, each of which uses 
 It is not encrypted and has no passwords: whoever is on the network can read and can join.
 """
 
+from __future__ import annotations
+
 import argparse
+import codecs
 import collections
 import errno
 import functools
@@ -89,7 +92,7 @@ MAX_INCARNATION = 2**53 - 1  # the largest integer that every JSON parser keeps
 MAX_RAISE = 1 << 20  # how far hearsay may raise a known incarnation: owners raise theirs one by one
 
 # Connections.
-RECEIVE_SIZE = 256 * 1024  # read from a socket at a time: big enough to be fast, small enough to be fair
+RECEIVE_SIZE = 64 * 1024  # read from a socket at a time: more would be a fresh mapping of memory each time
 SEND_SIZE = 256 * 1024  # joined into one send: as much as a socket's buffer takes at once
 MAX_OUTPUT = 8 * 1024 * 1024  # owed to a reader that does not read: past it, it is cut off
 STALL_TIMEOUT = 10.0  # so long may output wait without a byte of it being taken
@@ -108,7 +111,6 @@ REFUSED_SUSPICION = 3.0  # the same when its address refuses connections: time f
 HEARSAY_SUSPICION = 2.5  # somebody says that it is gone: time for its own answer to a probe
 PROBE_HELPERS = 3  # peers asked to try one that we cannot reach
 TOMBSTONE_TIME = 3600.0  # how long a removed peer is remembered, so that no old list brings it back
-RETRY_INTERVAL = 5.0  # between two tries of a lost peer, one at random: halves of a cut network meet again
 NEWS_INTERVAL = 0.2  # between two rounds of passing on news (memberlist's gossip interval)
 NEWS_FANOUT = 3  # peers told in one round
 NEWS_ROUNDS = 4  # times an item is sent on, times the number of digits of the number of peers
@@ -144,6 +146,7 @@ Event = Dict[str, Any]  # what --json prints, without the time
 Message = Dict[str, Any]
 
 log = logging.getLogger("p2pchat")
+log.addHandler(logging.NullHandler())  # silent unless somebody asks
 
 
 class ServerSettings(NamedTuple):
@@ -177,8 +180,8 @@ class Settings(NamedTuple):
 #
 # What may be shown, and how wide it is. Every name and text from the network goes through clean(), once,
 # as it comes in: what is left can be read, and do nothing else. Widths are those on which terminals agree;
-# where they don't (joined emoji, skin tones, characters that this Python does not know) a glyph is clipped to
-# the part that is certain, so that no line spills. Pure functions, no state.
+# where they don't (joined emoji, skin tones, characters that this Python does not know) a glyph is clipped
+# to the part that is certain, so that no line spills. Pure functions, no state.
 # ======================================================================================================
 
 MAX_MARKS = 6  # combining marks on one character: Hebrew and Tibetan need four or five
@@ -186,7 +189,8 @@ MAX_MARKS = 6  # combining marks on one character: Hebrew and Tibetan need four 
 _ZWNJ, _ZWJ, _TEXT_STYLE, _EMOJI_STYLE, _UNKNOWN = "\u200c", "\u200d", "\ufe0e", "\ufe0f", "\ufffd"
 _JOINERS = _ZWNJ + _ZWJ
 _INVISIBLE = frozenset(map(chr, (
-    0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x3164, 0xFFA0, *range(0xFE00, 0xFE0E), *range(0xFFF0, 0xFFF9))))
+    0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x3164, 0xFFA0,
+    *range(0xFE00, 0xFE0E), *range(0xFFF0, 0xFFF9))))
 _JOINING_SCRIPTS = ((0x0600, 0x0DFF), (0x1000, 0x109F), (0x1780, 0x18AF), (0xA840, 0xA87F), (0xFB50, 0xFDFF),
                     (0xFE70, 0xFEFE), (0x11000, 0x114DF))  # Arabic, Indic, Myanmar, Khmer, Mongolian
 
@@ -225,7 +229,7 @@ def check_username(name: str) -> str:
 
 
 def graphemes(text: str) -> List[str]:
-    """Cut a text into what a reader takes for one character: a base and its marks, an emoji sequence, a flag."""
+    """Cut a text into what a reader takes for one character: a base with marks, an emoji sequence, a flag."""
     if text.isascii():
         return list(text)
     clusters: List[str] = []
@@ -279,7 +283,8 @@ def glyph(cluster: str) -> Tuple[str, int]:
     category = unicodedata.category(base)
     if category in ("Cn", "Co", "Cc", "Cs"):
         return _UNKNOWN, 1
-    columns = 2 if unicodedata.east_asian_width(base) in "WF" else 0 if category in ("Mn", "Me", "Cf") else 1
+    wide = unicodedata.east_asian_width(base) in "WF"
+    columns = 2 if wide else 0 if category in ("Mn", "Me", "Cf") else 1
     if _is_flag(base):
         return (cluster, 2) if len(cluster) == 2 else (_UNKNOWN, 1)
     if _is_pictograph(base):
@@ -307,7 +312,7 @@ def _wrap_line(clusters: List[str], cols: int) -> List[str]:
 
 
 def _fitting(clusters: List[str], cols: int) -> Tuple[str, int]:
-    """As many clusters as fit, as they are drawn, and how many those are: at least one, even if it can't be drawn."""
+    """As many clusters as fit, as they are drawn, and how many: at least one, even if that can't be drawn."""
     used, drawn = 0, []
     for cluster in clusters:
         text, columns = (cluster, 1) if cluster.isascii() else glyph(cluster)
@@ -376,7 +381,8 @@ def _extends(cluster: str, character: str) -> bool:
         return len(cluster) == 1 and _is_flag(cluster)
     if cluster[-1] == _ZWJ:
         return _is_pictograph(character)
-    return "\u1160" <= character <= "\u11ff" and "\u1100" <= cluster[0] <= "\u11ff"  # the parts of a Korean syllable
+    korean = "\u1160" <= character <= "\u11ff"  # the vowel or the end of a syllable
+    return korean and "\u1100" <= cluster[0] <= "\u11ff"
 
 
 def _has_surrogates(text: str) -> bool:
@@ -462,7 +468,8 @@ def create_chat(sender_id: str, text: str, to: str, sequence: int) -> bytes:
 
 def create_raw(msg_type: str, sender_id: str, to: str, content: str) -> bytes:
     """The same for a content that is JSON already: what goes to a thousand is encoded once."""
-    head = f'{{"type":"{msg_type}","sender_id":{json.dumps(sender_id)},"to":{json.dumps(to)},"content":'
+    quote = json.encoder.encode_basestring_ascii
+    head = f'{{"type":"{msg_type}","sender_id":{quote(sender_id)},"to":{quote(to)},"content":'
     return f"{head}{content}}}\n".encode("ascii")
 
 
@@ -598,10 +605,10 @@ def _checked(message: Any) -> Message:
 def _decode(text: str, position: int) -> Tuple[Any, int]:
     """One JSON value of `text` and where it ends. Whatever the parser raises becomes BadMessage."""
     try:
-        return _DECODER.raw_decode(text, position)
+        return _SCAN(text, position)
     except BadMessage:
         raise
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (ValueError, StopIteration, RecursionError, MemoryError) as error:
         raise BadMessage("nested too deep" if isinstance(error, RecursionError) else "not JSON") from None
 
 
@@ -624,6 +631,7 @@ def _short_float(digits: str) -> float:
 _BLANKS = " \t\r\n"
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_int=_short_int, parse_float=_short_float)
+_SCAN: Callable[[str, int], Tuple[Any, int]] = getattr(_DECODER, "scan_once", _DECODER.raw_decode)  # without its wrapper
 
 
 # What each type's content must be. A check raises BadMessage with the key and what would be right.
@@ -1419,22 +1427,22 @@ class SocketConnection(Connection):
         while self._output and self.state != CLOSED:
             if not self._send_some():
                 break
-        if self.state == CLOSED:
-            return
         if not self._output:
             self._all_sent()
         elif self.state == OPEN and (self._owed < before or self._deadline is None):
             self._replace_deadline(STALL_TIMEOUT, "it does not read what it is sent")
-        self._set_interest(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._output else 0))
+        if self.state != CLOSED:
+            self._set_interest(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._output else 0))
 
     def _send_some(self) -> bool:
         """One send of many queued pieces; False when the system takes no more for now."""
-        pieces, size = [], 0
-        while self._output and size < SEND_SIZE:
-            piece = self._output.popleft()
-            pieces.append(piece)
-            size += len(piece)
-        data = b"".join(pieces) if len(pieces) > 1 else pieces[0]
+        data = self._output.popleft()
+        if self._output and len(data) < SEND_SIZE:
+            pieces, size = [data], len(data)
+            while self._output and size < SEND_SIZE:
+                pieces.append(self._output.popleft())
+                size += len(pieces[-1])
+            data = b"".join(pieces)
         try:
             sent = self._socket.send(data)
         except OSError as error:
@@ -2009,6 +2017,7 @@ class Session(Handler):
         self.server = server
         self.connection = connection
         self.peer_id: Optional[str] = None
+        self.ids: Set[str] = set()  # every id that it registered: what is under way may bear an older one
         self.last_heard = server.loop.now()
 
     def received(self, messages: List[Message]) -> None:
@@ -2077,8 +2086,8 @@ class DiscoveryServer:
 
     def start(self) -> None:
         """Listen. Raises OSError when the port can't be had."""
-        log.info("[Server] starting")
         self._listener = self.loop.listen(self.settings.host, self.settings.port, self._accept)
+        log.info("[Server] starting")
         self.id = f"server@{self.address[0]}:{self.address[1]}"
         self._monitor = Ticker(self.loop, self.settings.check_interval, self._drop_silent)
         if self.settings.lan:
@@ -2145,6 +2154,7 @@ class DiscoveryServer:
             self._drop(session, "renamed")
         self._strangers.discard(session.connection)
         session.peer_id = peer_id
+        session.ids = {*list(session.ids)[-7:], peer_id}
         self._peers[peer_id] = session
         record = {"id": peer_id, "ip": ip, "port": content["port"], "username": content["username"]}
         record.update((key, content[key]) for key in ("instance", "incarnation") if key in content)
@@ -2178,7 +2188,7 @@ class DiscoveryServer:
 
     def _is_own(self, session: Session, message: Message) -> bool:
         """Whether a message speaks for the peer of its own connection; nobody speaks for another."""
-        if message["sender_id"] == session.peer_id:
+        if message["sender_id"] in session.ids:
             return True
         session.refuse(f"sender_id is not yours, which is {session.peer_id}")
         return False
@@ -2199,7 +2209,7 @@ class DiscoveryServer:
         message = parse_message(data)
         if message is None or message["type"] != MSG_BEACON or not message["content"].get("server_wanted"):
             return None
-        return make_beacon(self.id, {"role": "server", "port": self.address[1]}, len(data))
+        return make_beacon(self.id, {"role": "server", "port": self.address[1]}, len(data)) or None
 
     # -- news ------------------------------------------------------------------------------------------
 
@@ -2314,7 +2324,7 @@ class Link(Handler):
 
     def received(self, messages: List[Message]) -> None:
         node = self.node
-        if self.peer is not None or self.connection.remote[0] not in node.own_addresses():
+        if self.peer is not None or not node.is_own(self.connection.remote[0]):
             node.detector.heard(self.peer)
         handlers = node.handlers
         for message in messages:
@@ -2462,8 +2472,7 @@ class Links:
             return False
         if seen == claimed[0]:
             return True
-        own = self.node.own_addresses()
-        return (is_loopback(seen) or seen in own) and (is_loopback(claimed[0]) or claimed[0] in own)
+        return self.node.is_own(seen) and self.node.is_own(claimed[0])
 
     def look(self, address: Address) -> None:
         """Dial an address that somebody named, to see who answers there; within bounds."""
@@ -2528,10 +2537,18 @@ class Links:
         for link in [each for each in self._all if each.peer is peer]:
             link.connection.abort(reason)
 
+    def drop_stranded(self, own: FrozenSet[str]) -> None:
+        """Close links from addresses that the machine has no more: nothing comes through them."""
+        for link in [each for each in self._all if each.connection.state == OPEN]:
+            if link.connection.local[0] not in own:
+                link.connection.abort("our address is another now")
+
     def ban(self, link: Link) -> None:
         """End a link, and accept no other from that instance for a while."""
         if link.peer is not None and len(self._banned) < MAX_PEERS:
             self._banned[link.peer.key] = self.node.loop.now() + BAN_TIME
+            name = self.node.peers.label(link.peer)
+            self.node.emit({"event": "notice", "text": f"{name} sent far too much and was cut off for {BAN_TIME:.0f} s"})
         link.refuse("you sent too much; come back later")
 
     def _is_banned(self, key: str) -> bool:
@@ -2626,6 +2643,7 @@ class Delivery:
         pending = Pending(self._sequence, data, node.me.id, to, text, message_id)
         node.emit({"event": "sent", "to": to, "text": text, "id": message_id,
                    "receivers": [peer.id for peer in receivers]})
+        log.info("[Chat] sent %s to %d", message_id, len(receivers))
         for peer in receivers:
             self._enqueue(peer, pending)
         if self._timer is None:
@@ -2767,6 +2785,8 @@ class Delivery:
         if channel.spent > self.node.settings.budget > 0 and not self._within_budget(link, channel, len(text)):
             self._refuse(link, channel, sequence, "you send too much: slow down")
             return
+        if log.isEnabledFor(logging.INFO):
+            limited_log("received", logging.INFO, "[Chat] received from %s: %d characters", peer.id, len(text))
         self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else self.node.me.id,
                         "text": clean(text, newlines=True), "id": f"{peer.instance}-{sequence}"})
         if sequence > link.acknowledge:
@@ -2817,7 +2837,8 @@ class Delivery:
             link.send(MSG_CHAT_REFUSED, {"id": first, "upto": last, "reason": reason})
         if link.acknowledge:
             upto, link.acknowledge = link.acknowledge, 0
-            link.send(MSG_CHAT_ACK, {"upto": upto})
+            to = link.peer.id if link.peer else EVERYONE
+            link.connection.send(create_raw(MSG_CHAT_ACK, self.node.me.id, to, f'{{"upto":{upto}}}'))
 
     def _stranger(self, link: Link, message: Message) -> Optional[Peer]:
         """A program that chats without having said hello: who it says it is, if nobody else is that."""
@@ -2903,6 +2924,7 @@ class Detector:
 
     def _tick(self) -> None:
         self._check_clock()
+        self.node.follow_address()
         now = self.node.loop.now()
         self._last_tick = (now, self.node.loop.wall())
         ahead, behind = self.node.peers.neighbours(NEIGHBOURS)
@@ -2945,6 +2967,7 @@ class Detector:
     def _silent(self, peer: Peer) -> None:
         """Nothing was heard of a peer that should be heard. First others are asked whether they hear it."""
         if peer.key not in self._doubts and not self.cut_off:
+            self.node.links.drop(peer, "silent")  # perhaps only this connection is dead: another is tried
             self.doubt(peer, SUSPICION, "silent", hearsay=False)
             self.node.loop.call_later(1.5, self._still_silent, peer, self._doubts[peer.key])
 
@@ -3271,7 +3294,7 @@ class Gossip:
     def hear_of(self, record: Dict[str, Any], source_ip: str) -> Tuple[str, Peer]:
         """Hearsay about a third peer."""
         node = self.node
-        if is_loopback(record["ip"]) and not (is_loopback(source_ip) or source_ip in node.own_addresses()):
+        if is_loopback(record["ip"]) and not node.is_own(source_ip):
             return IMPLAUSIBLE, node.me
         verdict, peer, changes = node.peers.hear(record, node.loop.now())
         if verdict == NEW or (verdict == KNOWN and peer.unverified is not None and not peer.gone):
@@ -3320,7 +3343,8 @@ class ServerLink(Handler):
 
     def send(self, msg_type: str, content: Any) -> None:
         """Send one message to the server."""
-        self.connection.send(create_message(msg_type, self.discovery.node.me.id, content, "server"))
+        sender_id = self.discovery.peer_id or self.discovery.node.me.id
+        self.connection.send(create_message(msg_type, sender_id, content, "server"))
 
     def opened(self) -> None:
         self.discovery.register()
@@ -3345,6 +3369,7 @@ class Discovery:
         self.online = False
         self.since = node.loop.wall()  # since when it is, or is not, online
         self.reason = ""
+        self.peer_id = ""  # what the server calls us: it may see another address than we do
         self._told = False  # whether the interface was told of the server at all
         first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
         self._candidates: List[Address] = [first]
@@ -3361,6 +3386,7 @@ class Discovery:
     def start(self) -> None:
         """Dial the first candidate."""
         self._timer = None
+        self.peer_id = ""
         self._link = ServerLink(self)
         self._link.connection = self.node.loop.connect(self.address, self._link, self.node.settings.timeout)
 
@@ -3387,7 +3413,7 @@ class Discovery:
 
     def register_again(self) -> None:
         """Our name or address is another now."""
-        if self.online:
+        if self.online and self._link is not None and self._link.connection.state == OPEN:
             self.register()
 
     def _expect_answer(self, otherwise: str, within: float) -> None:
@@ -3416,6 +3442,7 @@ class Discovery:
         parts = split_id(content["peer_id"])
         assert parts is not None
         self._wait = RETRY_SERVER_MIN
+        self.peer_id = content["peer_id"]
         assert self._link is not None
         self.node.confirm_address(parts[1], self._link.connection)
         if not self.online:
@@ -3452,6 +3479,11 @@ class Discovery:
         if self.online and self._link is not None:
             self._link.send(MSG_HEARTBEAT, None)
             self._expect_answer("the server is silent", self.node.settings.timeout)
+
+    def drop_stranded(self, own: FrozenSet[str]) -> None:
+        """Close a connection from an address that the machine has no more."""
+        if self._link is not None and self._link.connection.state == OPEN and self._link.connection.local[0] not in own:
+            self._link.connection.abort("our address is another now")
 
     def closed(self, link: ServerLink, reason: str) -> None:
         """The connection is gone, or never was: go on without, and try again."""
@@ -3630,6 +3662,7 @@ class PeerNode:
         self._settled = False
         self._stopped = False
         self._address_sure = settings.host != "0.0.0.0"
+        self._had_address = True  # whether our address is, or was, one of the machine's own: not so behind NAT
         self._own_addresses: Tuple[float, FrozenSet[str]] = (-1e9, frozenset())
         self._listener: Optional[Listener] = None
         self._tickers: List[Ticker] = []
@@ -3854,8 +3887,12 @@ class PeerNode:
         """This machine's addresses, looked up at most every few seconds."""
         now = self.loop.now()
         if now - self._own_addresses[0] > QUIET_AFTER:
-            self._own_addresses = (now, frozenset([*self.loop.local_addresses(), self.me.ip]))
+            self._own_addresses = (now, frozenset(self.loop.local_addresses()))
         return self._own_addresses[1]
+
+    def is_own(self, ip: str) -> bool:
+        """Whether an address is this machine's."""
+        return ip == self.me.ip or is_loopback(ip) or ip in self.own_addresses()
 
     def adopt_address(self, local_ip: str) -> None:
         """A connection left from this address of ours: better than a guess, until somebody confirms one."""
@@ -3868,10 +3905,23 @@ class PeerNode:
             return
         self._address_sure = not is_loopback(connection.remote[0])
         self._change(self.me.username, seen_ip)
+        self._had_address = seen_ip in self.own_addresses()
 
     def unsure_of_address(self) -> None:
         """The network is gone; it may come back with another address."""
         self._address_sure = self.settings.host != "0.0.0.0"
+
+    def follow_address(self) -> None:
+        """The machine may have another address by now (a new lease, another network): go along."""
+        own = self.own_addresses()
+        if self.settings.host != "0.0.0.0" or self.me.ip in own or not self._had_address:
+            return
+        new = self.loop.local_addresses()[0]
+        if not is_loopback(new):
+            self._address_sure = False
+            self.discovery.drop_stranded(own)
+            self.links.drop_stranded(own)
+            self._change(self.me.username, new)
 
     def _change(self, username: str, ip: str) -> None:
         """Take another name or address, and tell everybody: a change, not a leave and a join."""

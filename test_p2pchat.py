@@ -1,17 +1,23 @@
 """Tests of p2pchat: python -m pytest. Also: python test_p2pchat.py bench|simulate|soak|hostile|fuzz."""
 
+import argparse
 import ast
+import collections
+import concurrent.futures
 import errno
+import gc
 import hashlib
 import heapq
 import itertools
 import json
+import logging
 import os
 import random
 import resource
 import selectors
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -436,6 +442,22 @@ def test_membership_news_is_told_as_often_as_the_rule_says():
     assert told == p2pchat.NEWS_ROUNDS * 2 and news.take(2, 0.0) == []
 
 
+def test_pure_sections_use_neither_sockets_nor_clocks():
+    """The sections that are said to be pure are: nothing in them reaches for the system."""
+    source = open(p2pchat.__file__, encoding="utf-8").read()
+    banned = {"socket", "time", "selectors", "curses", "os", "signal", "sys"}
+    for section in ("Text", "Messages", "Membership", "Chat view"):
+        start = source.index(f"\n# {section}\n")
+        end = source.find("\n# ====", source.index("# ====", start) + 10)
+        tree = ast.parse(source[start:end])
+        used = {node.value.id for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+        calls = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call)
+                 and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
+                 and node.func.value.id == "random"}
+        assert not used & banned and not calls, (section, used & banned, calls)
+
+
 # ======================================================================================================
 # Simulator
 #
@@ -577,9 +599,13 @@ class SimNetwork:
 
     def heal(self):
         """All cuts are mended, and hosts that were dark are not any more."""
-        self.cuts.clear()
         for host in self.hosts.values():
             host.dark = False
+        self.mend()
+
+    def mend(self):
+        """The cuts are mended."""
+        self.cuts.clear()
         self.release()
 
     def release(self):
@@ -1983,9 +2009,855 @@ def test_server_a_beacon_is_answered_by_no_more_than_it_brought():
     for size in (150, 300, 512):
         data = p2pchat.make_beacon("Alice@10.0.0.1:5", question, size)
         answer = rig.server._beacon(data, ("10.0.0.1", 5))
-        assert answer is not None and len(answer) <= len(data)
+        assert len(answer or b"") <= len(data)
         if answer:
             assert p2pchat.parse_message(answer)["content"] == {"role": "server", "port": 9999}
     content = dict(question, server_wanted=False)
     assert rig.server._beacon(p2pchat.make_beacon("a", content, 512), ("10.0.0.1", 5)) is None
     assert rig.server._beacon(b"garbage", ("10.0.0.1", 5)) is None
+
+
+# ======================================================================================================
+# Scenarios
+#
+# What the network of peers must show, on the simulator. A scenario is a function of a seed and of sizes;
+# it returns figures, and fails by AssertionError. The suite runs each with few seeds and small sizes;
+# `python test_p2pchat.py simulate --seeds 300` runs them as the issues ask, and prints the figures.
+#
+# The Witness checks, at every event of every peer, what must always hold: who is told of as gone is gone,
+# no ghost returns, nothing is shown twice or out of order. When a scenario ends, it checks that every
+# message was either shown or reported to its sender.
+# ======================================================================================================
+
+
+
+
+CRASH_KNOWN = 15.0  # seconds in which a crash must be known to all
+LEAVE_KNOWN = 2.0  # and a leave
+SIM_SERVER = "10.200.0.1"
+
+
+class Witness:
+    """What happened to every message and every peer, and whether that may be."""
+
+    def __init__(self):
+        self.peers = {}  # SimPeer by instance
+        self.strict = True  # whether nobody living may be removed
+        self.sent = {}  # (message id, receiver's instance) -> (sender, text)
+        self.shown = {}  # the same -> when
+        self.failed = {}
+        self.delivered = set()
+        self.last = collections.defaultdict(int)  # (sender's, receiver's instance) -> sequence last shown
+        self.detection = collections.defaultdict(float)  # "crash", "leave" -> longest time until somebody knew
+
+    def on_sent(self, peer, event):
+        for receiver in event["receivers"]:
+            self.sent[event["id"], peer.known[receiver]] = (peer, event["text"])
+
+    def on_chat(self, peer, event):
+        key = (event["id"], peer.instance)
+        sender, number = event["id"].split("-")
+        assert key in self.sent, f"{peer} was shown {event}, which was not sent to it"
+        assert self.sent[key][1] == event["text"]
+        assert key not in self.shown, f"{peer} was shown {event['id']} twice"
+        assert int(number) > self.last[sender, peer.instance], f"{peer} was shown {event['id']} out of order"
+        self.last[sender, peer.instance] = int(number)
+        self.shown[key] = peer.world.network.time
+
+    def on_delivered(self, peer, event):
+        key = (event["id"], peer.known[event["to"]["id"]])
+        assert key in self.shown, f"{peer} believes {key} delivered, but it was not shown"
+        assert key not in self.failed and key not in self.delivered, f"{key} has two ends"
+        self.delivered.add(key)
+
+    def on_failed(self, peer, event):
+        key = (event["id"], peer.known[event["to"]["id"]])
+        assert key in self.sent, f"{peer} reports {key}, which it has not sent"
+        assert key not in self.failed and key not in self.delivered, f"{key} has two ends"
+        self.failed[key] = event["reason"]
+
+    def on_joined(self, peer, event):
+        key = event["peer"]["id"]
+        instance = peer.known[key] = peer.node.peers.get(key).instance
+        other = self.peers.get(instance)
+        if other is None or other.died is None:
+            return
+        since = peer.world.network.time - other.died
+        # What it said of itself in its last seconds may still be on its way; what it said before may not count.
+        old = peer.node.peers.by_key(instance).incarnation <= peer.removed.get(instance, -1)
+        assert not old, f"{peer}: {other}, gone for {since:.1f} s, was brought back"
+        if self.strict:
+            # A server knows of a death only when it misses heartbeats, and may introduce a ghost to a newcomer.
+            late = since > CRASH_KNOWN and peer.world.by != "server"
+            assert not late, f"{peer} is told of {other}, gone for {since:.1f} s"
+            peer.world.network.post(CRASH_KNOWN, peer.must_have_noticed, other)
+
+    def on_renamed(self, peer, event):
+        if event["peer"]["id"] != peer.node.me.id:
+            peer.known[event["peer"]["id"]] = peer.node.peers.get(event["peer"]["id"]).instance
+
+    def on_left(self, peer, event):
+        instance = peer.known[event["peer"]["id"]]
+        peer.removed[instance] = peer.node.peers.by_key(instance).incarnation
+        other = self.peers.get(instance)
+        if other is None:
+            return
+        if other.died is None:
+            assert not self.strict, f"{peer} removed {other}, which lives: {event['reason']}"
+            return
+        kind = "leave" if other.left else "crash"
+        self.detection[kind] = max(self.detection[kind], peer.world.network.time - other.died)
+
+    def check_messages(self):
+        """At the end: each message of a sender that lived was shown or reported. Returns the figures."""
+        both = 0
+        for key, (sender, text) in self.sent.items():
+            shown, failed = key in self.shown, key in self.failed
+            both += shown and failed
+            if not (shown or failed or (sender.died is not None and not sender.left)):
+                raise AssertionError(f"{sender}: {text!r} ({key}) to {self.peers[key[1]]} was lost in silence")
+        return {"messages": len(self.sent), "shown": len(self.shown), "failed": len(self.failed), "both": both}
+
+
+class SimPeer:
+    """A peer on the simulated network, and what its interface was told."""
+
+    def __init__(self, world, machine, username, **settings):
+        self.world = world
+        self.host = machine
+        self.known = {}  # peer ids, and whose they were last
+        self.removed = {}  # instances, and their incarnation when they were removed
+        self.log = []  # events
+        self.born = world.network.time
+        self.died = None  # when it crashed, or began to leave
+        self.left = False
+        self.loop = world.network.start(machine, username)
+        self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings(username=username, **settings), self._event)
+        self.instance = self.node.me.instance
+        world.witness.peers[self.instance] = self
+        self.loop.enter(self.node.start)
+
+    def __repr__(self):
+        return f"[seed {self.world.network.seed}, {self.world.network.time:.2f} s] {self.node.me.id}"
+
+    def _event(self, event):
+        if self.world.keep_log:
+            self.log.append((self.world.network.time, event))
+        note = getattr(self.world.witness, f"on_{event['event']}", None)
+        if note is not None:
+            note(self, event)
+
+    def saw(self, kind, **keys):
+        """The events of one kind that have these values."""
+        return [event for _, event in self.log
+                if event["event"] == kind and all(event[key] == value for key, value in keys.items())]
+
+    def sees(self):
+        """The instances of those it holds to be present."""
+        return {peer.instance for peer in self.node.present()}
+
+    def chat(self, text, to=None):
+        """Send; None if nobody is there to receive."""
+        if to is not None and self.node.peers.by_key(to.instance) not in self.node.present():
+            return None
+        if not self.node.present():
+            return None
+        return self.node.chat(text, self.node.peers.by_key(to.instance).id if to else None)
+
+    def must_have_noticed(self, gone):
+        """By now it must know, if it runs, that another is gone."""
+        if self.died is None:
+            how = "left" if gone.left else "crashed"
+            assert gone.instance not in self.sees(), f"{self} still sees {gone}, which {how} at {gone.died:.2f} s"
+
+    def leave(self):
+        """Go, saying so."""
+        self.died, self.left = self.world.network.time, True
+        self.loop.enter(self.node.leave)
+        self.world.network.post(self.node.settings.timeout + 5, self.loop.crash)
+
+    def crash(self, reset=True):
+        """Go without a word."""
+        self.died = self.world.network.time
+        self.loop.crash(reset=reset)
+
+    def restart(self, same_address=True):
+        """The same user again: another process, at the same id or at another address."""
+        self.world.network.plug(self.host)
+        port = self.node.me.port
+        if not same_address:
+            self.world.move(self)
+            port = 0
+        settings = self.node.settings._replace(port=port)._asdict()
+        peer = SimPeer(self.world, self.host, **settings)
+        self.world.peers.append(peer)
+        return peer
+
+
+class SimWorld:
+    """A network with peers on it, who find each other `by` beacons ("lan"), a "server", or "join"."""
+
+    def __init__(self, seed, count=0, by="lan", keep_log=True, gossip_interval=5.0, **network):
+        self.network = SimNetwork(seed, **network)
+        self.random = random.Random(f"scenario {seed}")
+        self.witness = Witness()
+        self.keep_log = keep_log
+        self.by = by
+        self.gossip_interval = gossip_interval
+        self.numbers = itertools.count(1)
+        self.peers = []
+        self.server = None
+        if by == "server":
+            self.start_server()
+        for _ in range(count):
+            self.add()
+
+    def start_server(self):
+        """A discovery server, at its usual address."""
+        host = self.network.hosts.get("server") or self.network.host("server", SIM_SERVER)
+        host.dark = False
+        loop = self.network.start(host)
+        self.server = p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(lan=False))
+        loop.enter(self.server.start)
+
+    def add(self, username=None, **settings):
+        """A peer on a machine of its own."""
+        username = username or f"u{next(self.numbers)}"
+        ways = {"lan": {}, "server": {"server": (SIM_SERVER, p2pchat.DEFAULT_PORT)}, "none": {"lan": False},
+                "join": {"lan": False, "join": tuple(peer.node.me.address for peer in self.peers[:2])}}
+        settings = {"gossip_interval": self.gossip_interval, **ways[self.by], **settings}
+        peer = SimPeer(self, self.network.host(f"host of {username}"), username, **settings)
+        self.peers.append(peer)
+        return peer
+
+    def add_settled(self, count):
+        """Many peers that know each other already, as after a long time."""
+        added = [self.add() for _ in range(count)]
+        records = [peer.node.me.wire(0) for peer in added]
+        for peer in added:
+            for record in records:
+                if record["instance"] != peer.instance:
+                    peer.known[record["id"]] = record["instance"]
+                    peer.node.peers.hear(record, peer.loop.now())
+        return added
+
+    def move(self, peer):
+        """Its machine gets an address that nobody has had."""
+        number = next(self.numbers)
+        self.network.move(peer.host, f"10.77.{number // 250}.{number % 250 + 1}")
+
+    def living(self):
+        """Those who have neither crashed nor begun to leave."""
+        return [peer for peer in self.peers if peer.died is None]
+
+    def agreed(self, peers=None):
+        """Whether each of these sees all the others, and nobody else."""
+        peers = self.living() if peers is None else peers
+        everybody = {peer.instance for peer in peers}
+        return all(peer.sees() | {peer.instance} == everybody for peer in peers)
+
+    def settle(self, limit=60.0, peers=None):
+        """Until all see all; return how long that took."""
+        return self.network.run_until(lambda: self.agreed(peers), limit, 0.25)
+
+    def chatter(self, mean_gap, until):
+        """Somebody says something now and then, to all or to one, sometimes in a burst."""
+        def speak():
+            if self.network.time < until:
+                self.network.post(self.random.expovariate(1 / mean_gap), speak)
+                peers = self.living()
+                speaker, listener = self.random.sample(peers, 2)
+                for number in range(self.random.choice((1, 1, 1, 7))):
+                    text = f"{number} at {self.network.time:.3f}"
+                    speaker.loop.enter(speaker.chat, text, self.random.choice((None, listener)))
+        self.network.post(self.random.expovariate(1 / mean_gap), speak)
+
+    def finish(self, calm=60.0):
+        """Everything is mended; a while later all agree, and no message is unaccounted for."""
+        self.network.link_life = None
+        self.network.heal()
+        for peer in self.living():
+            if peer.loop.frozen:
+                peer.loop.thaw()
+        self.network.run(calm)
+        assert self.agreed(), self.disagreement()
+        return self.witness.check_messages()
+
+    def disagreement(self):
+        """Who misses or imagines whom, in words."""
+        everybody = {peer.instance: peer for peer in self.living()}
+        lines = [f"seed {self.network.seed}, at {self.network.time:.1f} s:"]
+        for peer in self.living():
+            missing = [everybody[each].node.me.id for each in set(everybody) - peer.sees() - {peer.instance}]
+            ghosts = [self.witness.peers[each].node.me.id for each in peer.sees() - set(everybody)]
+            if missing or ghosts:
+                lines.append(f"{peer.node.me.id} misses {missing}, has ghosts {ghosts}")
+        return "\n".join(lines)
+
+
+# -- 1. a newcomer ---------------------------------------------------------------------------------------
+
+
+def ideal_push_pull(seed, size):
+    """Rounds until all of `size` nodes know what one of them knows, if each exchanges what it knows with one
+    random other once an interval, at a random offset of its own."""
+    rng = random.Random(f"ideal {seed}")
+    known = [False] * size
+    known[rng.randrange(size)] = True
+    turns = sorted((rng.random(), node) for node in range(size))
+    for interval in itertools.count():
+        for offset, node in turns:
+            other = (node + rng.randrange(1, size)) % size
+            if known[node] != known[other]:
+                known[node] = known[other] = True
+                if all(known):
+                    return interval + offset
+
+
+def scenario_newcomer(seed, size=16, limit=15.0):
+    """A newcomer that knows one of many peers, and no server: rounds until all know it, and it knows all."""
+    world = SimWorld(seed, by="none", keep_log=False)
+    settled = world.add_settled(size)
+    world.network.run(12)
+    begin = world.network.time
+    contact = world.random.choice(settled)
+    newcomer = world.add(join=(contact.node.me.address,))
+    unaware = set(settled)
+
+    def all_know():
+        unaware.difference_update([peer for peer in unaware if peer.node.peers.by_key(newcomer.instance)])
+        return not unaware
+
+    world.network.run_until(all_know, limit * world.gossip_interval, 0.02)
+    rounds = (world.network.time - begin) / world.gossip_interval
+    world.network.run_until(lambda: len(newcomer.node.peers) == size, limit * world.gossip_interval, 0.02)
+    knows_all = (world.network.time - begin) / world.gossip_interval
+    return {"rounds": rounds, "ideal": ideal_push_pull(seed, size + 1), "knows all": knows_all}
+
+
+def scenario_hundred(seed, size=100):
+    """100 peers and a newcomer: known to all within 15 rounds; then one leaves, and nobody brings it back."""
+    world = SimWorld(seed, by="none", keep_log=False)
+    settled = world.add_settled(size)
+    world.network.run(5)
+    newcomer = world.add(join=(world.random.choice(settled).node.me.address,))
+    took = world.settle(15 * world.gossip_interval)
+    leaver = world.random.choice(settled)
+    leaver.leave()
+    gone = world.settle(15 * world.gossip_interval)
+    world.network.run(60)
+    assert world.agreed(), world.disagreement()
+    assert newcomer.died is None
+    return {"known after s": took, "left after s": gone}
+
+
+# -- 2. churn --------------------------------------------------------------------------------------------
+
+
+def churn_plan(world, crashes, leaves, restarts, span):
+    """When what happens: at random times, far enough from the end to be seen by all."""
+    events = ["crash"] * crashes + ["leave"] * leaves + ["restart"] * restarts
+    world.random.shuffle(events)
+    times = sorted(30 + world.random.random() * span for _ in events)
+    for when, event in zip(times, events):
+        world.network.post(when, churn_event, world, event)
+
+
+def churn_event(world, event):
+    """One peer goes, and perhaps comes again."""
+    peer = world.random.choice([each for each in world.living() if world.network.time - each.born > 10])
+    if event == "leave":
+        peer.leave()
+        world.network.post(LEAVE_KNOWN, churn_must_be_known, world, peer)
+        return
+    peer.crash(reset=world.random.random() < 0.5)
+    world.network.post(CRASH_KNOWN, churn_must_be_known, world, peer)
+    if event == "restart":
+        world.network.post(1 + 20 * world.random.random(), peer.restart, world.random.random() < 0.5)
+
+
+def churn_must_be_known(world, gone):
+    """By now nobody who was there holds it to be there."""
+    for peer in world.living():
+        if peer.born < gone.died:
+            peer.must_have_noticed(gone)
+
+
+def scenario_churn(seed, size=50, minutes=60, crashes=10, leaves=10, restarts=10, link_life=600.0):
+    """Links break at random, packets take up to 500 ms, peers crash, leave and come again."""
+    by = ("lan", "server", "join")[seed % 3]
+    world = SimWorld(seed, size, by=by, keep_log=False, delay=(0.001, 0.5), link_life=link_life, lan_loss=0.1)
+    world.settle(120)
+    churn_plan(world, crashes, leaves, restarts, minutes * 60 - 90)
+    world.chatter(mean_gap=10.0, until=world.network.time + minutes * 60 - 30)
+    world.network.run(minutes * 60)
+    figures = world.finish()
+    detection = world.witness.detection
+    return {"crash max": detection["crash"], "leave max": detection["leave"], **figures}
+
+
+# -- 3. partitions ---------------------------------------------------------------------------------------
+
+
+def scenario_halves(seed, size=20, minutes=10):
+    """Cut into halves, healed later, no server: all see all within 60 s."""
+    world = SimWorld(seed, size, by="none", delay=(0.001, 0.05))
+    for peer in world.peers[1:]:
+        peer.node.links.dial(world.peers[0].node.me.address)
+    world.settle(60)
+    half, other = world.peers[:size // 2], world.peers[size // 2:]
+    world.witness.strict = False
+    world.chatter(mean_gap=5.0, until=world.network.time + minutes * 60)
+    world.network.cut([peer.host for peer in half], [peer.host for peer in other])
+    parted = world.network.run_until(lambda: world.agreed(half) and world.agreed(other), 30)
+    world.network.run(minutes * 60)
+    assert world.agreed(half) and world.agreed(other), world.disagreement()
+    world.network.heal()
+    healed = world.settle(60)
+    return {"parted after s": parted, "healed after s": healed, **world.finish(30)}
+
+
+def scenario_cut_off(seed, size=10, seconds=120):
+    """One peer's cable is pulled: it says that its own network is gone, keeps its list, and is back soon."""
+    world = SimWorld(seed, size, by=("lan", "none")[seed % 2], delay=(0.001, 0.05))
+    for peer in world.peers[1:]:
+        peer.node.links.dial(world.peers[0].node.me.address)
+    world.settle(60)
+    world.network.run(10)
+    victim, others = world.peers[-1], world.peers[:-1]
+    world.witness.strict = False
+    world.network.unplug(victim.host)
+    noticed = world.network.run_until(lambda: victim.saw("network", gone=True), 20)
+    dropped = world.network.run_until(lambda: world.agreed(others), CRASH_KNOWN)
+    world.network.run(seconds)
+    assert not victim.saw("left") and len(victim.sees()) == size - 1
+    world.network.plug(victim.host)
+    back = world.settle(10)
+    assert victim.saw("network", gone=False) and not victim.saw("left")
+    return {"noticed after s": noticed, "dropped after s": noticed + dropped, "back after s": back}
+
+
+def scenario_partly(seed, size=12, seconds=180):
+    """A third of the others can't reach one peer: nobody removes it, and what can't be sent is reported."""
+    world = SimWorld(seed, size, delay=(0.001, 0.05))
+    world.settle(60)
+    victim = world.random.choice(world.peers)
+    others = [peer for peer in world.peers if peer is not victim]
+    cut = world.random.sample(others, (size - 1) // 3)
+    world.network.cut([peer.host for peer in cut], [victim.host])
+    world.network.run(seconds)
+    assert world.agreed(), world.disagreement()
+    for peer in world.peers:
+        peer.loop.enter(peer.chat, f"from {peer.node.me.username}")
+    world.network.run(40)
+    figures = world.witness.check_messages()
+    assert figures["failed"] == 2 * len(cut), figures
+    return {**figures, **world.finish(60)}
+
+
+# -- 5. delivery -----------------------------------------------------------------------------------------
+
+
+def delivery_mishap(world, until, kinds):
+    """Every few seconds something goes wrong, and is mended some time later."""
+    network, rng = world.network, world.random
+    if network.time < until:
+        network.post(3 + 20 * rng.random(), delivery_mishap, world, until, kinds)
+        MISHAPS[rng.choice(kinds)](world, rng.choice(world.living()), 25 * rng.random())
+
+
+def mishap_crash(world, peer, seconds):
+    """It crashes; a moment later it is started again, there or elsewhere."""
+    if len(world.living()) > 4:
+        peer.crash(reset=world.random.random() < 0.5)
+        world.network.post(1 + seconds, peer.restart, world.random.random() < 0.7)
+
+
+def mishap_leave(world, peer, seconds):
+    """It leaves, and comes again."""
+    if len(world.living()) > 4:
+        peer.leave()
+        world.network.post(7 + seconds, peer.restart)
+
+
+def mishap_freeze(world, peer, seconds):
+    """It is stopped for a while."""
+    if not peer.loop.frozen:
+        peer.loop.freeze()
+        world.network.post(seconds, lambda: peer.loop.frozen and not peer.loop.dead and peer.loop.thaw())
+
+
+def mishap_unplug(world, peer, seconds):
+    """Its cable is out for a while."""
+    world.network.unplug(peer.host)
+    world.network.post(seconds, world.network.plug, peer.host)
+
+
+def mishap_split(world, peer, seconds):
+    """Two are cut off from all others, sometimes in one direction only."""
+    some = [each.host for each in world.random.sample(world.living(), 2)]
+    others = [each for each in world.network.hosts.values() if each not in some]
+    world.network.cut(some, others, both=world.random.random() < 0.7)
+    world.network.post(seconds, world.network.mend)
+
+
+def mishap_jump(world, peer, seconds):
+    """Somebody sets its clock."""
+    peer.loop.jump(world.random.choice((0, 11, 3600)), wall=world.random.choice((0, -86400, 3600)))
+
+
+def mishap_move(world, peer, seconds):
+    """It gets another address."""
+    world.move(peer)
+
+
+MISHAPS = {"crash": mishap_crash, "leave": mishap_leave, "freeze": mishap_freeze, "unplug": mishap_unplug,
+           "split": mishap_split, "jump": mishap_jump, "move": mishap_move}
+
+
+def scenario_delivery(seed, size=8, minutes=10, link_life=40.0, kinds=("crash", "leave"), calm=60):
+    """Breaking links, crashes, restarts: every message is shown once and in order, or reported."""
+    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], keep_log=False, delay=(0.001, 0.3),
+                     link_life=link_life, lan_loss=0.1)
+    world.settle(60)
+    world.witness.strict = not set(kinds) - {"crash", "leave"}
+    until = world.network.time + minutes * 60
+    world.chatter(mean_gap=0.3, until=until)
+    world.network.post(5, delivery_mishap, world, until, kinds)
+    world.network.run(minutes * 60)
+    return world.finish(calm)
+
+
+def scenario_mess(seed, **sizes):
+    """All at once: freezes, cuts, new addresses and clocks as well. Who is cut off or stopped for longer than
+    it takes to be given up may show a message late that was reported: that is counted, and not limited."""
+    figures = scenario_delivery(seed, kinds=tuple(MISHAPS), calm=150, **sizes)
+    figures["late"] = figures.pop("both")
+    return figures
+
+
+# -- 6. the cost of a settled network ----------------------------------------------------------------------
+
+
+def scenario_bytes(seed, size=16, seconds=60):
+    """Bytes of a gossip round (question and answer), and all bytes that one peer sends in a minute."""
+    world = SimWorld(seed, by="none", keep_log=False)
+    world.add_settled(size)
+    world.network.run(30)
+    census = world.network.census = {}
+    world.network.run(seconds)
+    rounds = size * seconds / world.gossip_interval
+    gossip = census.get("MSG_SYNC_PEERS_REQUEST", 0) + census.get("MSG_SYNC_PEERS_RESPONSE", 0)
+    assert gossip, "nobody gossips"
+    return {"bytes a round": gossip / rounds, "bytes a peer and minute": sum(census.values()) / size * 60 / seconds}
+
+
+# -- cases that went wrong in other programs ---------------------------------------------------------------
+
+
+def scenario_dial_at_once(seed, seconds=60):
+    """Two peers dial each other at the same moment and talk at once: working links, and nothing lost."""
+    world = SimWorld(seed, by="none", delay=(0.01, 0.2))
+    one = world.add(port=5001)
+    two = world.add(port=5002)
+    for here, there in ((one, two), (two, one)):
+        for _ in range(3):
+            here.loop.enter(here.node.links.dial, (there.host.addresses[0], there.node.me.port))
+    for number in range(40):
+        world.network.run(0.05)
+        for peer in (one, two):
+            peer.loop.enter(peer.chat, f"{number}")
+    world.network.run(seconds)
+    figures = world.finish(1)
+    assert figures["failed"] == 0 and figures["shown"] == figures["messages"] > 20, figures
+    return figures
+
+
+def scenario_walled(seed, size=6, minutes=5):
+    """A peer that can dial but not be dialled takes part: its links serve both directions."""
+    world = SimWorld(seed, size, by=("server", "join")[seed % 2], delay=(0.001, 0.05), link_life=120)
+    world.peers[-1].host.walled = True
+    world.settle(60)
+    for _ in range(minutes * 6):
+        world.network.run(10)
+        for peer in world.peers:
+            peer.loop.enter(peer.chat, "hello")
+    assert world.agreed(), world.disagreement()
+    figures = world.finish()
+    assert figures["failed"] <= figures["messages"] / 100, figures
+    return figures
+
+
+def scenario_clock(seed, size=6, seconds=60):
+    """Clocks jump: nobody loses anybody, chat goes on."""
+    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
+    world.settle(60)
+    jumps = [(3600, None), (0, -86400), (0, 86400), (11, None), (-30, 0)]
+    for seconds_forward, wall in jumps:
+        peer = world.random.choice(world.peers)
+        peer.loop.jump(seconds_forward, wall)
+        for each in world.peers:
+            each.loop.enter(each.chat, "still here")
+        world.network.run(seconds)
+        assert world.agreed(), world.disagreement()
+    figures = world.finish()
+    assert figures["failed"] == 0, figures
+    return figures
+
+
+def scenario_sleep(seed, size=6, seconds=600):
+    """A laptop sleeps: dropped meanwhile, and back within 10 s of waking, knowing all."""
+    world = SimWorld(seed, size, by=("lan", "server", "none")[seed % 3], delay=(0.001, 0.05))
+    for peer in world.peers[1:]:
+        peer.node.links.dial(world.peers[0].node.me.address)
+    world.settle(60)
+    sleeper = world.random.choice(world.peers)
+    world.witness.strict = False
+    sleeper.loop.freeze()
+    world.network.unplug(sleeper.host)
+    world.network.run(seconds)
+    assert world.agreed([peer for peer in world.peers if peer is not sleeper]), world.disagreement()
+    sleeper.loop.jump(-seconds, wall=0)  # Linux stops the one clock while it sleeps
+    world.network.plug(sleeper.host)
+    sleeper.loop.thaw()
+    return {"back after s": world.settle(10)}
+
+
+def scenario_new_address(seed, size=6, seconds=120):
+    """A new lease: the same instance at another address. Known to all there soon, and nothing is lost."""
+    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
+    world.settle(60)
+    world.network.run(20)
+    mover = world.random.choice(world.peers)
+    world.witness.strict = False
+    world.network.move(mover.host, "10.50.0.1")
+
+    def moved():
+        found = [peer.node.peers.by_key(mover.instance) for peer in world.peers if peer is not mover]
+        return all(peer is not None and not peer.gone and peer.ip == "10.50.0.1" for peer in found)
+
+    for peer in world.peers:
+        peer.loop.enter(peer.chat, "during the change")
+    took = world.network.run_until(moved, 30)
+    renamed = sum(bool(peer.saw("renamed")) for peer in world.peers if peer is not mover)
+    for peer in world.peers:
+        peer.loop.enter(peer.chat, "after the change")
+    world.network.run(seconds)
+    figures = world.finish()
+    assert figures["failed"] == 0, figures
+    return {"known there after s": took, "renamed": renamed / (size - 1), **figures}
+
+
+def scenario_restart(seed, size=5):
+    """Killed, and at once back at the same id: another instance, whose messages count anew."""
+    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
+    world.settle(60)
+    for number in range(4):
+        victim = world.random.choice(world.living())
+        for _ in range(3):
+            victim.loop.enter(victim.chat, "before")
+        world.network.run(1)
+        victim.crash(reset=world.random.random() < 0.7)
+        world.network.run(world.random.choice((0.01, 0.5, 3, 20)))
+        again = victim.restart()
+        assert again.node.me.id == victim.node.me.id or world.by == "lan"
+        world.settle(30)
+        again.loop.enter(again.chat, "after")
+        for peer in world.living():
+            peer.loop.enter(peer.chat, f"welcome {number}")
+        world.network.run(5)
+        shown = [peer for peer in world.living() if peer.saw("chat", text="after")]
+        assert len(shown) >= size - 1
+    return world.finish()
+
+
+class SimStranger(p2pchat.Handler):
+    """A program that speaks the protocol by hand."""
+
+    def __init__(self, world, target, **record):
+        self.loop = world.network.start(world.network.host(f"stranger {next(world.numbers)}"))
+        ip = self.loop.host.addresses[0]
+        self.me = {"id": f"Eve@{ip}:7", "ip": ip, "port": 7, "username": "Eve", "instance": "eeee", **record}
+        self.got = []
+        self.connection = self.loop.connect(target.node.me.address, self, 5)
+
+    def opened(self):
+        self.send("MSG_HELLO", {"peer": self.me})
+
+    def received(self, messages):
+        self.got += messages
+
+    def send(self, kind, content):
+        """Say something."""
+        self.connection.send(p2pchat.create_message(kind, self.me["id"], content))
+
+
+def scenario_stale_list(seed, size=5):
+    """A stale list does not bring back who was removed, and who offers it is answered with the tombstone."""
+    world = SimWorld(seed, size, delay=(0.001, 0.05))
+    world.settle(60)
+    gone, *rest = world.random.sample(world.peers, size)
+    stale = gone.node.me.wire(gone.loop.now())
+    gone.leave() if seed % 2 else gone.crash()
+    world.settle(CRASH_KNOWN)
+    stranger = SimStranger(world, rest[0])
+    world.network.run(2)
+    for kind, content in (("MSG_PEER_NEWS", {"peers": [stale]}), ("MSG_SYNC_PEERS_RESPONSE", {"peer_list": [stale]})):
+        stranger.got.clear()
+        stranger.loop.enter(stranger.send, kind, content)
+        world.network.run(2)
+        told = [record for message in stranger.got if message["type"] == "MSG_PEER_NEWS"
+                for record in message["content"]["peers"] if record["instance"] == gone.instance]
+        assert told and told[0]["status"] in ("dead", "left"), stranger.got
+    world.network.run(10)
+    assert not any(gone.instance in peer.sees() for peer in rest)
+    return {}
+
+
+def scenario_frozen(seed, size=5, count=200):
+    """One peer is stopped: nobody waits for it; it is dropped in time, and back soon after it runs again."""
+    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.02))
+    world.settle(60)
+    frozen, *rest = world.peers
+    frozen.loop.freeze()
+    world.witness.strict = False
+    begin = world.network.time
+    for number in range(count):
+        rest[number % len(rest)].loop.enter(rest[number % len(rest)].chat, f"{number}")
+    world.network.run(1)
+    late = [when for (_, receiver), when in world.witness.shown.items() if when - begin > 0.1]
+    assert not late and len(world.witness.shown) == count * (size - 2)
+    dropped = world.network.run_until(lambda: world.agreed(rest), CRASH_KNOWN)
+    world.network.run(20)
+    frozen.loop.thaw()
+    back = world.settle(10)
+    figures = world.finish()
+    return {"dropped after s": dropped, "back after s": back, "failed": figures["failed"], "late": figures["both"]}
+
+
+def scenario_server(seed, size=3):
+    """The server dies: chat goes on, all say so; it comes back: all are registered within 35 s."""
+    world = SimWorld(seed, size, by="server", delay=(0.001, 0.02))
+    world.settle(10)
+    world.server.loop.crash(reset=seed % 2 == 0)
+    world.network.run(60)
+    assert all(peer.saw("server")[-1]["online"] is False for peer in world.peers)
+    for peer in world.peers:
+        peer.loop.enter(peer.chat, "without a server")
+    world.network.run(1)
+    assert len(world.witness.shown) == size * (size - 1) and world.agreed()
+    world.start_server()
+    took = world.network.run_until(lambda: len(world.server.peer_ids) == size, 35)
+    return {"registered after s": took, **world.finish(10)}
+
+
+# -- running them ------------------------------------------------------------------------------------------
+
+# name: (scenario, sizes in the suite, seeds in the suite, sizes when asked for, the most seeds that make sense)
+SCENARIOS = {
+    "newcomer-16": (scenario_newcomer, {"size": 16}, 3, {"size": 16}, 300),
+    "newcomer-64": (scenario_newcomer, {"size": 64}, 1, {"size": 64}, 300),
+    "newcomer-256": (scenario_newcomer, None, 0, {"size": 256}, 40),
+    "newcomer-1000": (scenario_newcomer, None, 0, {"size": 1000}, 10),
+    "hundred": (scenario_hundred, {"size": 100}, 1, {"size": 100}, 50),
+    "churn": (scenario_churn, {"size": 12, "minutes": 6, "crashes": 2, "leaves": 2, "restarts": 2, "link_life": 120}, 3,
+              {}, 300),
+    "halves": (scenario_halves, {"size": 10}, 2, {}, 300),
+    "cut-off": (scenario_cut_off, {"size": 8}, 2, {}, 300),
+    "partly": (scenario_partly, {}, 2, {}, 300),
+    "delivery": (scenario_delivery, {"minutes": 3}, 3, {}, 300),
+    "mess": (scenario_mess, {"minutes": 3}, 2, {}, 300),
+    "bytes-16": (scenario_bytes, {"size": 16}, 1, {"size": 16}, 1),
+    "bytes-64": (scenario_bytes, {"size": 64}, 1, {"size": 64}, 1),
+    "bytes-256": (scenario_bytes, None, 0, {"size": 256}, 1),
+    "bytes-1000": (scenario_bytes, None, 0, {"size": 1000}, 1),
+    "dial-at-once": (scenario_dial_at_once, {}, 5, {}, 300),
+    "walled": (scenario_walled, {}, 2, {}, 300),
+    "clock": (scenario_clock, {}, 2, {}, 300),
+    "sleep": (scenario_sleep, {}, 3, {}, 300),
+    "new-address": (scenario_new_address, {}, 2, {}, 300),
+    "restart": (scenario_restart, {}, 3, {}, 300),
+    "stale-list": (scenario_stale_list, {}, 4, {}, 300),
+    "frozen": (scenario_frozen, {}, 2, {}, 300),
+    "server": (scenario_server, {}, 2, {}, 300),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, (_, sizes, *_) in SCENARIOS.items() if sizes is not None])
+def test_scenario(name):
+    scenario, sizes, seeds, _, _ = SCENARIOS[name]
+    for seed in range(1, seeds + 1):
+        scenario(seed, **sizes)
+
+
+def test_ideal_gossip_is_what_the_issue_says():
+    for size, rounds in ((16, 2.6), (64, 4.0), (256, 5.1)):
+        mean = statistics.mean(ideal_push_pull(seed, size) for seed in range(60))
+        assert abs(mean - rounds) < 0.4
+
+
+def test_gossip_bytes_do_not_grow():
+    small, large = scenario_bytes(1, size=16, seconds=30), scenario_bytes(1, size=64, seconds=30)
+    assert large["bytes a round"] <= 1.1 * small["bytes a round"] < 1000
+
+
+def simulate_one(job):
+    """One scenario with one seed, in a process of its own: (name, seed, figures or the failure's words, seconds)."""
+    name, seed = job
+    scenario, _, _, sizes, _ = SCENARIOS[name]
+    logging.getLogger("p2pchat").setLevel(logging.CRITICAL)
+    gc.set_threshold(200_000)
+    begin = time.process_time()
+    try:
+        figures = scenario(seed, **sizes)
+    except Exception as error:  # whatever it is, it belongs to this seed and the others go on
+        figures = f"{type(error).__name__}: {error}"
+    gc.collect()
+    return name, seed, figures, time.process_time() - begin
+
+
+def simulate(arguments):
+    """`simulate [--seeds N] [--seed S] [--jobs J] [NAME...]`: print a table; the number of failures."""
+    parser = argparse.ArgumentParser(prog="test_p2pchat.py simulate")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SCENARIOS)}, or the beginning of some")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seed", type=int, help="just this one")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(arguments)
+    chosen = [name for name in SCENARIOS if not options.names or name.startswith(tuple(options.names))]
+    failures = 0
+    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
+        for name in chosen:
+            most = min(options.seeds, SCENARIOS[name][4])
+            seeds = [options.seed] if options.seed is not None else range(1, most + 1)
+            failures += simulate_report(name, pool.map(simulate_one, [(name, seed) for seed in seeds]))
+    return failures
+
+
+def simulate_report(name, results):
+    """Print the line of one scenario, and its failures; return how many there were."""
+    columns, failed, count, cpu = collections.defaultdict(list), [], 0, 0.0
+    for _, seed, figures, seconds in results:
+        count, cpu = count + 1, cpu + seconds
+        if isinstance(figures, str):
+            failed.append((seed, figures))
+            print(f"{name} seed {seed} FAILED: {figures}\n  again: python test_p2pchat.py simulate --seed {seed} {name}",
+                  flush=True)
+        else:
+            for key, value in figures.items():
+                columns[key].append(value)
+    shown = [f"{key} {statistics.mean(values):.4g} (max {max(values):.4g})" for key, values in columns.items()]
+    print(f"{name:14} {count - len(failed)}/{count} ok  {cpu / count:.1f} s each  {'; '.join(shown)}", flush=True)
+    return len(failed) + simulate_limits(name, columns)
+
+
+def simulate_limits(name, columns):
+    """What is judged over all seeds: gossip against the ideal, and messages both shown and reported."""
+    problems = []
+    if columns.get("ideal") and statistics.mean(columns["rounds"]) > 1.2 * statistics.mean(columns["ideal"]):
+        problems.append("more than 1.2 times the rounds of ideal push-pull gossip")
+    if columns.get("both") and 1000 * sum(columns["both"]) > sum(columns["messages"]):
+        problems.append("more than 1 message in 1,000 both shown and reported undelivered")
+    for problem in problems:
+        print(f"{name} FAILED: {problem}", flush=True)
+    return len(problems)
