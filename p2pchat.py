@@ -3943,3 +3943,2128 @@ class PeerNode:
         self.peers.me_changed()
 
 
+# ======================================================================================================
+# Chat view
+#
+# The model behind all three interfaces: what was said, the line being written, who is ignored, where the
+# reader is. One table of commands and one of keys; each is help, completion and documentation at once.
+# render(view, rows, cols) turns the model into lines of styled spans and a cursor: pure, at every size.
+# Nothing here knows curses, a socket or a clock of its own; what it is told is already clean.
+# ======================================================================================================
+
+MAX_ENTRIES = 5000  # kept to scroll back through; with texts of the usual length some 3 MiB
+MAX_SCROLLBACK = 8 * 1024 * 1024  # characters of all of them: 500 texts of the greatest length
+GATHER_TIME = 60.0  # joins that follow each other within so many seconds make one line
+GATHER_NAMES = 5  # of them are named, the others counted
+LATELY = 1800.0  # who spoke within so many seconds is told of by /quiet, too
+BELL_INTERVAL = 3.0  # seconds between two bells
+ASK_LINES = 20  # a message of more lines is sent only when Enter is pressed again
+SIDE_COLS = 60  # a narrower screen has no list of peers
+TIME_COLS = 32  # a narrower screen has no times
+NICK_STYLES = 8  # colours for names, "nick0" and on
+PROMPT = "> "
+
+
+class Span(NamedTuple):
+    """A piece of a line in one style. Styles are words; what they look like is up to the terminal's owner."""
+
+    text: str
+    style: str = ""
+
+
+Line = List[Span]
+
+
+class Screen(NamedTuple):
+    """What a screen of a given size shows. `cursor` is (row, column)."""
+
+    lines: List[Line]
+    cursor: Tuple[int, int]
+
+
+class LineEditor:
+    """A line being written, as what is left and what is right of the cursor; its history; what was cut."""
+
+    def __init__(self, text: str = "") -> None:
+        self.left, self.right = text, ""
+        self._history: List[str] = []
+        self._place = 0  # in the history; at its end is the line being written
+        self._draft = ""
+        self._cuts: Deque[str] = collections.deque(maxlen=20)
+        self.joining = False  # the key before cut as well: what is cut now belongs to it
+
+    @property
+    def text(self) -> str:
+        """The whole line."""
+        return self.left + self.right
+
+    def set(self, text: str) -> None:
+        """Another line in its place, the cursor at its end."""
+        self.left, self.right = text, ""
+
+    def insert(self, text: str) -> None:
+        """Put a text at the cursor."""
+        self.left += text
+
+    def move(self, left: int) -> None:
+        """Put the cursor so many characters from the beginning."""
+        self.left, self.right = self.text[:left], self.text[left:]
+
+    def before(self) -> int:
+        """Where the character left of the cursor begins; what a reader takes for one is one."""
+        return len(self.left) - len((graphemes(self.left[-64:]) or [""])[-1])
+
+    def behind(self) -> int:
+        """Where the character right of the cursor ends."""
+        return len(self.left) + len((graphemes(self.right[:64]) or [""])[0])
+
+    def word_before(self) -> int:
+        """Where the word left of the cursor begins."""
+        end = len(self.left)
+        while end and not self.left[end - 1].isalnum():
+            end -= 1
+        while end and _in_word(self.left[end - 1]):
+            end -= 1
+        return end
+
+    def word_behind(self) -> int:
+        """Where the word right of the cursor ends."""
+        at, text = len(self.left), self.text
+        while at < len(text) and not text[at].isalnum():
+            at += 1
+        while at < len(text) and _in_word(text[at]):
+            at += 1
+        return at
+
+    def blank_before(self) -> int:
+        """Where the word left of the cursor begins, if only blanks part words."""
+        words = self.left.rstrip()
+        return next((at + 1 for at in range(len(words) - 1, -1, -1) if words[at].isspace()), 0)
+
+    def delete(self, where: int) -> str:
+        """Take out, and return, what stands between the cursor and a place."""
+        if where < len(self.left):
+            gone, self.left = self.left[where:], self.left[:where]
+        else:
+            where -= len(self.left)
+            gone, self.right = self.right[:where], self.right[where:]
+        return gone
+
+    def cut(self, where: int) -> None:
+        """The same, and keep it for paste(); pieces cut one after the other are kept as one."""
+        backwards = where < len(self.left)
+        gone = self.delete(where)
+        if self.joining and self._cuts:
+            kept = self._cuts.pop()
+            gone = gone + kept if backwards else kept + gone
+        if gone:
+            self._cuts.append(gone)
+            self.joining = True
+
+    def yank(self) -> None:
+        """Insert what was cut last."""
+        if self._cuts:
+            self.insert(self._cuts[-1])
+
+    def yank_older(self) -> None:
+        """Put what was cut before in the place of what was inserted last."""
+        if self._cuts and self.left.endswith(self._cuts[-1]):
+            self.left = self.left[:len(self.left) - len(self._cuts[-1])]
+            self._cuts.rotate(1)
+            self.yank()
+
+    def enter(self) -> str:
+        """Return the line, empty it, and keep it in the history."""
+        text = self.text
+        if text.strip() and self._history[-1:] != [text]:
+            self._history = self._history[-499:] + [text]
+        self._place = len(self._history)
+        self.set("")
+        return text
+
+    def recall(self, step: int) -> None:
+        """Go through the history; the line being written waits at its end."""
+        if self._place == len(self._history):
+            self._draft = self.text
+        place = self._place + step
+        if 0 <= place <= len(self._history):
+            self._place = place
+            self.set((self._history + [self._draft])[place])
+
+
+class Entry:
+    """One message or notice of the scrollback."""
+
+    __slots__ = ("seq", "time", "kind", "head", "text", "style", "names", "fates")
+
+    def __init__(self, seq: int, when: float, kind: str, head: Line, text: str, style: str) -> None:
+        self.seq = seq  # consecutive: its place in the scrollback is seq - the first one's
+        self.time = when
+        self.kind = kind  # chat, notice, error, joined, left
+        self.head = head  # who speaks
+        self.text = text
+        self.style = style
+        self.names: List[str] = []  # joined, left: who
+        self.fates: Dict[str, Optional[str]] = {}  # own, by receiver: None under way, "" has it, else why not
+
+    @property
+    def under_way(self) -> bool:
+        """Whether somebody has yet to get it."""
+        return None in self.fates.values()
+
+
+Handle = Callable[["ChatView", str], None]  # of a command: gets the view and what stands behind the command
+
+
+class Command(NamedTuple):
+    """What can be typed after a slash."""
+
+    name: str
+    usage: str
+    help: str
+    run: Handle
+
+
+class Key(NamedTuple):
+    """What a key does. `run` gets the line editor or the view."""
+
+    names: str
+    help: str
+    run: Callable[[Any], None]
+
+
+COMMANDS: Dict[str, Command] = {}
+
+
+def command(usage: str) -> Callable[[Handle], Handle]:
+    """Enter a method in the table of commands; its docstring is the command's help."""
+    def enter(method: Handle) -> Handle:
+        name = usage.split()[0]
+        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method)
+        return method
+    return enter
+
+
+class ChatView:
+    """The model. It is told of events, keys and lines; `clock` turns Unix time into what is shown."""
+
+    def __init__(self, node: PeerNode, clock: Callable[[float], str], on_screen: bool = True) -> None:
+        self.node = node
+        self.clock = clock
+        self.on_screen = on_screen  # else every change becomes an entry, for whoever prints them
+        self.entries: List[Entry] = []
+        self._size = 0  # characters in them
+        self.next = 0  # seq of the next one
+        self.line = LineEditor()
+        self.anchor: Optional[Tuple[int, int]] = None  # scrolled back: (seq, row) of the lowest row on screen
+        self.unread: Optional[int] = None  # seq of the last entry that was read before looking away
+        self.found: Optional[int] = None  # seq of what /search found
+        self.rows, self.cols = 24, 80
+        self.side = True
+        self.hint = ""  # said above the input line until the next key
+        self.target: Optional[str] = None  # /query: id of the peer whom what is typed goes to
+        self.ignored: Dict[str, str] = {}  # peer id -> label
+        self.fresh: Set[str] = set()  # ids of those who came since the last key
+        self.log: Deque[str] = collections.deque(maxlen=500)
+        self.rung = False  # the bell is to be rung
+        self._bell = True
+        self._bell_time = float("-inf")
+        self._quiet = False
+        self._focused = True
+        self._spoke: Dict[str, float] = {}  # id -> when, the latest last
+        self._private: Optional[str] = None  # id of who last wrote privately
+        self.mine: Dict[str, Entry] = {}  # own messages under way, by message id
+        self._last_mine: Optional[Entry] = None
+        self._search = ""
+        self._key = ""  # the last one
+        self._asked = ""  # the long text that Enter was pressed for once
+        self._completion: Tuple[str, str, List[str], int] = ("", "", [], 0)
+        self.on_answer: Callable[[str], None] = lambda text: None
+
+    # -- what was said ---------------------------------------------------------------------------------
+
+    def handle(self, event: Event) -> None:
+        """Take in an event of the node."""
+        method = getattr(self, "_on_" + event["event"], None)
+        if method is not None:
+            method(event)
+
+    def answer(self, text: str, kind: str = "notice") -> None:
+        """Say something in answer to the user."""
+        self._notice(text, kind)
+        self.on_answer(text)
+
+    def add(self, kind: str, head: Line, text: str, style: str = "") -> Entry:
+        """Append to the scrollback, within its bounds."""
+        entry = Entry(self.next, self.node.loop.wall(), kind, head, text, style)
+        self.next += 1
+        self._size += len(text)
+        self.entries.append(entry)
+        if len(self.entries) > MAX_ENTRIES + 500 or self._size > MAX_SCROLLBACK:
+            self._trim()
+        return entry
+
+    def _trim(self) -> None:
+        """Forget the oldest, many at once: that is cheaper, and nobody is reading there."""
+        drop = max(len(self.entries) - MAX_ENTRIES, 1)
+        while self._size - sum(len(entry.text) for entry in self.entries[:drop]) > MAX_SCROLLBACK * 0.9:
+            drop *= 2
+        self._size -= sum(len(entry.text) for entry in self.entries[:drop])
+        del self.entries[:drop]
+
+    def _notice(self, text: str, kind: str = "notice") -> None:
+        mark = Span("! ", "error") if kind == "error" else Span("- ", "dim")
+        self.add(kind, [mark], text, kind if kind == "error" else "dim")
+
+    def name(self, peer_id: str) -> Span:
+        """A peer's label, in its colour. One's own name needs no address: it is the others' that have one."""
+        label = self.node.me.username if peer_id == self.node.me.id else self.node.label(peer_id)
+        return Span(label, f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}")
+
+    def _head(self, sender: str, to: str, action: bool) -> Line:
+        """Who speaks, and to whom if not to all."""
+        aside = [Span(" → ", "private"), self.name(to)] if to != EVERYONE else []
+        return [Span("* " if action else "", "dim"), self.name(sender), *aside, Span(" " if action else ": ")]
+
+    def _say(self, sender: str, to: str, text: str, style: str) -> Entry:
+        action = text.startswith("/me ")
+        return self.add("chat", self._head(sender, to, action), text[4:] if action else text, style)
+
+    def _on_chat(self, event: Event) -> None:
+        sender, to, text = event["from"]["id"], event["to"], event["text"]
+        if sender in self.ignored:
+            return
+        now = self.node.loop.wall()
+        self._spoke.pop(sender, None)
+        self._spoke[sender] = now
+        if len(self._spoke) > 2 * MAX_PEERS:
+            del self._spoke[next(iter(self._spoke))]
+        private = to != EVERYONE
+        if private:
+            self._private = sender
+        called = private or _mentions(text, self.node.me.username)
+        self._say(sender, to, text, "private" if private else "mention" if called else "")
+        if called and self._bell and now - self._bell_time >= BELL_INTERVAL:
+            self._bell_time = now
+            self.rung = True
+
+    def _on_sent(self, event: Event) -> None:
+        entry = self._say(self.node.me.id, event["to"], event["text"], "")
+        entry.fates = dict.fromkeys(event["receivers"])
+        self.mine[event["id"]] = self._last_mine = entry
+
+    def _on_delivered(self, event: Event) -> None:
+        self._settle(event, "")
+
+    def _on_failed(self, event: Event) -> None:
+        known = self._settle(event, event["reason"] or "it failed")
+        if not known or not self.on_screen:
+            text = event["text"].partition("\n")[0]
+            who = self.node.label(event["to"]["id"])
+            self._notice(f"✗ not delivered to {who} ({event['reason']}): {text}", "error")
+
+    def _settle(self, event: Event, fate: str) -> bool:
+        """A message has come to its end at one receiver."""
+        entry = self.mine.get(event["id"])
+        if entry is None:
+            return False
+        entry.fates[event["to"]["id"]] = fate
+        if not entry.under_way:
+            del self.mine[event["id"]]
+        return True
+
+    def _on_ready(self, event: Event) -> None:
+        self._notice(f"You are {event['id']}. /help lists the commands.")
+
+    def _on_settled(self, event: Event) -> None:
+        self.fresh.clear()
+        alone = self.node.alone()
+        if alone:
+            self._notice("\n".join(alone))
+
+    def _on_notice(self, event: Event) -> None:
+        self._notice(event["text"])
+
+    def _on_server(self, event: Event) -> None:
+        if event["online"]:
+            self._notice(f"server {event['address']} is online")
+        else:
+            self._notice(f"no server at {event['address']} ({event['reason']}): P2P mode, it goes on without")
+
+    def _on_network(self, event: Event) -> None:
+        if event["gone"]:
+            self._notice("Nobody answers: this machine seems to be cut off from the network.", "error")
+        else:
+            self._notice("The network is back.")
+
+    def _on_joined(self, event: Event) -> None:
+        self.fresh.add(event["peer"]["id"])
+        self._came_or_went("joined", event["peer"]["id"], "")
+
+    def _on_left(self, event: Event) -> None:
+        peer_id = event["peer"]["id"]
+        self.fresh.discard(peer_id)
+        self._came_or_went("left", peer_id, "" if event["reason"] == "left" else f" ({event['reason']})")
+
+    def _came_or_went(self, kind: str, peer_id: str, reason: str) -> None:
+        """Those who come or go one after the other share a line."""
+        now = self.node.loop.wall()
+        if self._quiet and now - self._spoke.get(peer_id, float("-inf")) > LATELY:
+            return
+        last = self.entries[-1] if self.entries and self.on_screen else None
+        if last is None or last.kind != kind or not 0 <= now - last.time < GATHER_TIME:
+            last = self.add(kind, [Span("+ " if kind == "joined" else "- ", "dim")], "", "dim")
+        last.names.append(self.node.label(peer_id) + reason)
+        more = len(last.names) - GATHER_NAMES
+        last.text = ", ".join(last.names[:GATHER_NAMES]) + (f", {more} more" if more > 0 else "") + f" {kind}"
+
+    def _on_renamed(self, event: Event) -> None:
+        old, new = event["old"], event["peer"]
+        self._follow(old["id"], new["id"])
+        me = new["id"] == self.node.me.id
+        who = "You are" if me else f"{old['username']} is"
+        if old["username"] != new["username"]:
+            self._notice(f"{who} now known as {self.name(new['id']).text}")
+        else:
+            self._notice(f"{who} now at {new['ip']}:{new['port']}")
+
+    def _follow(self, old: str, new: str) -> None:
+        """A peer has another id: what we hold under the old one goes over to it."""
+        tables: List[Dict[str, Any]] = [self.ignored, self._spoke, *(entry.fates for entry in self.mine.values())]
+        for table in tables:
+            if old in table:
+                table[new] = table.pop(old)
+        self.target = new if self.target == old else self.target
+        self._private = new if self._private == old else self._private
+
+    # -- keys ------------------------------------------------------------------------------------------
+
+    def type(self, text: str) -> None:
+        """Text was typed."""
+        self._begin("")
+        self.line.insert(text)
+
+    def paste(self, text: str) -> None:
+        """Text was pasted: it is one message, however many lines it has."""
+        self._begin("")
+        text = clean(text, newlines=True).rstrip("\n")
+        if len(text) > MAX_TEXT:
+            self.hint = f"Only the first {MAX_TEXT} characters were pasted: a message can hold no more."
+        self.line.insert(text[:MAX_TEXT])
+
+    def key(self, name: str) -> None:
+        """A key was pressed."""
+        key = _KEYS.get(name)
+        if key is None:
+            return
+        joining, self.line.joining = self.line.joining, False
+        if key in EDIT_KEYS:
+            self.line.joining = joining and name in _CUTTING
+            self._begin(name)
+            key.run(self.line)
+            return
+        previous = self._begin(name)
+        self._key = previous  # the handler sees which key came before
+        key.run(self)
+        self._key = name
+
+    def _begin(self, name: str) -> str:
+        """Before each key: what was only said until then goes."""
+        previous, self._key = self._key, name
+        if name not in ("focus-in", "focus-out"):
+            self.hint = ""
+            self.fresh.clear()
+        return previous
+
+    def press_enter(self) -> None:
+        """Send the line, or ask first if it is long."""
+        lines = self.line.text.count("\n") + 1
+        if lines > ASK_LINES and self._asked != self.line.text:
+            self._asked = self.line.text
+            self.hint = f"Send {lines} lines as one message? Enter again sends them, Ctrl-C drops them."
+            return
+        self._asked = ""
+        self.to_bottom()
+        self.enter(self.line.enter())
+
+    def press_interrupt(self) -> None:
+        """Ctrl-C: drop the line; the second one leaves."""
+        if self._key == "ctrl-c":
+            self.node.leave()
+        elif self.line.text:
+            self.line.move(len(self.line.text))
+            self.line.cut(0)
+            self.hint = "Ctrl-Y brings the line back. Ctrl-C again leaves."
+        else:
+            self.hint = "Ctrl-C again leaves."
+
+    def press_eof(self) -> None:
+        """Ctrl-D: leave if there is no line, else delete."""
+        if self.line.text:
+            self.line.delete(self.line.behind())
+        else:
+            self.node.leave()
+
+    def press_end(self) -> None:
+        """End: to the newest message, to the end of the line."""
+        self.to_bottom()
+        self.line.move(len(self.line.text))
+
+    def look(self, focused: bool) -> None:
+        """The terminal got or lost the focus."""
+        self._focused = focused
+        if not focused and self.anchor is None:
+            self.unread = self.next - 1
+
+    # -- scrolling -------------------------------------------------------------------------------------
+
+    def scroll(self, by: int) -> None:
+        """Go down, or up if negative, by rows. What comes in below moves nothing of what is being read."""
+        if not self.entries:
+            return
+        bottom = self.bottom()
+        if self.anchor is None and by < 0:
+            self.unread = bottom[0]
+        place = self.clamped(self.moved(self.anchor or bottom, by, self._cols()), self._height(), self._cols())
+        self.anchor = place if place < bottom else None
+
+    def page(self, pages: int) -> None:
+        """Go by screenfuls, one row of which stays."""
+        self.scroll(pages * max(1, self._height() - 1))
+
+    def to_bottom(self) -> None:
+        """Back to the newest."""
+        self.anchor = self.found = None
+
+    def bottom(self) -> Tuple[int, int]:
+        """The lowest place."""
+        last = self.entries[-1]
+        return last.seq, len(entry_rows(self, last, self._cols())) - 1
+
+    def moved(self, place: Tuple[int, int], by: int, cols: int) -> Tuple[int, int]:
+        """The place so many rows below another, within the scrollback."""
+        first = self.entries[0].seq
+        index, row = place[0] - first, place[1] + by
+        if index < 0:
+            index, row = 0, 0
+        while row < 0 and index > 0:
+            index -= 1
+            row += len(entry_rows(self, self.entries[index], cols))
+        count = len(entry_rows(self, self.entries[index], cols))
+        while row >= count and index < len(self.entries) - 1:
+            index, row = index + 1, row - count
+            count = len(entry_rows(self, self.entries[index], cols))
+        return first + index, max(0, min(row, count - 1))
+
+    def clamped(self, place: Tuple[int, int], height: int, cols: int) -> Tuple[int, int]:
+        """A place with as much above it as fills the screen."""
+        return max(place, self.moved((self.entries[0].seq, 0), height - 1, cols))
+
+    def below(self) -> int:
+        """How many messages came since the reader scrolled away."""
+        first = self.entries[0].seq if self.entries else 0
+        start = max(0, (self.unread or 0) + 1 - first)
+        return sum(entry.kind == "chat" for entry in self.entries[start:])
+
+    def _height(self) -> int:
+        return max(1, layout(self, self.rows, self.cols).messages)
+
+    def _cols(self) -> int:
+        return self.cols - layout(self, self.rows, self.cols).side
+
+    # -- completion ------------------------------------------------------------------------------------
+
+    def complete(self, step: int) -> None:
+        """Tab: complete the word before the cursor; again: the next candidate."""
+        if self._key not in ("tab", "shift-tab") or not self._completion[2]:
+            start = self.line.blank_before() if self.line.left[-1:].strip() else len(self.line.left)
+            self._completion = (self.line.left[:start], self.line.left[start:], self._candidates(start), -1)
+            step = max(step, 0)
+        base, word, candidates, at = self._completion
+        if not candidates:
+            return
+        at = (at + step) % len(candidates) if at >= 0 else 0
+        self._completion = (base, word, candidates, at)
+        self.line.left = base + candidates[at]
+
+    def _candidates(self, start: int) -> List[str]:
+        """What the word that begins at `start` can become: commands, or names, the latest speakers' first."""
+        word = self.line.left[start:].casefold()
+        before = self.line.left[:start].split()
+        if word.startswith("/") and (not before or before == ["/help"]):
+            return [name + " " for name in COMMANDS if name.startswith(word)]
+        if not word and not before:
+            return []
+        at = "@" if word.startswith("@") else ""
+        end = ": " if start == 0 else " "
+        labels = [self.node.label(peer.id) for peer in
+                  sorted(self.node.present(), key=lambda peer: -self._spoke.get(peer.id, float("-inf")))]
+        return [at + label + end for label in labels if label.casefold().startswith(word[len(at):])]
+
+    # -- commands --------------------------------------------------------------------------------------
+
+    def enter(self, text: str) -> None:
+        """A line was entered: chat, or a command."""
+        try:
+            if text.startswith("//"):
+                self.node.chat(text[1:], self.target)
+            elif text.startswith("/"):
+                self._command(text)
+            elif text.strip():
+                self.node.chat(text, self.target)
+        except ChatError as error:
+            self.answer(str(error), "error")
+
+    def _command(self, text: str) -> None:
+        name = text.split(None, 1)[0]
+        found = COMMANDS.get(name.lower())
+        if found is None:
+            guess = _nearest(name.lower(), list(COMMANDS))
+            raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")
+        found.run(self, text[len(name):].strip())
+
+    def _peer(self, text: str) -> Tuple[Peer, str]:
+        """The peer whom the beginning of a text names, and what stands behind. The longest name that fits counts."""
+        if not text:
+            raise ChatError("Whom? Say a name; /who lists them.")
+        if text.startswith('"') and '"' in text[1:]:
+            name, _, rest = text[1:].partition('"')
+            return self._only(self.node.find(name), name), rest.strip()
+        ends = [at for at in range(len(text[:MAX_ID]), 0, -1) if at == len(text) or text[at].isspace()]
+        for end in ends:
+            found = self.node.find(text[:end]) or self.node.find(text[:end].rstrip(":,"))
+            if found:
+                return self._only(found, text[:end]), text[end:].strip()
+        return self._only([], text.split()[0]), ""
+
+    def _only(self, found: List[Peer], name: str) -> Peer:
+        if len(found) == 1:
+            return found[0]
+        labels = [self.node.label(peer.id) for peer in found or self.node.present()]
+        if found:
+            raise ChatError(f"There are {len(found)} called {name}: {', '.join(labels)}. Which one?")
+        raise ChatError(f"Nobody here is called {clean(name)[:40]}.{_nearest(name, labels)}")
+
+    def _send(self, peer_id: str, text: str) -> None:
+        if not text:
+            raise ChatError("There is nothing to send: say the text behind the name.")
+        self.node.chat(text, peer_id)
+
+    @command("/msg NAME TEXT")
+    def _msg(self, rest: str) -> None:
+        """send a private message."""
+        peer, text = self._peer(rest)
+        self._send(peer.id, text)
+
+    @command("/reply TEXT")
+    def _reply(self, rest: str) -> None:
+        """answer whoever last wrote to you privately."""
+        if self._private is None:
+            raise ChatError("Nobody has written to you privately yet.")
+        self._send(self._private, rest)
+
+    @command("/query [NAME]")
+    def _query(self, rest: str) -> None:
+        """send what is typed to NAME only, until /query alone."""
+        self.target = self._peer(rest)[0].id if rest else None
+        whom = f"{self.node.label(self.target)} only" if self.target else "everyone"
+        self.answer(f"What you type goes to {whom}.")
+
+    @command("/me TEXT")
+    def _me(self, rest: str) -> None:
+        """say what you do: * Alice waves."""
+        if not rest:
+            raise ChatError("/me wants a text: /me waves")
+        self.node.chat(f"/me {rest}", self.target)
+
+    @command("/nick NAME")
+    def _nick(self, rest: str) -> None:
+        """take another name."""
+        self.node.rename(rest)
+
+    @command("/peers")
+    def _peers(self, rest: str) -> None:
+        """show or hide the list of peers."""
+        if self.on_screen and self.cols >= SIDE_COLS:
+            self.side = not self.side
+            return
+        names = ", ".join(self.node.label(peer.id) for peer in self.node.present())
+        self.answer(f"{_count(len(self.node.present()), 'peer')}: {names}" if names else "Nobody else is here.")
+
+    @command("/who")
+    def _who(self, rest: str) -> None:
+        """who is there, and how well they are heard."""
+        self.answer("\n".join(self.node.alone() or self.node.who()))
+
+    @command("/whois NAME")
+    def _whois(self, rest: str) -> None:
+        """name, address and state of one peer."""
+        peer = self._peer(rest)[0]
+        said = self._spoke.get(peer.id)
+        spoke = f"last spoke at {self.clock(said)}" if said is not None else "has not spoken yet"
+        traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in self.ignored)
+        self.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}")
+
+    @command("/info")
+    def _info(self, rest: str) -> None:
+        """who has your last message."""
+        if self._last_mine is None:
+            raise ChatError("You have not sent a message yet.")
+        fates = self._last_mine.fates
+        has = [self.node.label(peer_id) for peer_id, fate in fates.items() if fate == ""]
+        waits = [self.node.label(peer_id) for peer_id, fate in fates.items() if fate is None]
+        lines = [f"{what}: {', '.join(who)}" for what, who in (("delivered to", has), ("under way to", waits)) if who]
+        self.answer("\n".join([_shortened(self._last_mine.text), *lines, *_failures(self, self._last_mine)]))
+
+    @command("/sync")
+    def _sync(self, rest: str) -> None:
+        """compare lists of peers with somebody now."""
+        self.node.sync()
+
+    @command("/log [LINES]")
+    def _log(self, rest: str) -> None:
+        """show the last lines of the log."""
+        count = int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 4 else 20
+        self.answer("\n".join(list(self.log)[-max(1, count):]) or "The log is empty.")
+
+    @command("/search [TEXT]")
+    def _find(self, rest: str) -> None:
+        """go to the last message with TEXT; again: to the one before."""
+        wanted = (rest or self._search).casefold()
+        if not wanted:
+            raise ChatError("/search wants a text to look for.")
+        before = self.found if wanted == self._search and self.found is not None else self.next
+        self._search = wanted
+        hits = [entry for entry in self.entries if entry.seq < before and entry.kind == "chat"
+                and wanted in ("".join(span.text for span in entry.head) + entry.text).casefold()]
+        if not hits:
+            raise ChatError(f"Nothing {'more ' if before != self.next else ''}was found for {wanted}.")
+        if not self.on_screen:
+            self.answer("\n".join(plain_text(self, entry) for entry in hits[-10:]))
+            return
+        self._show(hits[-1])
+        self.hint = f"{len(hits) - 1} more above: /search goes on, End comes back"
+
+    def _show(self, entry: Entry) -> None:
+        """Scroll to an entry, some rows below the middle."""
+        self.unread = self.unread if self.anchor else self.next - 1
+        self.found = entry.seq
+        place = self.moved((entry.seq, 0), self._height() // 2, self._cols())
+        place = self.clamped(place, self._height(), self._cols())
+        self.anchor = place if place < self.bottom() else None
+
+    @command("/ignore [NAME]")
+    def _ignore(self, rest: str) -> None:
+        """show nothing more from a peer; alone: who is ignored."""
+        if rest:
+            peer = self._peer(rest)[0]
+            self.ignored[peer.id] = self.node.label(peer.id)
+        self.answer(f"Ignored: {', '.join(self.ignored.values()) or 'nobody'}.")
+
+    @command("/unignore NAME")
+    def _unignore(self, rest: str) -> None:
+        """show what a peer says again."""
+        wanted = rest.strip('"').casefold()
+        found = [peer_id for peer_id, label in self.ignored.items()
+                 if wanted in (peer_id.casefold(), label.casefold(), peer_id.rpartition("@")[0].casefold())]
+        if len(found) != 1:
+            raise ChatError(f"Ignored: {', '.join(self.ignored) or 'nobody'}." + (" Which one?" if found else ""))
+        self.answer(f"{self.ignored.pop(found[0])} is heard again.")
+
+    @command("/quiet")
+    def _be_quiet(self, rest: str) -> None:
+        """hide or show joins and leaves of those who have not spoken lately."""
+        self._quiet = not self._quiet
+        self.answer(f"Joins and leaves of the silent are {'hidden' if self._quiet else 'shown'}.")
+
+    @command("/bell [on|off]")
+    def _set_bell(self, rest: str) -> None:
+        """ring when you are named or written to privately."""
+        self._bell = {"on": True, "off": False}.get(rest.lower(), self._bell)
+        self.answer(f"The bell is {'on' if self._bell else 'off'}.")
+
+    @command("/clear")
+    def _clear(self, rest: str) -> None:
+        """empty the screen."""
+        self.entries.clear()
+        self._size = 0
+        self.anchor = self.unread = self.found = None
+
+    @command("/help [COMMAND]")
+    def _help(self, rest: str) -> None:
+        """list the commands, or explain one; /help keys lists the keys."""
+        wanted = "/" + rest.lower().lstrip("/")
+        if wanted == "/keys":
+            rows = [(key.names, key.help) for key in KEYS]
+        elif wanted == "/":
+            rows = [(each.usage, each.help) for each in COMMANDS.values()]
+            rows.append(("//TEXT", "say a text that begins with a slash"))
+        elif wanted in COMMANDS:
+            rows = [(COMMANDS[wanted].usage, COMMANDS[wanted].help)]
+        else:
+            raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
+        first = max(len(left) for left, _ in rows)
+        self.answer("\n".join(f"{left.ljust(first)}  {right}" for left, right in rows))
+
+    @command("/quit")
+    def _quit(self, rest: str) -> None:
+        """leave the chat."""
+        self.node.leave()
+
+
+EDIT_KEYS: Tuple[Key, ...] = (
+    Key("Left, Ctrl-B", "a character to the left", lambda line: line.move(line.before())),
+    Key("Right, Ctrl-F", "a character to the right", lambda line: line.move(line.behind())),
+    Key("Ctrl-Left, Alt-B", "a word to the left", lambda line: line.move(line.word_before())),
+    Key("Ctrl-Right, Alt-F", "a word to the right", lambda line: line.move(line.word_behind())),
+    Key("Home, Ctrl-A", "to the beginning of the line", lambda line: line.move(0)),
+    Key("Ctrl-E", "to the end of the line", lambda line: line.move(len(line.text))),
+    Key("Backspace", "delete the character to the left", lambda line: line.delete(line.before())),
+    Key("Delete", "delete the character to the right", lambda line: line.delete(line.behind())),
+    Key("Ctrl-W", "cut back to the blank", lambda line: line.cut(line.blank_before())),
+    Key("Alt-Backspace", "cut the word to the left", lambda line: line.cut(line.word_before())),
+    Key("Alt-D", "cut the word to the right", lambda line: line.cut(line.word_behind())),
+    Key("Ctrl-U", "cut back to the beginning", lambda line: line.cut(0)),
+    Key("Ctrl-K", "cut to the end", lambda line: line.cut(len(line.text))),
+    Key("Ctrl-Y", "insert what was cut", lambda line: line.yank()),
+    Key("Alt-Y", "replace it by what was cut before", lambda line: line.yank_older()),
+    Key("Up, Ctrl-P", "the line entered before", lambda line: line.recall(-1)),
+    Key("Down, Ctrl-N", "the line entered after it", lambda line: line.recall(1)),
+    Key("Alt-Enter, Ctrl-J", "a line break in the message", lambda line: line.insert("\n")),
+)
+VIEW_KEYS: Tuple[Key, ...] = (
+    Key("Enter", "send", lambda view: view.press_enter()),
+    Key("Tab", "complete a name or a command; again: the next one", lambda view: view.complete(1)),
+    Key("Shift-Tab", "the completion before", lambda view: view.complete(-1)),
+    Key("PgUp", "scroll back", lambda view: view.page(-1)),
+    Key("PgDn", "scroll forth", lambda view: view.page(1)),
+    Key("Alt-Up", "scroll back by a line", lambda view: view.scroll(-1)),
+    Key("Alt-Down", "scroll forth by a line", lambda view: view.scroll(1)),
+    Key("Ctrl-Home", "to the oldest message", lambda view: view.scroll(-sys.maxsize)),
+    Key("Esc, Ctrl-End", "to the newest message", lambda view: view.to_bottom()),
+    Key("End", "to the newest message, and to the end of the line", lambda view: view.press_end()),
+    Key("Ctrl-C", "drop the line; twice: leave", lambda view: view.press_interrupt()),
+    Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda view: view.press_eof()),
+)
+SHELL_KEYS: Tuple[Key, ...] = (
+    Key("Ctrl-L", "draw the screen anew", lambda view: None),
+    Key("Ctrl-Z", "suspend; fg comes back", lambda view: None),
+)
+KEYS = EDIT_KEYS + VIEW_KEYS + SHELL_KEYS
+_KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
+_KEYS["focus-in"] = Key("", "", lambda view: view.look(True))
+_KEYS["focus-out"] = Key("", "", lambda view: view.look(False))
+_CUTTING = frozenset(("ctrl-w", "ctrl-u", "ctrl-k", "alt-d", "alt-backspace"))
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or unicodedata.category(character)[0] == "M" or character in _JOINERS
+
+
+def _mentions(text: str, name: str) -> bool:
+    """Whether a text holds a name as a word of its own."""
+    text, name = text.casefold(), name.casefold()
+    at = text.find(name)
+    while at >= 0:
+        end = at + len(name)
+        if not (text[at - 1:at].isalnum() or text[end:end + 1].isalnum()):
+            return True
+        at = text.find(name, at + 1)
+    return False
+
+
+def _nearest(name: str, choices: List[str]) -> str:
+    """A question for the choice that was probably meant; empty if none comes near."""
+    import difflib
+    folded = {choice.casefold(): choice for choice in choices}
+    found = difflib.get_close_matches(name.casefold(), folded, 1, 0.5)
+    return f" Did you mean {folded[found[0]]}?" if found else ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _shortened(text: str) -> str:
+    first, newline, _ = text.partition("\n")
+    return cut(first, 60, "…") + (" …" if newline else "")
+
+
+def _failures(view: ChatView, entry: Entry) -> List[str]:
+    """To whom an own message was not delivered, a line for each reason."""
+    by_reason: Dict[str, List[str]] = {}
+    for peer_id, fate in entry.fates.items():
+        if fate:
+            by_reason.setdefault(fate, []).append(view.node.label(peer_id))
+    return [f"✗ not delivered to {', '.join(who)} ({reason})" for reason, who in by_reason.items()]
+
+
+def plain_text(view: ChatView, entry: Entry) -> str:
+    """An entry as lines of text."""
+    head = f"{view.clock(entry.time)} " + "".join(span.text for span in entry.head)
+    return head + entry.text.replace("\n", "\n      ")
+
+
+# How it looks. All sizes are those of the screen at hand; what has no room is left out, the input line last.
+
+
+class Layout(NamedTuple):
+    """How many rows each part has, and how many columns the list of peers, its border included."""
+
+    bar: int
+    messages: int
+    rule: int
+    input: int
+    side: int
+
+
+def layout(view: ChatView, rows: int, cols: int) -> Layout:
+    """Share out a screen."""
+    bar, rule = int(rows >= 3), int(rows >= 6)
+    wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
+    lines = max(1, min(wanted, (rows - bar - rule) // 3))
+    side = _side_cols(view, cols, rows) if view.side and cols >= SIDE_COLS and rows >= 4 else 0
+    return Layout(bar, rows - bar - rule - lines, rule, lines, side)
+
+
+def render(view: ChatView, rows: int, cols: int) -> Screen:
+    """The screen: status bar, messages and peers, a rule that says what is below, the input line."""
+    part = layout(view, rows, cols)
+    lines: List[Line] = [_bar(view, cols)] * part.bar
+    messages = _message_rows(view, part.messages, cols - part.side)
+    hint = _hint(view)
+    if hint and not part.rule and messages:
+        messages[-1] = [Span(hint, "rule")]
+    if part.side:
+        messages = _beside(messages, _side_rows(view, part.messages, part.side - 2), cols - part.side)
+    lines += messages
+    if part.rule:
+        lines.append([Span(f"── {hint} " if hint else "", "rule"), Span("─" * (cols - width(hint)), "dim")])
+    typed, (row, column) = _input_rows(view, cols)
+    top = max(0, row - part.input + 1)
+    lines += [_prompted(view, text, top + at == 0) for at, text in enumerate(typed[top:top + part.input])]
+    return Screen([clip(line, cols) for line in lines], (rows - part.input + row - top, column))
+
+
+def clip(line: Line, cols: int) -> Line:
+    """A line as it is drawn, in no case wider than the screen."""
+    clipped: Line = []
+    for text, style in line:
+        text = cut(text, cols, "…")
+        cols -= width(text)
+        if text:
+            clipped.append(Span(text, style))
+    return clipped
+
+
+def entry_rows(view: ChatView, entry: Entry, cols: int) -> List[Line]:
+    """An entry as rows: the sender first, the text wrapped beside it."""
+    head = ([Span(view.clock(entry.time) + " ", "dim")] if cols >= TIME_COLS else []) + entry.head
+    indent = sum(width(span.text) for span in head)
+    style = "found" if entry.seq == view.found else "dim" if entry.under_way else entry.style
+    rows: List[Line] = []
+    if entry.seq - 1 == view.unread:
+        rows.append([Span("─── new " + "─" * cols, "rule")])
+    if indent > cols // 2:  # no room beside it
+        rows.append(head)
+        indent = min(2, cols // 4)
+        head = [Span(" " * indent)]
+    rest = [Span(" " * indent)]
+    texts = wrap(entry.text, max(1, cols - indent))
+    rows += [[*(rest if at else head), Span(text, style)] for at, text in enumerate(texts)]
+    for failure in _failures(view, entry):
+        rows += [[*rest, Span(text, "error")] for text in wrap(failure, max(1, cols - indent))]
+    return rows
+
+
+def _message_rows(view: ChatView, height: int, cols: int) -> List[Line]:
+    """So many rows of messages, the newest or what is scrolled to at the bottom."""
+    rows: List[Line] = []
+    if height > 0 and view.entries:
+        last = view.entries[-1].seq
+        place = view.clamped(view.moved(view.anchor, 0, cols), height, cols) if view.anchor else (last, sys.maxsize)
+        for index in range(place[0] - view.entries[0].seq, -1, -1):
+            block = entry_rows(view, view.entries[index], cols)
+            rows += reversed(block[:place[1] + 1] if view.entries[index].seq == place[0] else block)
+            if len(rows) >= height:
+                break
+    rows = rows[:height][::-1]
+    blank: Line = []
+    return [blank] * (height - len(rows)) + rows
+
+
+def _hint(view: ChatView) -> str:
+    """What is said above the input line."""
+    if view.node.leaving:
+        return "Leaving, once what is under way has arrived. Ctrl-C leaves at once."
+    if view.hint or view.anchor is None:
+        return view.hint
+    count = view.below()
+    return f"{count} new below -- End goes there" if count else "scrolled back -- End goes to the newest"
+
+
+def _bar(view: ChatView, cols: int) -> Line:
+    """The status bar: as much of it as there is room for."""
+    online, address, since = view.node.server_status()
+    number = len(view.node.present())
+    if view.node.network_gone:
+        state, short = "✗ no network", "✗"
+    elif online:
+        state, short = f"● server online since {view.clock(since)}", "● online"
+    else:
+        state, short = "○ P2P mode" + (f" since {view.clock(since)}" if since else ""), "○ P2P"
+    left = f" Chat P2P - {view.node.me.username}"
+    peers = _count(number, "peer")
+    for right in (f"{state} · {peers} ", f"{short} · {peers} ", f"{short} {number} ", f"{number} "):
+        if width(left) + width(right) + 2 <= cols:
+            return [Span(pad(left, cols - width(right)) + right, "bar")]
+    return [Span(pad(left, cols), "bar")]
+
+
+def _side_cols(view: ChatView, cols: int, rows: int) -> int:
+    """As wide as the list asks for, up to a third of the screen."""
+    peers = view.node.present()[:rows]
+    wanted = max((width(_peer_text(view, peer)) for peer in peers), default=0)
+    return min(max(wanted + 4, 16), cols // 3)
+
+
+def _peer_text(view: ChatView, peer: Peer) -> str:
+    label = view.node.label(peer.id)
+    return label if "@" in label else f"{label} {peer.ip}:{peer.port}"
+
+
+def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
+    """The list of peers: a mark, the name, the address where there is room."""
+    peers = view.node.present()
+    shown = peers if len(peers) <= height else peers[:height - 1]
+    rows: List[Line] = []
+    for peer in shown:
+        mark = "○ " if peer.quiet else "+ " if peer.id in view.fresh else "● "
+        name = view.name(peer.id)
+        label = cut(name.text, cols - 2, "…")
+        address = f" {peer.ip}:{peer.port}" if "@" not in name.text else ""
+        room = width(label) + width(address) <= cols - 2
+        style = "dim" if peer.quiet else name.style
+        rows.append([Span(mark, "dim"), Span(label, style), Span(address if room else "", "dim")])
+    if len(shown) < len(peers):
+        rows.append([Span(f"+ {len(peers) - len(shown)} more", "dim")])
+    return rows
+
+
+def _beside(left: List[Line], right: List[Line], cols: int) -> List[Line]:
+    """Two blocks of rows side by side, parted by a line."""
+    rows = []
+    for at, line in enumerate(left):
+        line = clip(line, cols)
+        gap = cols - sum(width(span.text) for span in line)
+        other = right[at] if at < len(right) else []
+        rows.append([*line, Span(" " * gap), Span("│ ", "dim"), *other])
+    return rows
+
+
+def _prompt(view: ChatView, cols: int) -> str:
+    prompt = f"[{view.node.label(view.target)}] {PROMPT}" if view.target else PROMPT
+    return prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else ""
+
+
+def _prompted(view: ChatView, text: str, first: bool) -> Line:
+    """A row of the input line; that it goes to one peer only is not to be overlooked."""
+    end = text.find(PROMPT) + len(PROMPT) if first and view.target and text.startswith("[") else 0
+    return [Span(text[:end], "private"), Span(text[end:])]
+
+
+def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
+    """The prompt and the line being written, broken at the screen's width, and where in them the cursor is."""
+    return flow(_prompt(view, cols), view.line, cols)
+
+
+def flow(prompt: str, line: LineEditor, cols: int) -> Tuple[List[str], Tuple[int, int]]:
+    """A prompt and an edited line as rows of at most `cols`, and the cursor in them."""
+    rows, used, cursor = [prompt], width(prompt), (0, 0)
+    left = graphemes(line.left)
+    for index, cluster in enumerate([*left, *graphemes(line.right), ""]):  # "": where the next one will go
+        text, columns = glyph(cluster) if cluster.strip() else (cluster and " ", 1)
+        if used + columns > cols and used:
+            rows.append("")
+            used = 0
+        if index == len(left):
+            cursor = (len(rows) - 1, used)
+        if cluster == "\n":
+            rows.append("")
+            used = 0
+        elif columns <= cols:
+            rows[-1] += text
+            used += columns
+    return rows, cursor
+
+
+class StartForm:
+    """What is asked before the chat begins: the server, the name. The same keys edit it as edit the chat's line."""
+
+    def __init__(self, name: str, server: str, port: str) -> None:
+        self.server, self.name = LineEditor(server), LineEditor(name)
+        self.port = port
+        self.fields = [("Server", self.server), ("Name", self.name)]
+        self.at = 1
+        self.message = ""
+        self.busy = False  # a server is being tried
+
+    @property
+    def line(self) -> LineEditor:
+        """The field being written."""
+        return self.fields[self.at][1]
+
+    def key(self, name: str) -> None:
+        """A key that moves or edits."""
+        key = _KEYS.get(name)
+        if name in ("tab", "down", "up", "shift-tab"):
+            self.at = 1 - self.at
+        elif name == "end":
+            self.line.move(len(self.line.text))
+        elif key in EDIT_KEYS and name not in ("alt-enter", "ctrl-j"):
+            key.run(self.line)
+
+
+def render_form(form: StartForm, rows: int, cols: int) -> Screen:
+    """The form; on a small screen the field being written, then the message, then the rest."""
+    title: Line = [Span(" p2pchat: chat for everyone on this network", "bold")]
+    blocks: List[Tuple[int, List[Line]]] = [(4, [title, []])]
+    cursor = (0, 0)
+    for at, (label, line) in enumerate(form.fields):
+        prompt = f" {label.ljust(8)}" if cols >= 16 else ""
+        typed, (row, column) = flow(prompt, line, cols)
+        blocks.append((0 if at == form.at else 2, [[Span(typed[row])]]))
+        cursor = (at, column) if at == form.at else cursor
+    blocks.append((3, [[Span(f" Port    {form.port}", "dim")], []]))
+    texts = wrap(form.message, max(1, cols - 1)) if form.message else []
+    blocks.append((1, [[Span(f" {text}", "error")] for text in texts]))
+    keys = "Enter starts, Tab goes to the other field, Esc goes on without a server, Ctrl-C leaves."
+    blocks.append((5, [[], *([Span(f" {text}", "dim")] for text in wrap(keys, max(1, cols - 1)))]))
+    while sum(len(lines) for _, lines in blocks) > rows:
+        worst = max((block for block in blocks if block[1]), key=lambda block: block[0])
+        worst[1].pop()
+    start = sum(len(lines) for rank, lines in blocks[:form.at + 1])
+    shown = [line for _, lines in blocks for line in lines]
+    blank: Line = []
+    lines = shown + [blank] * (rows - len(shown))
+    return Screen([clip(line, cols) for line in lines], (start, cursor[1]))
+
+
+# ======================================================================================================
+# Interfaces
+#
+# Three thin shells around the chat view: a curses screen, plain lines, JSON lines. Each turns what comes
+# from its user into calls on the model, and what changed into output. None has a loop of its own: keys and
+# lines are read when they are there, drawing is a timer while something has changed. Curses only draws;
+# keys are decoded here, from bytes, so nothing waits inside curses. However it ends, the terminal is put
+# back as it was.
+# ======================================================================================================
+
+FRAME = 1 / 30  # seconds between two drawings: faster than anybody reads
+ESCAPE_TIME = 0.025  # an ESC that nothing follows within so many seconds is the key of that name
+MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are looked at
+MAX_MINE = 1000  # own messages under way: beyond, plain and JSON read no further input
+MAX_UNREAD = 64 * 1024 * 1024  # bytes of output that wait for a program that does not read them
+PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe which can be written to takes at once
+
+PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
+Press = Tuple[str, str]
+
+_FINAL_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter",
+               "I": "focus-in", "O": "focus-out", "Z": "shift-tab"}
+_TILDE_KEYS = {"1": "home", "3": "delete", "4": "end", "5": "pgup", "6": "pgdn", "7": "home", "8": "end"}
+_MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
+_CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace", "\x1b": "esc"}
+_TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home", "kend": "end",
+                  "kpp": "pgup", "knp": "pgdn", "kdch1": "delete", "kcbt": "shift-tab"}
+_PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"
+
+
+class KeyReader:
+    """Makes keys, typed text and pastes of the bytes that a terminal sends, however they are cut."""
+
+    def __init__(self, known: Optional[Dict[str, str]] = None) -> None:
+        self._known = known or {}  # sequences of this terminal, beside those that all have
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._rest = ""
+        self._pasted: Optional[str] = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it depends on what comes next what the last bytes were."""
+        return bool(self._rest) and self._pasted is None
+
+    def feed(self, data: bytes) -> List[Press]:
+        """Take bytes; return what they are."""
+        self._rest += self._decode(data)
+        presses: List[Press] = []
+        while self._rest:
+            size = self._paste(presses) if self._pasted is not None else self._press(presses)
+            if not size:
+                break
+            self._rest = self._rest[size:]
+        return presses
+
+    def flush(self) -> List[Press]:
+        """Nothing came: what waits is an ESC, and what was typed behind it."""
+        rest, self._rest = self._rest, ""
+        return [(PRESS, "esc")] + ([(TEXT, rest[1:])] if rest[1:].isprintable() and rest[1:] else [])
+
+    def _paste(self, presses: List[Press]) -> int:
+        """Collect a paste up to its end; what may be half of the end waits."""
+        end = self._rest.find(_PASTE_END)
+        size = end if end >= 0 else max(0, len(self._rest) - len(_PASTE_END) + 1)
+        self._pasted = ((self._pasted or "") + self._rest[:size])[:MAX_PASTE]
+        if end < 0:
+            return size
+        presses.append((PASTE, self._pasted))
+        self._pasted = None
+        return end + len(_PASTE_END)
+
+    def _press(self, presses: List[Press]) -> int:
+        """One key, or a run of text; 0 if it is not complete."""
+        text = self._rest
+        if text[0] == "\x1b":
+            size, name = self._escape(text)
+        elif text[0] in _CONTROLS:
+            size, name = 1, _CONTROLS[text[0]]
+        elif text[0] < " ":
+            size, name = 1, "ctrl-" + chr(ord(text[0]) + 96)
+        else:
+            size = next((at for at, each in enumerate(text) if each < " " or each == "\x7f"), len(text))
+            presses.append((TEXT, text[:size]))
+            return size
+        if name == "paste":
+            self._pasted = ""
+        elif name:
+            presses.append((PRESS, name))
+        return size
+
+    def _escape(self, text: str) -> Tuple[int, str]:
+        """A sequence that begins with ESC: (its length or 0, its name or "" if it has none)."""
+        for sequence, name in self._known.items():
+            if text.startswith(sequence):
+                return len(sequence), name
+        if text.startswith(_PASTE_START):
+            return len(_PASTE_START), "paste"
+        kind = text[1:2]
+        if kind == "[":
+            return self._csi(text)
+        if kind == "O":
+            return (3, _FINAL_KEYS.get(text[2], "")) if len(text) > 2 else (0, "")
+        if kind == "\x1b":
+            size, name = self._escape(text[1:]) if len(text) > 2 and text[2] in "[O" else (1, "")
+            return (size + 1, "alt-" + name) if name else (1, "esc")
+        if kind and kind in _CONTROLS:
+            return 2, "alt-" + _CONTROLS[kind]
+        return (2, "alt-" + kind.lower()) if kind else (0, "")
+
+    def _csi(self, text: str) -> Tuple[int, str]:
+        """ESC [ parameters final: the second parameter tells which keys were held."""
+        end = next((at for at in range(2, len(text)) if not " " <= text[at] <= "?"), 0)
+        if not end or len(text) > 64:
+            return len(text) if len(text) > 64 else 0, ""
+        if text[2:4].startswith("[") and end == 2:  # a function key of the Linux console
+            return (4, "") if len(text) > 3 else (0, "")
+        first, _, modifier = text[2:end].partition(";")
+        name = _TILDE_KEYS.get(first, "") if text[end] == "~" else _FINAL_KEYS.get(text[end], "")
+        return end + 1, name and _MODIFIERS.get(modifier, "") + name
+
+
+def without_burst(presses: List[Press]) -> List[Press]:
+    """Several Enters in what came at once were pasted into a terminal that does not say so: one paste."""
+    if sum(press == (PRESS, "enter") for press in presses) < 2 or any(kind == PASTE for kind, _ in presses):
+        return presses
+    plain = {(PRESS, "enter"): "\n", (PRESS, "ctrl-j"): "\n", (PRESS, "tab"): "\t"}
+    return [(PASTE, "".join(plain.get(press, press[1] if press[0] == TEXT else "") for press in presses))]
+
+
+class LogTail(logging.Handler):
+    """Keeps the last lines of the log for /log."""
+
+    def __init__(self, lines: Deque[str]) -> None:
+        super().__init__(logging.INFO)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        when = time.strftime("%H:%M:%S", time.localtime(record.created))
+        self._lines.append(f"{when} {clean(record.getMessage())}")
+
+
+class Interface:
+    """What the three have in common. `failure` is a bug of ours: it ends the program in an orderly way."""
+
+    on_screen = False
+
+    def __init__(self, loop: Loop, settings: Settings) -> None:
+        self.loop = loop
+        self.settings = settings
+        self.log: Deque[str] = collections.deque(maxlen=500)
+        self.failure: Optional[BaseException] = None
+        self.node: Optional[PeerNode] = None
+        self.view: ChatView
+
+    def run(self) -> int:
+        """Chat until somebody leaves; return the exit status."""
+        tail = LogTail(self.log)
+        log.addHandler(tail)
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.INFO)
+        try:
+            self.chat()
+        except OSError as error:
+            if self.node is not None and not self.node.me.port:  # it did not get as far as listening
+                sys.stderr.write(f"p2pchat: {port_problem(self.settings.host, self.settings.port, error)}\n")
+                return 1
+            self.failure = error
+        except Exception as error:
+            self.failure = error
+        finally:
+            log.removeHandler(tail)
+        if self.failure is not None:
+            sys.stderr.write(self._report(self.failure))
+            return 1
+        return self.status()
+
+    def chat(self) -> None:
+        """Set up, run the loop, clean up."""
+        raise NotImplementedError
+
+    def status(self) -> int:
+        """The exit status when all went well."""
+        return 1 if self.node is not None and self.node.undelivered else 0
+
+    def start_node(self, settings: Settings) -> None:
+        """Begin to chat. Raises OSError when the port can't be had."""
+        self.node = node = PeerNode(self.loop, settings, lambda event: self.guard(self.heard, node, event))
+        self.view = ChatView(node, lambda when: time.strftime("%H:%M", time.localtime(when)), self.on_screen)
+        self.view.log = self.log
+        node.start()
+
+    def heard(self, node: PeerNode, event: Event) -> None:
+        """Something happened at the node."""
+        raise NotImplementedError
+
+    def guard(self, call: Callable[..., None], *args: Any) -> None:
+        """Make a call whose failure is the interface's own, not that of the connection that led to it."""
+        try:
+            call(*args)
+        except Exception as error:
+            self.failure = error
+            self.loop.stop()
+
+    def listen_for_signals(self) -> None:
+        """Leave when asked to; the second time at once."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                self.loop.on_signal(getattr(signal, name), self.leave)
+
+    def leave(self) -> None:
+        """Tell everybody and end; when already doing so, just end."""
+        if self.node is None or self.node.leaving:
+            self.loop.stop()
+        else:
+            self.node.leave()
+
+    def _report(self, failure: BaseException) -> str:
+        """One line: what happened, and where more is said about it."""
+        import tempfile
+        import traceback
+        log.error("[P2P] an error in the program", exc_info=failure)
+        path = self.settings.log_file
+        if not path:
+            descriptor, path = tempfile.mkstemp(prefix="p2pchat-", suffix=".log")
+            with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+                file.write("\n".join(self.log) + "\n")
+                file.write("".join(traceback.format_exception(type(failure), failure, failure.__traceback__)))
+        what = f"{type(failure).__name__}: {clean(str(failure))}"
+        return f"p2pchat: an error in the program: {what}; the log is in {path}\n"
+
+
+# -- the screen -----------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """The terminal while the screen is ours: a context manager that puts it back as it was."""
+
+    _ASCII = str.maketrans("✗●○→…─│·◌", "x*o>~-|,o")
+
+    def __init__(self) -> None:
+        import curses
+        import locale
+        import termios
+        self._curses: Any = curses
+        self._termios: Any = termios
+        locale.setlocale(locale.LC_ALL, "")
+        self._utf8 = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
+        self._window: Any = None
+        self._shown: Dict[int, Line] = {}
+        self._styles: Dict[str, int] = {}
+
+    def __enter__(self) -> "Terminal":
+        self._before = self._termios.tcgetattr(0)
+        self._window = self._curses.initscr()
+        try:
+            ansi = (self._curses.tigetstr("cup") or b"").startswith(b"\x1b[")
+            self._modes = (b"\x1b[?2004h\x1b[?1004h", b"\x1b[?1004l\x1b[?2004l") if ansi else (b"", b"")
+            self._make_styles()
+            self.resume()
+        except BaseException:
+            self.suspend()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.suspend()
+
+    def resume(self) -> None:
+        """Take the screen, for the first time or again."""
+        for call in (self._curses.raw, self._curses.noecho, self._curses.nonl):
+            call()
+        self._curses.typeahead(-1)  # nobody reads through curses: it need not look whether a key is waiting
+        os.write(1, self._modes[0])
+        self.resize()
+
+    def suspend(self) -> None:
+        """Give it back; harmless when that has been done, or when there is no terminal any more."""
+        try:
+            os.write(1, self._modes[1])
+        except OSError:
+            pass
+        try:
+            self._curses.endwin()
+            self._termios.tcsetattr(0, self._termios.TCSADRAIN, self._before)
+        except (self._curses.error, self._termios.error):
+            pass
+
+    def resize(self) -> None:
+        """It may have another size; draw everything anew."""
+        try:
+            cols, rows = os.get_terminal_size(0)
+            if rows and cols:
+                self._curses.resizeterm(rows, cols)
+        except (OSError, self._curses.error):
+            pass
+        self._shown.clear()
+        self._window.clear()
+
+    def size(self) -> Tuple[int, int]:
+        """(rows, columns)."""
+        rows, cols = self._window.getmaxyx()
+        return int(rows), int(cols)
+
+    def keys(self) -> Dict[str, str]:
+        """The sequences that this terminal sends for its keys."""
+        found = {self._curses.tigetstr(name): key for name, key in _TERMINFO_KEYS.items()}
+        return {code.decode("latin-1"): key for code, key in found.items() if code and len(code) > 1}
+
+    def beep(self) -> None:
+        """Ring."""
+        self._curses.beep()
+
+    def draw(self, screen: Screen) -> None:
+        """Show a screen: the rows that changed, then the cursor."""
+        for row, line in enumerate(screen.lines):
+            if self._shown.get(row) != line:
+                self._shown[row] = line
+                self._draw_row(row, line)
+        try:
+            self._window.move(*screen.cursor)
+            self._window.refresh()
+        except self._curses.error:
+            pass  # smaller by now than it was
+
+    def _draw_row(self, row: int, line: Line) -> None:
+        try:
+            self._window.move(row, 0)
+            self._window.clrtoeol()
+            for span in line:
+                if span.text:
+                    self._window.addstr(self._drawable(span.text), self._styles.get(span.style, 0))
+        except self._curses.error:
+            pass  # behind the last cell of the screen there is no place for the cursor: the cell is drawn
+
+    def _drawable(self, text: str) -> str:
+        """A text in what the locale can show, at the same width."""
+        if self._utf8 or text.isascii():
+            return text
+        clusters = (cluster.translate(self._ASCII) for cluster in graphemes(text))
+        return "".join(cluster if cluster.isascii() else "?" * width(cluster) for cluster in clusters)
+
+    def _make_styles(self) -> None:
+        """What the styles look like: in colour where there is some, and never by colour alone."""
+        curses, styles = self._curses, self._styles
+        bold = curses.A_BOLD
+        styles.update(dim=curses.A_DIM, bold=bold, bar=curses.A_REVERSE, rule=bold, error=bold, private=bold,
+                      mention=bold | curses.A_UNDERLINE, found=curses.A_REVERSE)
+        try:
+            curses.start_color()
+            curses.use_default_colors()
+            many = curses.COLORS >= 256  # of 256 there are some that can be read on white as on black
+            nicks = (31, 64, 97, 130, 132, 166, 29, 161) if many else (1, 2, 5, 6, 1, 2, 5, 6)
+            for pair, colour in enumerate((*nicks, 1, 5, 3 if not many else 172), 1):
+                curses.init_pair(pair, colour, -1)
+        except (curses.error, ValueError):
+            return
+        styles.update((f"nick{at}", curses.color_pair(at + 1)) for at in range(NICK_STYLES))
+        for pair, style in enumerate(("error", "private", "mention"), NICK_STYLES + 1):
+            styles[style] |= curses.color_pair(pair)
+
+
+class CursesInterface(Interface):
+    """The screen. Before there is a name, a form; `form` is what stands in front of the chat."""
+
+    on_screen = True
+
+    def __init__(self, loop: Loop, settings: Settings) -> None:
+        super().__init__(loop, settings)
+        self.form: Optional[StartForm] = None
+        self._next: Optional[Settings] = None  # to be started with, when the node before has stopped
+        self._frame: Optional[Timer] = None
+        self._drawn = 0.0
+        self._escape: Optional[Timer] = None
+        self._watching = False
+
+    def chat(self) -> None:
+        if self.settings.username is None:
+            server = self.settings.server
+            port = str(self.settings.port) if self.settings.port else "chosen by the system"
+            self.form = StartForm(login_name(), f"{server[0]}:{server[1]}" if server else "", port)
+        else:
+            self.start_node(self.settings)
+        with Terminal() as self.terminal:
+            self._keys = KeyReader(self.terminal.keys())
+            self.listen_for_signals()
+            self.loop.on_signal(signal.SIGWINCH, self._resized)
+            self.loop.on_signal(signal.SIGTSTP, self._suspend)
+            self.loop.on_signal(signal.SIGCONT, self._continued)
+            self.loop.watch(0, self._readable)
+            self._watching = True
+            self.changed()
+            self.loop.run()
+        self._say_goodbye()
+
+    def status(self) -> int:
+        return 0
+
+    def _say_goodbye(self) -> None:
+        if self.node is not None and self.node.undelivered:
+            sys.stderr.write(f"p2pchat: {_count(self.node.undelivered, 'message')} could not be delivered\n")
+
+    # -- out -------------------------------------------------------------------------------------------
+
+    def heard(self, node: PeerNode, event: Event) -> None:
+        if node is not self.node or event["event"] == "stopped":
+            self._stopped(node)
+            return
+        self.view.handle(event)
+        if event["event"] == "server" and self.form is not None and self.form.busy:
+            self._server_tried(event)
+        self.changed()
+
+    def changed(self) -> None:
+        """Draw soon: at the end of this turn, or when the frame before has been seen."""
+        if self._frame is None:
+            wait = max(0.0, self._drawn + FRAME - self.loop.now())
+            self._frame = self.loop.call_later(wait, self.guard, self._draw)
+
+    def _draw(self) -> None:
+        self._frame = None
+        rows, cols = self.terminal.size()
+        if self.form is not None:
+            self.terminal.draw(render_form(self.form, rows, cols))
+        else:
+            self.view.rows, self.view.cols = rows, cols
+            self.terminal.draw(render(self.view, rows, cols))
+            if self.view.rung:
+                self.view.rung = False
+                self.terminal.beep()
+        self._drawn = self.loop.now()
+
+    # -- in --------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        try:
+            data = os.read(0, 65536)
+        except OSError:
+            data = b""
+        if not data:  # the terminal is gone
+            self._watching = False
+            self.loop.unwatch(0)
+            self.leave()
+            return
+        if self._escape is not None:
+            self._escape.cancel()
+        self._press(without_burst(self._keys.feed(data)))
+        if self._keys.waiting:
+            self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._escaped)
+
+    def _escaped(self) -> None:
+        if self._keys.waiting:
+            self._press(self._keys.flush())
+
+    def _press(self, presses: List[Press]) -> None:
+        for kind, value in presses:
+            if kind == PRESS and value == "ctrl-l":
+                self.terminal.resize()
+            elif kind == PRESS and value == "ctrl-z":
+                self._suspend()
+            elif self.form is not None:
+                self._press_in_form(self.form, kind, value)
+            elif value == "ctrl-c" and kind == PRESS and self.node is not None and self.node.leaving:
+                self.loop.stop()
+            elif kind == PRESS:
+                self.view.key(value)
+            elif kind == PASTE:
+                self.view.paste(value)
+            else:
+                self.view.type(value)
+        self.changed()
+
+    def _resized(self) -> None:
+        self.terminal.resize()
+        self.changed()
+
+    def _suspend(self) -> None:
+        """Ctrl-Z: the terminal is put back before we stop, so it is in order even if we never go on."""
+        self.terminal.suspend()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)
+        self.loop.on_signal(signal.SIGTSTP, self._suspend)
+        self._continued()
+
+    def _continued(self) -> None:
+        self.terminal.resume()
+        self.changed()
+
+    # -- the form --------------------------------------------------------------------------------------
+
+    def _press_in_form(self, form: StartForm, kind: str, value: str) -> None:
+        if kind != PRESS:
+            form.line.insert(clean(value.strip("\r\n")))
+        elif value in ("ctrl-c", "ctrl-d"):
+            self.leave()
+        elif value == "enter":
+            self._submit(form, wait=True)
+        elif value == "esc":
+            self._submit(form, wait=False)
+        else:
+            form.key(value)
+
+    def _submit(self, form: StartForm, wait: bool) -> None:
+        """Start with what the form says; with `wait` it stays until the server has answered."""
+        try:
+            name = check_username(form.name.text.strip())
+            server = _address(form.server.text.strip()) if form.server.text.strip() else None
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            form.message = str(error)
+            return
+        form.busy = wait and server is not None
+        form.message = f"Trying the server at {form.server.text.strip()} ..." if form.busy else ""
+        settings = self.settings._replace(username=name, server=server)
+        if self.node is None:
+            self._launch(settings)
+        elif not form.busy and self.node.settings == settings:
+            self.form = None
+        else:  # another name or server, or the same once more: another node
+            self._next = settings
+            self.node.leave()
+
+    def _launch(self, settings: Settings) -> None:
+        assert self.form is not None
+        try:
+            self.start_node(settings)
+        except OSError as error:
+            self.form.message = f"{port_problem(settings.host, settings.port, error)}."
+            self.node, self.form.busy = None, False
+            return
+        assert self.node is not None
+        self.form.port = str(self.node.me.port)
+        if not self.form.busy:
+            self.form = None
+        self.changed()
+
+    def _server_tried(self, event: Event) -> None:
+        assert self.form is not None
+        if event["online"]:
+            self.form = None
+        else:
+            self.form.busy = False
+            self.form.message = (f"No server at {event['address']}: {event['reason']}. Enter tries again, "
+                                 "Esc goes on without it.")
+
+    def _stopped(self, node: PeerNode) -> None:
+        """A node has left: that was all, or it makes room for another one."""
+        if node is self.node:
+            settings, self._next = self._next, None
+            if settings is None:
+                self.loop.stop()
+            else:
+                self._launch(settings)
+
+
+# -- lines ----------------------------------------------------------------------------------------------
+
+
+class LineReader:
+    """Lines from standard input, whatever that is: a terminal, a pipe, a file, nothing. Never waits for it."""
+
+    def __init__(self, loop: Loop, line: Callable[[str], None], end: Callable[[], None]) -> None:
+        self._loop = loop
+        self._line = line
+        self._end = end
+        self._rest = b""
+        self._source: Any = 0
+        self._read: Callable[[int], bytes] = functools.partial(os.read, 0)
+        self._state = "new"  # new, watching, polling (a file, which can always be read), paused, ended
+
+    def resume(self) -> None:
+        """Read, from now on or again."""
+        if self._state == "new" and sys.platform == "win32":
+            self._start_thread()
+        if self._state in ("new", "paused"):
+            try:
+                self._loop.watch(self._source, self._readable)
+                self._state = "watching"
+            except (OSError, ValueError):
+                self._state = "polling"
+                self._loop.call_later(0, self._readable)
+
+    def pause(self) -> None:
+        """Leave what comes where it is."""
+        if self._state == "watching":
+            self._loop.unwatch(self._source)
+        if self._state != "ended":
+            self._state = "paused"
+
+    def _readable(self) -> None:
+        if self._state not in ("watching", "polling"):
+            return
+        try:
+            data = self._read(65536)
+        except OSError:
+            data = b""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if not data or len(self._rest) > MAX_LINE:
+            lines, self._rest = [*lines, self._rest], b""
+        for line in lines:
+            if line.strip():
+                self._line(line.decode("utf-8", "replace").rstrip("\r"))
+        if not data:
+            self.pause()
+            self._state = "ended"
+            self._end()
+        elif self._state == "polling":
+            self._loop.call_later(0, self._readable)
+
+    def _start_thread(self) -> None:
+        """Windows can't wait for stdin and sockets together: there, and only there, a thread reads it."""
+        import threading
+        self._source, far_end = socket.socketpair()
+        self._read = self._source.recv
+
+        def copy() -> None:
+            with far_end:
+                for line in sys.stdin.buffer:
+                    far_end.sendall(line)
+        threading.Thread(target=copy, daemon=True).start()
+
+
+class LineWriter:
+    """Lines to standard output, without waiting for it: what it does not take now is kept."""
+
+    def __init__(self, loop: Loop, broken: Callable[[], None]) -> None:
+        self._loop = loop
+        self._broken = broken
+        self._lines: Deque[bytes] = collections.deque()
+        self._size = 0
+        self._state = "idle"  # idle, scheduled, waiting, broken
+        self._emptied: Optional[Callable[[], None]] = None
+
+    def write(self, line: str) -> None:
+        """Write a line, soon."""
+        if self._state == "broken":
+            return
+        data = line.encode("utf-8", "replace") + b"\n"
+        self._lines.append(data)
+        self._size += len(data)
+        if self._state == "idle":
+            self._state = "scheduled"
+            self._loop.call_later(0, self._flush)
+
+    def when_empty(self, call: Callable[[], None]) -> None:
+        """Call back once everything is written, or never can be."""
+        self._emptied = call
+        if self._state in ("idle", "broken"):
+            call()
+
+    def _flush(self, events: int = 0) -> None:
+        """Write as much as is taken at once. A pipe that can be written to takes PIPE_CHUNK bytes."""
+        data = b"".join(self._lines)
+        self._lines.clear()
+        at = 0
+        try:
+            while at < len(data) and self._is_writable():
+                at += os.write(1, data[at:at + PIPE_CHUNK])
+        except OSError:
+            self._break()
+            return
+        self._size = len(data) - at
+        if self._size > MAX_UNREAD:
+            log.error("[P2P] nobody reads the output")
+            self._break()
+            return
+        if at < len(data):
+            self._lines.append(data[at:])
+        self._await(at < len(data))
+
+    def _await(self, more: bool) -> None:
+        """Wait until it can be written to, if there is more to write."""
+        write = selectors.EVENT_WRITE
+        stdout: Any = 1
+        if more != (self._state == "waiting"):
+            self._loop.set_interest(stdout, 0 if more else write, write if more else 0, self._flush, None)
+        self._state = "waiting" if more else "idle"
+        if not more and self._emptied is not None:
+            self._emptied()
+
+    def _is_writable(self) -> bool:
+        if sys.platform == "win32":
+            return True  # there only sockets can be asked
+        import select
+        return bool(select.select([], [1], [], 0)[1])
+
+    def _break(self) -> None:
+        """Whoever read is gone."""
+        self._await(False)
+        self._state = "broken"
+        self._broken()
+
+
+class PlainInterface(Interface):
+    """Lines in, lines out: what is typed is what the screen's input line takes."""
+
+    def __init__(self, loop: Loop, settings: Settings) -> None:
+        super().__init__(loop, settings._replace(username=settings.username or login_name()))
+        self._reader = LineReader(loop, self._typed, self.leave)
+        self._writer = LineWriter(loop, self._reader_gone)
+        self._by_hand = os.isatty(0)  # then what was typed is on the screen already
+        self._printed = 0
+        self._busy = False
+
+    def chat(self) -> None:
+        try:
+            self.start_node(self.settings)
+            self.listen_for_signals()
+            if self._by_hand:
+                self._reader.resume()
+            self.loop.run()
+        finally:
+            self.loop.close()
+
+    def heard(self, node: PeerNode, event: Event) -> None:
+        self.view.handle(event)
+        self.show(event)
+        kind = event["event"]
+        if kind == "settled":  # what is piped in goes to those who are there, not to nobody
+            self._reader.resume()
+        elif kind == "stopped":
+            self.loop.call_later(self.settings.timeout, self.loop.stop)
+            self._writer.when_empty(self.loop.stop)
+        elif self._busy and len(self.view.mine) < MAX_MINE // 2:
+            self._busy = False
+            self._reader.resume()
+
+    def show(self, event: Event) -> None:
+        """Print what an event changed."""
+        self._print_new(skip_own=self._by_hand and event["event"] == "sent")
+
+    def _print_new(self, skip_own: bool = False) -> None:
+        unprinted = min(self.view.next - self._printed, len(self.view.entries))
+        for entry in self.view.entries[len(self.view.entries) - unprinted:]:
+            if not skip_own:
+                self.print(plain_text(self.view, entry))
+        self._printed = self.view.next
+
+    def print(self, line: str) -> None:
+        """Write one line."""
+        self._writer.write(line)
+
+    def _typed(self, line: str) -> None:
+        self.view.enter(line)
+        self.answered()
+        if len(self.view.mine) >= MAX_MINE:
+            self._busy = True
+            self._reader.pause()
+
+    def answered(self) -> None:
+        """Print what a line that was entered led to."""
+        self._print_new()
+
+    def _reader_gone(self) -> None:
+        """Nobody reads what we write: leave quietly."""
+        if self.node is not None and not self.node.leaving:
+            self.node.leave()
+
+
+class JsonInterface(PlainInterface):
+    """The same input; every event as a JSON object on a line of its own, answers to commands as notices."""
+
+    def start_node(self, settings: Settings) -> None:
+        super().start_node(settings)
+        self.view.on_answer = lambda text: self._object({"event": "notice", "text": text})
+
+    def show(self, event: Event) -> None:
+        sender = event["from"]["id"] if event["event"] == "chat" else None
+        if sender not in self.view.ignored:
+            self._object(event)
+
+    def answered(self) -> None:
+        """on_answer has said it."""
+
+    def _object(self, event: Event) -> None:
+        self.print(_to_json({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
+
+
+_to_json = json.JSONEncoder(ensure_ascii=True).encode
+
+
+def login_name() -> str:
+    """The name of whoever is logged in, as far as it can be used."""
+    names = [os.environ.get(name, "") for name in ("LOGNAME", "USER", "USERNAME")]
+    for name in names:
+        try:
+            return check_username(name[:MAX_NAME].strip())
+        except ValueError:
+            continue
+    return "anonymous"
+
+
+def has_screen() -> bool:
+    """Whether there is a terminal on which curses can put the cursor where it wants."""
+    if not (os.isatty(0) and os.isatty(1)):
+        return False
+    try:
+        import curses
+        curses.setupterm()
+        return bool(curses.tigetstr("cup"))
+    except Exception:  # no curses, or no such terminal
+        return False
+
+
+def run_peer(settings: Settings, kind: str) -> int:
+    """Chat, in one of the three ways; return the exit status."""
+    interfaces: Dict[str, Callable[[Loop, Settings], Interface]] = {
+        "curses": CursesInterface, "plain": PlainInterface, "json": JsonInterface}
+    if kind == "curses" and not has_screen():
+        kind = "plain"
+    return interfaces[kind](Loop(), settings).run()
+
+
+# ======================================================================================================
+# Command line
+#
+# Wrong values are answered with one line that says what would be right, and exit status 2, before the
+# screen is touched or a socket opened.
+# ======================================================================================================
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {clean(message)} (see {self.prog} --help)\n")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the program; return its exit status: 0 all well, 1 it failed, 2 it was called wrongly."""
+    options = make_parser().parse_args(argv)
+    problem = start_logging(options)
+    if problem:
+        sys.stderr.write(f"p2pchat: {problem}\n")
+        return 2
+    raise_descriptor_limit()
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser() -> Parser:
+    """The command line: two subcommands and their options."""
+    parser = Parser(prog="p2pchat.py", description="Chat for a room full of machines on one network.")
+    parser.add_argument("--version", action="version", version=f"p2pchat {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="server|peer")
+    commands.required = True
+    _add_server_options(commands.add_parser("server", help="introduce peers to one another"))
+    _add_peer_options(commands.add_parser("peer", help="chat"))
+    return parser
+
+
+def _add_common_options(parser: argparse.ArgumentParser, port: int, port_help: str) -> None:
+    parser.add_argument("--host", type=_local_ip, default="0.0.0.0", metavar="IP",
+                        help="address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=_port, default=port, metavar="N", help=port_help)
+    parser.add_argument("--no-lan", dest="lan", action="store_false",
+                        help=f"send and answer no beacons on the local network (UDP port {DEFAULT_PORT})")
+    parser.add_argument("--log-file", metavar="FILE", help="write a log there")
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    defaults = ServerSettings()
+    _add_common_options(parser, DEFAULT_PORT, f"TCP port to listen on ({DEFAULT_PORT})")
+    parser.add_argument("--heartbeat-timeout", type=_seconds, default=defaults.heartbeat_timeout, metavar="S",
+                        help="drop a peer that is silent for so long (30 s)")
+    parser.add_argument("--check-interval", type=_seconds, default=defaults.check_interval, metavar="S",
+                        help="look for silent peers so often (10 s)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
+    parser.add_argument("-q", "--quiet", action="store_true", help="log only what is wrong")
+    parser.set_defaults(run=run_server)
+
+
+def _add_peer_options(parser: argparse.ArgumentParser) -> None:
+    defaults = Settings()
+    parser.add_argument("--user", type=_username, metavar="NAME", help="your name (without it, a form asks)")
+    parser.add_argument("--server", type=_address, metavar="HOST[:PORT]",
+                        help="discovery server (127.0.0.1:9999, and any found on the local network)")
+    parser.add_argument("--join", type=_address, action="append", default=[], metavar="HOST:PORT",
+                        help="a peer or server to connect to; may be given several times")
+    _add_common_options(parser, 0, "TCP port to listen on (0: chosen by the system)")
+    parser.add_argument("--heartbeat-interval", type=_seconds, default=defaults.heartbeat_interval, metavar="S",
+                        help="between heartbeats to the server (10 s)")
+    parser.add_argument("--gossip-interval", type=_seconds, default=defaults.gossip_interval, metavar="S",
+                        help="between two comparisons of the list with a random peer (5 s)")
+    parser.add_argument("--timeout", type=_seconds, default=defaults.timeout, metavar="S",
+                        help="for a connection to a peer to answer, and for leaving (5 s)")
+    parser.add_argument("--budget", type=_bytes, default=defaults.budget, metavar="BYTES",
+                        help="of chat accepted from one sender a minute (1048576; 0: no limit)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--plain", dest="kind", action="store_const", const="plain", help="lines in, lines out")
+    kind.add_argument("--json", dest="kind", action="store_const", const="json", help="lines in, JSON out: for programs")
+    parser.set_defaults(run=run_peer_command, kind="curses", verbose=False, quiet=False)
+
+
+def _value(convert: Callable[[str], Any], text: str, right: str, valid: Callable[[Any], bool]) -> Any:
+    """A converted option value; ArgumentTypeError says what would be right."""
+    try:
+        value = convert(text)
+    except (ValueError, OverflowError):
+        value = None
+    if value is None or not valid(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {right}")
+    return value
+
+
+def _port(text: str) -> int:
+    return int(_value(int, text, "a port: 0 to 65535", lambda port: 0 <= port <= 65535))
+
+
+def _seconds(text: str) -> float:
+    return float(_value(float, text, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400))
+
+
+def _bytes(text: str) -> int:
+    return int(_value(int, text, "a number of bytes: 0 or more", lambda value: value >= 0))
+
+
+def _username(text: str) -> str:
+    try:
+        return check_username(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _local_ip(text: str) -> str:
+    if text == "0.0.0.0":
+        return text
+    return _resolve(text)
+
+
+def _address(text: str) -> Address:
+    """HOST or HOST:PORT; the host's name is looked up now, before there is a loop that it could block."""
+    host, colon, port = text.rpartition(":") if ":" in text else (text, "", str(DEFAULT_PORT))
+    if not host or ":" in host:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST or HOST:PORT (IPv4 or a name)")
+    number = int(_value(int, port, "a port: 1 to 65535", lambda value: 1 <= value <= 65535))
+    return _resolve(host), number
+
+
+def _resolve(host: str) -> str:
+    try:
+        ip = str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):
+        raise argparse.ArgumentTypeError(f"{host!r} is not the IPv4 address or the name of a machine") from None
+    if not is_peer_ip(ip):
+        raise argparse.ArgumentTypeError(f"{host!r} is not an address that a machine can have")
+    return ip
+
+
+def start_logging(options: argparse.Namespace) -> str:
+    """Log to the file that was asked for, the server to stderr as well; return what is wrong, if anything."""
+    logging.raiseExceptions = False  # a full disk must not fill the screen
+    handlers: List[logging.Handler] = []
+    if options.command == "server":
+        handlers.append(logging.StreamHandler())
+    if options.log_file:
+        try:
+            handlers.append(logging.FileHandler(options.log_file, encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"--log-file {clean(options.log_file)}: {_words(error)}; name a file that can be written"
+    log.propagate = False
+    if handlers:
+        log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)-7s %(message)s"))
+        log.addHandler(handler)
+    return ""
+
+
+class LineFormatter(logging.Formatter):
+    """One line an event, whatever is in it; only a traceback of our own has more."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return clean(super().formatMessage(record))
+
+
+def run_server(options: argparse.Namespace) -> int:
+    """The server, until a signal ends it."""
+    settings = ServerSettings(options.host, options.port, options.heartbeat_timeout, options.check_interval, options.lan)
+    loop = Loop()
+    server = DiscoveryServer(loop, settings)
+    try:
+        server.start()
+    except OSError as error:
+        sys.stderr.write(f"p2pchat: {port_problem(options.host, options.port, error)}\n")
+        return 1
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            loop.on_signal(getattr(signal, name), functools.partial(_stop_server, loop, server))
+    loop.run()
+    loop.close()
+    return 0
+
+
+def _stop_server(loop: Loop, server: DiscoveryServer) -> None:
+    server.stop()
+    loop.call_later(0.5, loop.stop)  # time for the last words
+
+
+def port_problem(host: str, port: int, error: OSError) -> str:
+    """Why listening failed, and what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use already; choose another with --port"
+    if error.errno == errno.EACCES:
+        return f"port {port} on {host} is not allowed without root; choose one above 1023 with --port"
+    return f"can't listen on {host}, port {port}: {_words(error)}; see --host and --port"
+
+
+def run_peer_command(options: argparse.Namespace) -> int:
+    """The chat."""
+    settings = Settings(options.user, options.server, options.host, options.port, options.heartbeat_interval,
+                        options.gossip_interval, options.timeout, tuple(options.join), options.lan, options.budget,
+                        options.log_file)
+    return run_peer(settings, options.kind)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
