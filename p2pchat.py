@@ -139,7 +139,10 @@ BEACON_SIZE = 512  # bytes; every beacon is padded to it, so an answer is never 
 MAX_BEACON_DIALS = 8  # connections under way that beacons led to
 BEACON_ANSWERS = 20  # answered in one second, at most
 
-LOG_REPEATS = 20  # lines of one kind that bad input may cause in a minute: nobody fills a disk with them
+MAX_MESSAGES = 100_000  # over one link in a minute, records in lists counted: some 5 s of work
+MAX_RENAMES = 20  # over one connection: more is no wish for a better name but a nuisance
+
+LOG_REPEATS = 60  # lines of one kind that others may cause in a minute: nobody fills a disk with them
 
 Address = Tuple[str, int]
 Event = Dict[str, Any]  # what --json prints, without the time
@@ -198,7 +201,7 @@ _JOINING_SCRIPTS = ((0x0600, 0x0DFF), (0x1000, 0x109F), (0x1780, 0x18AF), (0xA84
 def clean(text: str, newlines: bool = False) -> str:
     """Return a text that can only be read: no controls, no direction overrides, nothing hidden.
 
-    With `newlines`, line breaks and tabs stay; else they become blanks. Control characters become pictures."""
+    With `newlines`, line breaks and tabs stay; else they become blanks. Controls become pictures."""
     if text.isascii() and text.isprintable():
         return text
     if newlines:
@@ -209,7 +212,7 @@ def clean(text: str, newlines: bool = False) -> str:
 
 
 def check_username(name: str) -> str:
-    """Return the name as it is used (NFC). Raises ValueError with a sentence that says what would be right."""
+    """The name as it is used (NFC). Raises ValueError with a sentence that says what would be right."""
     if not name.strip():
         raise ValueError(f"A name is needed: 1 to {MAX_NAME} characters.")
     if name != name.strip():
@@ -249,7 +252,7 @@ def width(text: str) -> int:
 
 
 def cut(text: str, cols: int, mark: str = "") -> str:
-    """The beginning of a text that fits into so many columns; where something is missing, it ends with `mark`."""
+    """As much of a text as fits into so many columns; where something is missing, it ends with `mark`."""
     if text.isascii() and len(text) <= cols:
         return text
     if width(text) <= cols:
@@ -264,15 +267,18 @@ def pad(text: str, cols: int) -> str:
     return text + " " * (cols - width(text))
 
 
-def wrap(text: str, cols: int) -> List[str]:
-    """Lines of at most `cols` columns, broken between words, or within those that are longer than a line."""
+def wrap(text: str, cols: int, table: bool = False) -> List[str]:
+    """Lines of at most `cols` columns, broken between words, or within those that are longer than a line.
+
+    In a table, what goes on in the next line begins under the second column."""
     lines: List[str] = []
     for line in text.split("\n"):
         line = line.expandtabs(4).rstrip()
         if width(line) <= cols:
             lines.append(cut(line, cols))
         else:
-            lines += _wrap_line(graphemes(line), max(1, cols))
+            indent = width(line) - width(line.partition("  ")[2].lstrip()) if table and "  " in line else 0
+            lines += _wrap_line(graphemes(line), max(1, cols), indent if indent <= cols // 2 else 0)
     return lines
 
 
@@ -294,17 +300,18 @@ def glyph(cluster: str) -> Tuple[str, int]:
     return base + "".join(rest), columns + spacing
 
 
-def _wrap_line(clusters: List[str], cols: int) -> List[str]:
+def _wrap_line(clusters: List[str], cols: int, indent: int) -> List[str]:
     """One line that is too long. A break eats the blanks around it; a word longer than a line is cut."""
-    lines = []
+    lines: List[str] = []
     while clusters:
-        piece, count = _fitting(clusters, cols)
+        margin = indent if lines else 0
+        piece, count = _fitting(clusters, cols - margin)
         if count < len(clusters) and not clusters[count].isspace():
             blank = next((at for at in range(count - 1, 0, -1) if clusters[at].isspace()), 0)
             wide = next((at for at in range(count, 0, -1) if glyph(clusters[at - 1])[1] == 2), 0)
             count = max(blank + 1 if blank else 0, wide) or count  # ideographs are words by themselves
-            piece = _fitting(clusters[:count], cols)[0]
-        lines.append(piece.rstrip())
+            piece = _fitting(clusters[:count], cols - margin)[0]
+        lines.append(" " * margin + piece.rstrip())
         while count < len(clusters) and clusters[count] == " ":
             count += 1
         clusters = clusters[count:]
@@ -405,8 +412,8 @@ def _replacement(character: str) -> str:
 
 
 # The control characters below 128 have pictures of their own, which start at U+2400.
-_LINES: Dict[int, Any] = {**{code: chr(0x2400 + code) for code in range(32)}, 127: "\u2421", 9: "\t", 10: "\n",
-                          13: "\n", 0x85: "\n", 0x2028: "\n", 0x2029: "\n"}
+_LINES: Dict[int, Any] = {**{code: chr(0x2400 + code) for code in range(32)}, 9: "\t", 10: "\n", 13: "\n",
+                          127: "\u2421", 0x85: "\n", 0x2028: "\n", 0x2029: "\n"}
 _ONE_LINE: Dict[int, Any] = {**_LINES, **{code: " " for code in (9, 10, 13, 0x85, 0x2028, 0x2029)}}
 
 
@@ -478,7 +485,7 @@ def in_lists(encoded: Iterable[str]) -> List[str]:
     lists: List[List[str]] = [[]]
     size = 0
     for record in encoded:
-        if size + len(record) > MAX_LINE - 1024 and lists[-1]:
+        if (size + len(record) > MAX_LINE - 1024 and lists[-1]) or len(lists[-1]) >= MAX_PEERS:
             lists.append([])
             size = 0
         lists[-1].append(record)
@@ -784,10 +791,13 @@ def _check_hello(message: Message, content: Any) -> None:
     need(type(content) is dict, 'content must be {"peer": {...}}')
     check_peer(content.get("peer"))
     need(bool(content["peer"].get("instance")), "a peer that says hello must have an instance")
+    _check_you(content)
+
+
+def _check_you(content: Dict[str, Any]) -> None:
     you = content.get("you", {})
     need(type(you) is dict and type(you.get("ip", "")) is str and len(you.get("ip", "")) <= MAX_ID,
          "you must be an object with the ip that was seen")
-    need(is_count(you.get("above", 0)), "above must be an incarnation")
 
 
 def _check_probe(message: Message, content: Any) -> None:
@@ -809,6 +819,7 @@ def _check_beacon(message: Message, content: Any) -> None:
 
 def _check_error(message: Message, content: Any) -> None:
     need(type(content) is dict and type(content.get("reason")) is str, 'content must be {"reason": words}')
+    _check_you(content)
 
 
 _CONTENT_CHECKS: Dict[str, Callable[[Message, Any], None]] = {
@@ -856,7 +867,7 @@ class Peer:
     """A peer as we know it. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added", "heard",
-                 "vouched", "unverified", "removed", "quiet", "rtt", "_public", "_weight", "_ring")
+                 "vouched", "unverified", "removed", "quiet", "rtt", "_public", "_weight", "_encoded", "_ring")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -883,6 +894,7 @@ class Peer:
         self.id = f"{username}@{ip}:{port}"
         self._public: Optional[Dict[str, Any]] = None
         self._weight: Optional[Tuple[int, int]] = None
+        self._encoded: Optional[Tuple[int, str]] = None
         self._ring: Optional[int] = None
 
     @property
@@ -908,6 +920,14 @@ class Peer:
         if self._weight is None or self._weight[0] != self.incarnation:
             self._weight = (self.incarnation, hash64(f"{self.id} {self.instance} {self.incarnation}"))
         return self._weight[1]
+
+    @property
+    def encoded(self) -> str:
+        """Its record as JSON, alive and verified: what long lists are made of."""
+        if self._encoded is None or self._encoded[0] != self.incarnation:
+            record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
+            self._encoded = (self.incarnation, _ENCODER.encode(record))
+        return self._encoded[1]
 
     @property
     def ring(self) -> int:
@@ -1009,6 +1029,8 @@ class PeerList:
         peer = Peer.from_wire(record)
         known = self._by_key.get(peer.key)
         changes = self._displace(peer, now)
+        if known is None or known.gone:
+            changes += self._make_room(now)
         if known is None:
             changes += self._add(peer, now)
         elif known.gone:
@@ -1017,6 +1039,8 @@ class PeerList:
             changes += self._revive(known, peer, now)
             peer = known
         else:
+            if known.incarnation > peer.incarnation + MAX_RAISE:
+                known.incarnation = peer.incarnation - 1  # others have lied: it can't be that far ahead of itself
             verdict, peer, more = self._update(known, peer)
             changes += more
             if verdict == KNOWN and known.incarnation > record.get("incarnation", 0):
@@ -1121,10 +1145,11 @@ class PeerList:
             return STALE, known, []
         if peer.id in self._present:
             return CONFLICT, self._present[peer.id], []
-        return NEW, known, self._revive(known, peer, now)
+        changes = self._revive(known, peer, now)
+        return (NEW if changes else IMPLAUSIBLE), known, changes
 
     def _add(self, peer: Peer, now: float) -> List[Change]:
-        if len(self._present) >= MAX_PEERS or peer.key == self.me.key or peer.id == self.me.id:
+        if not self._may_add(peer):
             return []
         peer.added = now
         self._present[peer.id] = peer
@@ -1132,7 +1157,12 @@ class PeerList:
         self._changed()
         return [Change(JOINED, peer)]
 
+    def _may_add(self, peer: Peer) -> bool:
+        return len(self._present) < MAX_PEERS and peer.key != self.me.key and peer.id != self.me.id
+
     def _revive(self, known: Peer, peer: Peer, now: float) -> List[Change]:
+        if not self._may_add(peer):
+            return []
         known.place(peer.username, peer.ip, peer.port)
         known.status, known.incarnation = ALIVE, peer.incarnation
         known.unverified = None
@@ -1161,6 +1191,13 @@ class PeerList:
         if holder is None or holder.key == peer.key:
             return []
         return self.remove(holder, DEAD, "restarted", now)
+
+    def _make_room(self, now: float) -> List[Change]:
+        """Who is here in person takes the place of one that was only heard of, if the list is full."""
+        if len(self._present) < MAX_PEERS:
+            return []
+        unheard = next((peer for peer in self._present.values() if not peer.heard), None)
+        return self.remove(unheard, DEAD, "never heard", now) if unheard is not None else []
 
     def _bound_tombstones(self, now: float) -> None:
         """Forget the oldest: after their time, or when there are too many."""
@@ -1974,6 +2011,8 @@ class _LogLimiter:
 
     def allows(self, kind: str, now: float) -> bool:
         """Whether another line of this kind may be written; the last one says that the rest is left out."""
+        if len(self._counts) > 1000:  # kinds that name an address
+            self._counts.clear()
         start, count = self._counts.get(kind, (now, 0))
         if now - start >= 60:
             start, count = now, 0
@@ -2017,6 +2056,7 @@ class Session(Handler):
         self.server = server
         self.connection = connection
         self.peer_id: Optional[str] = None
+        self.renames = 0
         self.ids: Set[str] = set()  # every id that it registered: what is under way may bear an older one
         self.last_heard = server.loop.now()
 
@@ -2132,7 +2172,7 @@ class DiscoveryServer:
         limit = self.loop.now() - self.settings.heartbeat_timeout
         silent = [each for each in self._sessions if each.last_heard < limit]
         for session in [each for each in silent if each.peer_id is not None]:
-            log.info("[Monitor] timeout: %s", session.peer_id)
+            limited_log("timeout", logging.INFO, "[Monitor] timeout: %s", session.peer_id)
             self._drop(session, "timed out")
         for session in silent:
             session.refuse(f"nothing heard for {self.settings.heartbeat_timeout:g} s")
@@ -2152,6 +2192,10 @@ class DiscoveryServer:
             former.refuse("somebody registered under the same id")
         if session.peer_id not in (None, peer_id):
             self._drop(session, "renamed")
+            session.renames += 1
+        if session.renames > MAX_RENAMES:
+            session.refuse("too many names")
+            return
         self._strangers.discard(session.connection)
         session.peer_id = peer_id
         session.ids = {*list(session.ids)[-7:], peer_id}
@@ -2160,7 +2204,7 @@ class DiscoveryServer:
         record.update((key, content[key]) for key in ("instance", "incarnation") if key in content)
         self._encoded[peer_id] = json.dumps(record, separators=(",", ":"))
         self._joined[peer_id] = None
-        log.info("[Server] registered %s", peer_id)
+        limited_log(f"registered from {ip}", logging.INFO, "[Server] registered %s", peer_id)
         self._gather()
 
     def _reachable_ip(self, connection: Connection, content: Dict[str, Any]) -> str:
@@ -2223,7 +2267,7 @@ class DiscoveryServer:
         gone = {"id": peer_id, "reason": clean(reason)}
         gone.update((key, record[key]) for key in ("instance", "incarnation") if key in record)
         self._left[peer_id] = gone
-        log.info("[Server] dropped %s: %s", peer_id, reason)
+        limited_log("dropped", logging.INFO, "[Server] dropped %s: %s", peer_id, reason)
         self._gather()
 
     def _gather(self) -> None:
@@ -2242,8 +2286,8 @@ class DiscoveryServer:
             for session in others:
                 session.connection.send(update)
         self._introduce(newcomers)
-        log.info("[Broadcast] %d joined, %d left: told %d and answered %d",
-                 len(self._joined), len(self._left), len(others), len(newcomers))
+        limited_log("broadcast", logging.INFO, "[Broadcast] %d joined, %d left: told %d and answered %d",
+                    len(self._joined), len(self._left), len(others), len(newcomers))
         self._joined.clear()
         self._left.clear()
 
@@ -2290,7 +2334,8 @@ class Link(Handler):
     """A connection to another peer. It is *bound* once we know whose it is: then `peer` is set."""
 
     __slots__ = ("node", "connection", "dialled", "address", "peer", "ids", "shown", "acknowledge",
-                 "refused", "used", "timer", "synced")
+                 "refused", "used", "timer", "synced", "asked", "renames", "bound",
+                 "weight", "since")
 
     def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
         self.node = node
@@ -2304,6 +2349,11 @@ class Link(Handler):
         self.refused: Optional[Tuple[int, int, str]] = None  # first, last and why
         self.used = node.loop.now()
         self.synced = 0.0  # when it was last given our list
+        self.asked = False  # for its list, and it has not answered yet
+        self.renames = 0  # of its peer, told over it
+        self.bound = 0.0  # when it was
+        self.weight = 0  # messages, and records in them, that came since...
+        self.since = node.loop.now()
         self.timer: Optional[Timer] = None
 
     def send(self, msg_type: str, content: Any) -> None:
@@ -2315,7 +2365,7 @@ class Link(Handler):
     def refuse(self, reason: str) -> None:
         """Say what was wrong and close."""
         limited_log("refused", logging.WARNING, "[P2P] refused %s:%d: %s", *self.connection.remote, reason)
-        self.send(MSG_ERROR, {"reason": clean(reason)[:500]})
+        self.send(MSG_ERROR, {"reason": clean(reason)[:500], "you": {"ip": self.connection.remote[0]}})
         self.connection.close(reason)
 
     def opened(self) -> None:
@@ -2324,6 +2374,9 @@ class Link(Handler):
 
     def received(self, messages: List[Message]) -> None:
         node = self.node
+        self.weight += len(messages)
+        if self.weight > MAX_MESSAGES and node.links.is_flood(self):
+            return
         if self.peer is not None or not node.is_own(self.connection.remote[0]):
             node.detector.heard(self.peer)
         handlers = node.handlers
@@ -2432,6 +2485,7 @@ class Links:
     def _bind(self, link: Link, peer: Peer, peer_id: str) -> None:
         link.peer = peer
         link.ids = (peer_id,)
+        link.bound = self.node.loop.now()
         if link.timer is not None:
             link.timer.cancel()
         self._strangers.discard(link.connection)
@@ -2448,7 +2502,7 @@ class Links:
         node = self.node
         claimed = (record["ip"], record["port"])
         if record["instance"] == node.me.instance:
-            self._own.add(link.address if link.dialled else claimed)
+            self._own.add(link.address if link.dialled else link.connection.local)
             return "this is yourself"
         if self._is_banned(record["instance"]):
             return "you sent too much; come back later"
@@ -2503,7 +2557,10 @@ class Links:
             self.node.delivery.resume(peer, other)
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, reason)
-            self.node.detector.link_lost(peer)
+            if self.node.loop.now() - link.bound < 1.0:  # it may be lost at once again: no haste
+                self.node.loop.call_later(1.0, self.node.detector.link_lost, peer)
+            else:
+                self.node.detector.link_lost(peer)
 
     def _dial_over(self, link: Link, failure: str = "") -> None:
         """A dial has ended, well or not: whoever waits may dial now."""
@@ -2551,6 +2608,15 @@ class Links:
             self.node.emit({"event": "notice", "text": f"{name} sent far too much and was cut off for {BAN_TIME:.0f} s"})
         link.refuse("you sent too much; come back later")
 
+    def is_flood(self, link: Link) -> bool:
+        """Whether a link brought too much in too short a time; then it is ended. A lifted budget lifts this, too."""
+        now = self.node.loop.now()
+        if now - link.since >= 60 or not self.node.settings.budget:
+            link.since, link.weight = now, 0
+            return False
+        self.ban(link)
+        return True
+
     def _is_banned(self, key: str) -> bool:
         now = self.node.loop.now()
         self._banned = {each: until for each, until in self._banned.items() if until > now}
@@ -2583,8 +2649,9 @@ class Links:
     def close_all(self) -> None:
         """Say goodbye to all and close."""
         for link in list(self._all):
-            if link.peer is not None:
-                link.send(MSG_UNREGISTER, None)
+            if link.peer is None and not link.dialled:
+                self.say_hello(link)  # its own hello is under way: then it knows who leaves
+            link.send(MSG_UNREGISTER, None)
             link.connection.close("leaving")
 
     def __bool__(self) -> bool:
@@ -2985,7 +3052,8 @@ class Detector:
 
     def link_lost(self, peer: Peer) -> None:
         """A link broke, which happens to the living, too: look whether its program still answers."""
-        self.node.links.want(peer)
+        if not peer.gone:
+            self.node.links.want(peer)
 
     def dial_failed(self, peer: Peer, reason: str) -> None:
         """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
@@ -3201,6 +3269,7 @@ class Gossip:
             self._request(link)
 
     def _request(self, link: Link) -> None:
+        link.asked = True
         link.send(MSG_SYNC_PEERS_REQUEST, {"digest": self.node.peers.digest(), "count": len(self.node.peers) + 1})
 
     def met(self, link: Link, verdict: str, was_lost: bool, digest: Any) -> None:
@@ -3228,20 +3297,27 @@ class Gossip:
             return  # it has our list already
         link.synced = now
         to = link.peer.id if link.peer else message["sender_id"]
-        for records in in_lists(_ENCODER.encode(record) for record in self._list(bool(link.peer))):
-            content = f'{{"peer_list":[{records}],"digest":"{digest}"}}'
+        lists = in_lists(self._list(bool(link.peer)))
+        for number, records in enumerate(lists, 1):
+            more = ',"more":true' if number < len(lists) else ""
+            content = f'{{"peer_list":[{records}],"digest":"{digest}"{more}}}'
             link.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, node.me.id, to, content))
 
-    def _list(self, tombstones: bool) -> List[Dict[str, Any]]:
-        now, peers = self.node.loop.now(), self.node.peers
-        present = [self.node.me, *(peer for peer in peers.present() if peer.unverified is None)]
-        return [peer.wire(now) for peer in present + (peers.tombstones()[-NEWS_BATCH:] if tombstones else [])]
+    def _list(self, tombstones: bool) -> Iterator[str]:
+        """All that we know, encoded."""
+        peers = self.node.peers
+        yield from (peer.encoded for peer in [self.node.me, *peers.present()] if peer.unverified is None)
+        if tombstones:
+            now = self.node.loop.now()
+            yield from (_ENCODER.encode(peer.wire(now)) for peer in peers.tombstones()[-NEWS_BATCH:])
 
     def answered(self, link: Link, message: Message) -> None:
         """Somebody's list: take it in, and send back what it lacks."""
         content, peers = message["content"], self.node.peers
         listed = content["peer_list"]
         assert link.peer is not None
+        if not link.asked:
+            return  # a list that nobody asked for
         before = len(peers)
         if listed:
             self.hear(link, listed)
@@ -3251,6 +3327,7 @@ class Gossip:
             if len(listed) < MAX_PEERS and lacking:
                 self._send_news(link, lacking)
         self._synced = True
+        link.asked = content.get("more") is True
         self._report(link.peer, len(peers) - before)
 
     def _report(self, peer: Peer, found: int) -> None:
@@ -3270,6 +3347,7 @@ class Gossip:
 
     def hear(self, link: Link, records: List[Dict[str, Any]]) -> None:
         """Take in records that a peer sent; tell it where we know better."""
+        link.weight += len(records)
         before, new, answers = len(self.node.peers), [], []
         for record in records:
             verdict, peer = self._hear_one(link, record)
@@ -3310,6 +3388,8 @@ class Gossip:
         me = self.node.me
         if record.get("instance") != me.instance:
             return KNOWN  # somebody who had our address before us, or says so
+        if record.get("incarnation", 0) > me.incarnation + MAX_RAISE:
+            return IMPLAUSIBLE  # forged: we can't rise above it, and an answer would be answered for ever
         differs = record.get("status", ALIVE) != ALIVE or record["id"] != me.id
         if record.get("incarnation", 0) > me.incarnation or (record.get("incarnation", 0) == me.incarnation and differs):
             self.node.deny(record.get("incarnation", 0))
@@ -3331,6 +3411,9 @@ class Gossip:
             link.ids = (*link.ids[-7:], record["id"])
         self.node.detector.heard(peer)
         self.node.apply(changes)
+        link.renames += sum(change.kind == RENAMED for change in changes)
+        if link.renames > MAX_RENAMES:
+            self.node.links.ban(link)
         return verdict, peer
 
 
@@ -3347,7 +3430,7 @@ class ServerLink(Handler):
         self.connection.send(create_message(msg_type, sender_id, content, "server"))
 
     def opened(self) -> None:
-        self.discovery.register()
+        self.discovery.register(self)
 
     def received(self, messages: List[Message]) -> None:
         for message in messages:
@@ -3402,19 +3485,20 @@ class Discovery:
             self._candidates.insert(0, self._candidates.pop())
             self.start()
 
-    def register(self) -> None:
+    def register(self, link: ServerLink) -> None:
         """Say who we are; again after a change of name or address."""
-        assert self._link is not None
+        if link is not self._link or link.connection.state != OPEN:
+            return
+        self.node.adopt_address(link.connection.local[0])
         me = self.node.me
-        self.node.adopt_address(self._link.connection.local[0])
-        self._link.send(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip,
-                                       "instance": me.instance, "incarnation": me.incarnation})
+        link.send(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip,
+                                 "instance": me.instance, "incarnation": me.incarnation})
         self._expect_answer("no answer to MSG_REGISTER", self.node.settings.timeout)
 
     def register_again(self) -> None:
         """Our name or address is another now."""
-        if self.online and self._link is not None and self._link.connection.state == OPEN:
-            self.register()
+        if self.online and self._link is not None:
+            self.register(self._link)
 
     def _expect_answer(self, otherwise: str, within: float) -> None:
         if self._timer is not None:
@@ -3434,7 +3518,7 @@ class Discovery:
             self._updated(message["content"])
         elif message["type"] == MSG_ERROR:
             self.reason = clean(message["content"]["reason"])[:200]
-            log.warning("[Discovery] the server says: %s", self.reason)
+            limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self.reason)
         if self.online:
             self._expect_answer("the server is silent", 2.5 * self.node.settings.heartbeat_interval)
 
@@ -3616,7 +3700,13 @@ class Finder:
         if content.get("role") == "server" and link.dialled:
             self.node.discovery.found(link.address)
             link.connection.close("a server")
-        elif link.peer is None and link.address in self.node.settings.join:
+            return
+        if link.peer is None and link.dialled:
+            before = self.node.me.ip
+            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection)
+            if self.node.me.ip != before:  # it did not believe our address, and was right
+                self.node.loop.call_later(DRAIN_TIMEOUT, self.node.links.dial, link.address)
+        if link.peer is None and link.address in self.node.settings.join:
             self.tried[f"{link.address[0]}:{link.address[1]}"] = reason
 
     def server_failed(self) -> None:
@@ -3900,12 +3990,18 @@ class PeerNode:
             self._change(self.me.username, local_ip)
 
     def confirm_address(self, seen_ip: Any, connection: Connection) -> None:
-        """The far side of a connection sees us at this address, which beats what we think."""
-        if self._address_sure or not isinstance(seen_ip, str) or not is_peer_ip(seen_ip) or is_loopback(seen_ip):
+        """The far side of a connection sees us at this address, which beats what we think.
+
+        One of this machine's own is believed at once; another one (there is NAT between us, or it lies) only
+        while none of our own was confirmed."""
+        if self.settings.host != "0.0.0.0" or not isinstance(seen_ip, str) or not is_peer_ip(seen_ip):
             return
-        self._address_sure = not is_loopback(connection.remote[0])
-        self._change(self.me.username, seen_ip)
-        self._had_address = seen_ip in self.own_addresses()
+        if is_loopback(seen_ip) or is_loopback(connection.remote[0]):
+            return
+        own = seen_ip in self.own_addresses()
+        if not self._address_sure or (own and self.me.ip not in self.own_addresses()):
+            self._address_sure, self._had_address = True, own
+            self._change(self.me.username, seen_ip)
 
     def unsure_of_address(self) -> None:
         """The network is gone; it may come back with another address."""
@@ -4095,16 +4191,16 @@ class LineEditor:
 class Entry:
     """One message or notice of the scrollback."""
 
-    __slots__ = ("seq", "time", "kind", "head", "text", "style", "names", "fates")
+    __slots__ = ("seq", "time", "kind", "head", "text", "style", "who", "fates")
 
     def __init__(self, seq: int, when: float, kind: str, head: Line, text: str, style: str) -> None:
         self.seq = seq  # consecutive: its place in the scrollback is seq - the first one's
         self.time = when
-        self.kind = kind  # chat, notice, error, joined, left
+        self.kind = kind  # chat, notice, answer, error, joined, left
         self.head = head  # who speaks
         self.text = text
         self.style = style
-        self.names: List[str] = []  # joined, left: who
+        self.who: List[Tuple[str, str]] = []  # joined, left: ids, each with the reason
         self.fates: Dict[str, Optional[str]] = {}  # own, by receiver: None under way, "" has it, else why not
 
     @property
@@ -4170,7 +4266,6 @@ class ChatView:
         self._bell = True
         self._bell_time = float("-inf")
         self._quiet = False
-        self._focused = True
         self._spoke: Dict[str, float] = {}  # id -> when, the latest last
         self._private: Optional[str] = None  # id of who last wrote privately
         self.mine: Dict[str, Entry] = {}  # own messages under way, by message id
@@ -4189,7 +4284,7 @@ class ChatView:
         if method is not None:
             method(event)
 
-    def answer(self, text: str, kind: str = "notice") -> None:
+    def answer(self, text: str, kind: str = "answer") -> None:
         """Say something in answer to the user."""
         self._notice(text, kind)
         self.on_answer(text)
@@ -4213,13 +4308,13 @@ class ChatView:
         del self.entries[:drop]
 
     def _notice(self, text: str, kind: str = "notice") -> None:
-        mark = Span("! ", "error") if kind == "error" else Span("- ", "dim")
-        self.add(kind, [mark], text, kind if kind == "error" else "dim")
+        style = {"notice": "dim", "error": "error"}.get(kind, "")
+        self.add(kind, [Span("! ", "error") if kind == "error" else Span("- ", "dim")], text, style)
 
     def name(self, peer_id: str) -> Span:
         """A peer's label, in its colour. One's own name needs no address: it is the others' that have one."""
         label = self.node.me.username if peer_id == self.node.me.id else self.node.label(peer_id)
-        return Span(label, f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}")
+        return Span(label, _nick_style(label.partition("@")[0]))
 
     def _head(self, sender: str, to: str, action: bool) -> Line:
         """Who speaks, and to whom if not to all."""
@@ -4251,7 +4346,9 @@ class ChatView:
     def _on_sent(self, event: Event) -> None:
         entry = self._say(self.node.me.id, event["to"], event["text"], "")
         entry.fates = dict.fromkeys(event["receivers"])
-        self.mine[event["id"]] = self._last_mine = entry
+        self._last_mine = entry
+        if entry.under_way:
+            self.mine[event["id"]] = entry
 
     def _on_delivered(self, event: Event) -> None:
         self._settle(event, "")
@@ -4289,7 +4386,7 @@ class ChatView:
         if event["online"]:
             self._notice(f"server {event['address']} is online")
         else:
-            self._notice(f"no server at {event['address']} ({event['reason']}): P2P mode, it goes on without")
+            self._notice(f"no server at {event['address']} ({event['reason']}): P2P mode, chat goes on")
 
     def _on_network(self, event: Event) -> None:
         if event["gone"]:
@@ -4314,9 +4411,10 @@ class ChatView:
         last = self.entries[-1] if self.entries and self.on_screen else None
         if last is None or last.kind != kind or not 0 <= now - last.time < GATHER_TIME:
             last = self.add(kind, [Span("+ " if kind == "joined" else "- ", "dim")], "", "dim")
-        last.names.append(self.node.label(peer_id) + reason)
-        more = len(last.names) - GATHER_NAMES
-        last.text = ", ".join(last.names[:GATHER_NAMES]) + (f", {more} more" if more > 0 else "") + f" {kind}"
+        last.who.append((peer_id, reason))
+        more = len(last.who) - GATHER_NAMES
+        names = ", ".join(self.node.label(each) + why for each, why in last.who[:GATHER_NAMES])
+        last.text = names + (f", {more} more" if more > 0 else "") + f" {kind}"
 
     def _on_renamed(self, event: Event) -> None:
         old, new = event["old"], event["peer"]
@@ -4330,7 +4428,8 @@ class ChatView:
 
     def _follow(self, old: str, new: str) -> None:
         """A peer has another id: what we hold under the old one goes over to it."""
-        tables: List[Dict[str, Any]] = [self.ignored, self._spoke, *(entry.fates for entry in self.mine.values())]
+        tables: List[Dict[str, Any]] = [self.ignored, self._spoke]
+        tables += [entry.fates for entry in self.mine.values()]
         for table in tables:
             if old in table:
                 table[new] = table.pop(old)
@@ -4342,11 +4441,13 @@ class ChatView:
     def type(self, text: str) -> None:
         """Text was typed."""
         self._begin("")
+        self._key = ""
         self.line.insert(text)
 
     def paste(self, text: str) -> None:
         """Text was pasted: it is one message, however many lines it has."""
         self._begin("")
+        self._key = ""
         text = clean(text, newlines=True).rstrip("\n")
         if len(text) > MAX_TEXT:
             self.hint = f"Only the first {MAX_TEXT} characters were pasted: a message can hold no more."
@@ -4357,24 +4458,17 @@ class ChatView:
         key = _KEYS.get(name)
         if key is None:
             return
-        joining, self.line.joining = self.line.joining, False
-        if key in EDIT_KEYS:
-            self.line.joining = joining and name in _CUTTING
-            self._begin(name)
-            key.run(self.line)
-            return
-        previous = self._begin(name)
-        self._key = previous  # the handler sees which key came before
-        key.run(self)
+        self._begin(name)
+        key.run(self.line if key in EDIT_KEYS else self)
         self._key = name
 
-    def _begin(self, name: str) -> str:
-        """Before each key: what was only said until then goes."""
-        previous, self._key = self._key, name
+    def _begin(self, name: str) -> None:
+        """Before each key: what was only said until then goes. Its handler sees in _key which came before."""
+        if name not in _CUTTING:
+            self.line.joining = False
         if name not in ("focus-in", "focus-out"):
             self.hint = ""
             self.fresh.clear()
-        return previous
 
     def press_enter(self) -> None:
         """Send the line, or ask first if it is long."""
@@ -4412,8 +4506,9 @@ class ChatView:
 
     def look(self, focused: bool) -> None:
         """The terminal got or lost the focus."""
-        self._focused = focused
-        if not focused and self.anchor is None:
+        if focused:
+            self.fresh.clear()
+        elif self.anchor is None:
             self.unread = self.next - 1
 
     # -- scrolling -------------------------------------------------------------------------------------
@@ -4422,11 +4517,14 @@ class ChatView:
         """Go down, or up if negative, by rows. What comes in below moves nothing of what is being read."""
         if not self.entries:
             return
-        bottom = self.bottom()
         if self.anchor is None and by < 0:
-            self.unread = bottom[0]
-        place = self.clamped(self.moved(self.anchor or bottom, by, self._cols()), self._height(), self._cols())
-        self.anchor = place if place < bottom else None
+            self.unread = self.next - 1
+        self._go(self.moved(self.anchor or self.bottom(), by, self._cols()))
+
+    def _go(self, place: Tuple[int, int]) -> None:
+        """Scroll so that a place is the lowest on screen, as far as that can be."""
+        place = self.clamped(place, self._height(), self._cols())
+        self.anchor = place if place < self.bottom() else None
 
     def page(self, pages: int) -> None:
         """Go by screenfuls, one row of which stays."""
@@ -4497,8 +4595,8 @@ class ChatView:
             return []
         at = "@" if word.startswith("@") else ""
         end = ": " if start == 0 else " "
-        labels = [self.node.label(peer.id) for peer in
-                  sorted(self.node.present(), key=lambda peer: -self._spoke.get(peer.id, float("-inf")))]
+        peers = sorted(self.node.present(), key=lambda peer: -self._spoke.get(peer.id, float("-inf")))
+        labels = self._labels(peers)
         return [at + label + end for label in labels if label.casefold().startswith(word[len(at):])]
 
     # -- commands --------------------------------------------------------------------------------------
@@ -4524,7 +4622,7 @@ class ChatView:
         found.run(self, text[len(name):].strip())
 
     def _peer(self, text: str) -> Tuple[Peer, str]:
-        """The peer whom the beginning of a text names, and what stands behind. The longest name that fits counts."""
+        """The peer whom the beginning of a text names, and what stands behind. The longest name counts."""
         if not text:
             raise ChatError("Whom? Say a name; /who lists them.")
         if text.startswith('"') and '"' in text[1:]:
@@ -4540,10 +4638,13 @@ class ChatView:
     def _only(self, found: List[Peer], name: str) -> Peer:
         if len(found) == 1:
             return found[0]
-        labels = [self.node.label(peer.id) for peer in found or self.node.present()]
+        labels = self._labels(found or self.node.present())
         if found:
             raise ChatError(f"There are {len(found)} called {name}: {', '.join(labels)}. Which one?")
         raise ChatError(f"Nobody here is called {clean(name)[:40]}.{_nearest(name, labels)}")
+
+    def _labels(self, peers: Iterable[Peer]) -> List[str]:
+        return [self.node.label(peer.id) for peer in peers]
 
     def _send(self, peer_id: str, text: str) -> None:
         if not text:
@@ -4588,8 +4689,9 @@ class ChatView:
         if self.on_screen and self.cols >= SIDE_COLS:
             self.side = not self.side
             return
-        names = ", ".join(self.node.label(peer.id) for peer in self.node.present())
-        self.answer(f"{_count(len(self.node.present()), 'peer')}: {names}" if names else "Nobody else is here.")
+        labels = self._labels(self.node.present())
+        names = f": {', '.join(labels)}" if labels else ""
+        self.answer(f"{_count(len(labels), 'peer')}{names}")
 
     @command("/who")
     def _who(self, rest: str) -> None:
@@ -4610,11 +4712,11 @@ class ChatView:
         """who has your last message."""
         if self._last_mine is None:
             raise ChatError("You have not sent a message yet.")
-        fates = self._last_mine.fates
-        has = [self.node.label(peer_id) for peer_id, fate in fates.items() if fate == ""]
-        waits = [self.node.label(peer_id) for peer_id, fate in fates.items() if fate is None]
-        lines = [f"{what}: {', '.join(who)}" for what, who in (("delivered to", has), ("under way to", waits)) if who]
-        self.answer("\n".join([_shortened(self._last_mine.text), *lines, *_failures(self, self._last_mine)]))
+        lines = [_shortened(self._last_mine.text)]
+        for fate, what in (("", "delivered to"), (None, "under way to")):
+            who = [self.node.label(each) for each, came in self._last_mine.fates.items() if came == fate]
+            lines += [f"{what}: {', '.join(who)}"] if who else []
+        self.answer("\n".join(lines + _failures(self, self._last_mine)))
 
     @command("/sync")
     def _sync(self, rest: str) -> None:
@@ -4649,9 +4751,7 @@ class ChatView:
         """Scroll to an entry, some rows below the middle."""
         self.unread = self.unread if self.anchor else self.next - 1
         self.found = entry.seq
-        place = self.moved((entry.seq, 0), self._height() // 2, self._cols())
-        place = self.clamped(place, self._height(), self._cols())
-        self.anchor = place if place < self.bottom() else None
+        self._go(self.moved((entry.seq, 0), self._height() // 2, self._cols()))
 
     @command("/ignore [NAME]")
     def _ignore(self, rest: str) -> None:
@@ -4668,7 +4768,7 @@ class ChatView:
         found = [peer_id for peer_id, label in self.ignored.items()
                  if wanted in (peer_id.casefold(), label.casefold(), peer_id.rpartition("@")[0].casefold())]
         if len(found) != 1:
-            raise ChatError(f"Ignored: {', '.join(self.ignored) or 'nobody'}." + (" Which one?" if found else ""))
+            raise ChatError(f"Which one? Ignored: {', '.join(self.ignored) or 'nobody'}.")
         self.answer(f"{self.ignored.pop(found[0])} is heard again.")
 
     @command("/quiet")
@@ -4757,6 +4857,11 @@ _KEYS["focus-out"] = Key("", "", lambda view: view.look(False))
 _CUTTING = frozenset(("ctrl-w", "ctrl-u", "ctrl-k", "alt-d", "alt-backspace"))
 
 
+@functools.lru_cache(maxsize=1024)
+def _nick_style(name: str) -> str:
+    return f"nick{hash64(name) % NICK_STYLES}"
+
+
 def _in_word(character: str) -> bool:
     return character.isalnum() or unicodedata.category(character)[0] == "M" or character in _JOINERS
 
@@ -4839,7 +4944,8 @@ def render(view: ChatView, rows: int, cols: int) -> Screen:
         messages = _beside(messages, _side_rows(view, part.messages, part.side - 2), cols - part.side)
     lines += messages
     if part.rule:
-        lines.append([Span(f"── {hint} " if hint else "", "rule"), Span("─" * (cols - width(hint)), "dim")])
+        said = f"── {hint} " if hint else ""
+        lines.append([Span(said, "rule"), Span("─" * (cols - width(said)), "dim")])
     typed, (row, column) = _input_rows(view, cols)
     top = max(0, row - part.input + 1)
     lines += [_prompted(view, text, top + at == 0) for at, text in enumerate(typed[top:top + part.input])]
@@ -4870,7 +4976,7 @@ def entry_rows(view: ChatView, entry: Entry, cols: int) -> List[Line]:
         indent = min(2, cols // 4)
         head = [Span(" " * indent)]
     rest = [Span(" " * indent)]
-    texts = wrap(entry.text, max(1, cols - indent))
+    texts = wrap(entry.text, max(1, cols - indent), table=entry.kind == "answer")
     rows += [[*(rest if at else head), Span(text, style)] for at, text in enumerate(texts)]
     for failure in _failures(view, entry):
         rows += [[*rest, Span(text, "error")] for text in wrap(failure, max(1, cols - indent))]
@@ -4881,8 +4987,9 @@ def _message_rows(view: ChatView, height: int, cols: int) -> List[Line]:
     """So many rows of messages, the newest or what is scrolled to at the bottom."""
     rows: List[Line] = []
     if height > 0 and view.entries:
-        last = view.entries[-1].seq
-        place = view.clamped(view.moved(view.anchor, 0, cols), height, cols) if view.anchor else (last, sys.maxsize)
+        place = (view.entries[-1].seq, sys.maxsize)
+        if view.anchor is not None:
+            place = view.clamped(view.moved(view.anchor, 0, cols), height, cols)
         for index in range(place[0] - view.entries[0].seq, -1, -1):
             block = entry_rows(view, view.entries[index], cols)
             rows += reversed(block[:place[1] + 1] if view.entries[index].seq == place[0] else block)
@@ -4900,7 +5007,7 @@ def _hint(view: ChatView) -> str:
     if view.hint or view.anchor is None:
         return view.hint
     count = view.below()
-    return f"{count} new below -- End goes there" if count else "scrolled back -- End goes to the newest"
+    return f"{count} new below -- End goes there" if count else "scrolled back -- End goes down"
 
 
 def _bar(view: ChatView, cols: int) -> Line:
@@ -4913,19 +5020,20 @@ def _bar(view: ChatView, cols: int) -> Line:
         state, short = f"● server online since {view.clock(since)}", "● online"
     else:
         state, short = "○ P2P mode" + (f" since {view.clock(since)}" if since else ""), "○ P2P"
-    left = f" Chat P2P - {view.node.me.username}"
-    peers = _count(number, "peer")
-    for right in (f"{state} · {peers} ", f"{short} · {peers} ", f"{short} {number} ", f"{number} "):
+    name, peers = view.node.me.username, _count(number, "peer")
+    title = f" Chat P2P - {name}"
+    for left, right in ((title, f"{state} · {peers} "), (title, f"{short} · {peers} "),
+                        (f" {name}", f"{short} {number} ")):
         if width(left) + width(right) + 2 <= cols:
             return [Span(pad(left, cols - width(right)) + right, "bar")]
-    return [Span(pad(left, cols), "bar")]
+    return [Span(pad(f" {name}", cols), "bar")]
 
 
 def _side_cols(view: ChatView, cols: int, rows: int) -> int:
-    """As wide as the list asks for, up to a third of the screen."""
+    """As wide as the list asks for, up to three eighths of the screen."""
     peers = view.node.present()[:rows]
     wanted = max((width(_peer_text(view, peer)) for peer in peers), default=0)
-    return min(max(wanted + 4, 16), cols // 3)
+    return min(max(wanted + 4, 16), cols * 3 // 8)
 
 
 def _peer_text(view: ChatView, peer: Peer) -> str:
@@ -4962,20 +5070,16 @@ def _beside(left: List[Line], right: List[Line], cols: int) -> List[Line]:
     return rows
 
 
-def _prompt(view: ChatView, cols: int) -> str:
+def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
+    """The prompt, which says whom it goes to, and the line being written."""
     prompt = f"[{view.node.label(view.target)}] {PROMPT}" if view.target else PROMPT
-    return prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else ""
+    return flow(prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else "", view.line, cols)
 
 
 def _prompted(view: ChatView, text: str, first: bool) -> Line:
     """A row of the input line; that it goes to one peer only is not to be overlooked."""
     end = text.find(PROMPT) + len(PROMPT) if first and view.target and text.startswith("[") else 0
     return [Span(text[:end], "private"), Span(text[end:])]
-
-
-def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
-    """The prompt and the line being written, broken at the screen's width, and where in them the cursor is."""
-    return flow(_prompt(view, cols), view.line, cols)
 
 
 def flow(prompt: str, line: LineEditor, cols: int) -> Tuple[List[str], Tuple[int, int]]:
@@ -4999,7 +5103,7 @@ def flow(prompt: str, line: LineEditor, cols: int) -> Tuple[List[str], Tuple[int
 
 
 class StartForm:
-    """What is asked before the chat begins: the server, the name. The same keys edit it as edit the chat's line."""
+    """What is asked before the chat begins: the server, the name. The keys are those of the chat's line."""
 
     def __init__(self, name: str, server: str, port: str) -> None:
         self.server, self.name = LineEditor(server), LineEditor(name)
@@ -5033,7 +5137,8 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
     for at, (label, line) in enumerate(form.fields):
         prompt = f" {label.ljust(8)}" if cols >= 16 else ""
         typed, (row, column) = flow(prompt, line, cols)
-        blocks.append((0 if at == form.at else 2, [[Span(typed[row])]]))
+        none = "" if line.text or line is form.name else "(none: whoever is found on this network)"
+        blocks.append((0 if at == form.at else 2, [[Span(typed[row]), Span(none, "dim")]]))
         cursor = (at, column) if at == form.at else cursor
     blocks.append((3, [[Span(f" Port    {form.port}", "dim")], []]))
     texts = wrap(form.message, max(1, cols - 1)) if form.message else []
@@ -5065,7 +5170,7 @@ ESCAPE_TIME = 0.025  # an ESC that nothing follows within so many seconds is the
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are looked at
 MAX_MINE = 1000  # own messages under way: beyond, plain and JSON read no further input
 MAX_UNREAD = 64 * 1024 * 1024  # bytes of output that wait for a program that does not read them
-PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe which can be written to takes at once
+PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe takes if it takes any
 
 PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
 Press = Tuple[str, str]
@@ -5074,9 +5179,9 @@ _FINAL_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "
                "I": "focus-in", "O": "focus-out", "Z": "shift-tab"}
 _TILDE_KEYS = {"1": "home", "3": "delete", "4": "end", "5": "pgup", "6": "pgdn", "7": "home", "8": "end"}
 _MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
-_CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace", "\x1b": "esc"}
-_TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home", "kend": "end",
-                  "kpp": "pgup", "knp": "pgdn", "kdch1": "delete", "kcbt": "shift-tab"}
+_CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
+_TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home",
+                  "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "delete", "kcbt": "shift-tab"}
 _PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"
 
 
@@ -5152,9 +5257,11 @@ class KeyReader:
             return self._csi(text)
         if kind == "O":
             return (3, _FINAL_KEYS.get(text[2], "")) if len(text) > 2 else (0, "")
-        if kind == "\x1b":
-            size, name = self._escape(text[1:]) if len(text) > 2 and text[2] in "[O" else (1, "")
-            return (size + 1, "alt-" + name) if name else (1, "esc")
+        if kind == "\x1b":  # some terminals send another ESC before a key for Alt
+            size, name = self._escape(text[1:]) if text[2:3] in ("", "[", "O") else (0, "esc")
+            if name == "esc":
+                return 1, name
+            return (size + 1, name and "alt-" + name) if size else (0, "")
         if kind and kind in _CONTROLS:
             return 2, "alt-" + _CONTROLS[kind]
         return (2, "alt-" + kind.lower()) if kind else (0, "")
@@ -5221,6 +5328,7 @@ class Interface:
             self.failure = error
         finally:
             log.removeHandler(tail)
+            self.loop.close()
         if self.failure is not None:
             sys.stderr.write(self._report(self.failure))
             return 1
@@ -5254,17 +5362,24 @@ class Interface:
             self.loop.stop()
 
     def listen_for_signals(self) -> None:
-        """Leave when asked to; the second time at once."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        """Leave when asked to."""
+        self.loop.on_signal(signal.SIGINT, self.interrupt)
+        for name in ("SIGTERM", "SIGHUP"):
             if hasattr(signal, name):
                 self.loop.on_signal(getattr(signal, name), self.leave)
 
     def leave(self) -> None:
-        """Tell everybody and end; when already doing so, just end."""
-        if self.node is None or self.node.leaving:
+        """Tell everybody, and end when that is done."""
+        if self.node is None:
             self.loop.stop()
         else:
             self.node.leave()
+
+    def interrupt(self) -> None:
+        """Leave; when already doing so, end at once."""
+        if self.node is not None and self.node.leaving:
+            self.loop.stop()
+        self.leave()
 
     def _report(self, failure: BaseException) -> str:
         """One line: what happened, and where more is said about it."""
@@ -5295,7 +5410,12 @@ class Terminal:
         import termios
         self._curses: Any = curses
         self._termios: Any = termios
-        locale.setlocale(locale.LC_ALL, "")
+        for name in ("", "C.UTF-8", "C"):  # the one that is asked for may not be installed here
+            try:
+                locale.setlocale(locale.LC_CTYPE, name)
+                break
+            except locale.Error:
+                continue
         self._utf8 = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
         self._window: Any = None
         self._shown: Dict[int, Line] = {}
@@ -5303,10 +5423,12 @@ class Terminal:
 
     def __enter__(self) -> "Terminal":
         self._before = self._termios.tcgetattr(0)
+        self._modes = (b"", b"")
         self._window = self._curses.initscr()
         try:
             ansi = (self._curses.tigetstr("cup") or b"").startswith(b"\x1b[")
-            self._modes = (b"\x1b[?2004h\x1b[?1004h", b"\x1b[?1004l\x1b[?2004l") if ansi else (b"", b"")
+            if ansi:  # bracketed paste and focus reports; what does not know them ignores them
+                self._modes = (b"\x1b[?2004h\x1b[?1004h", b"\x1b[?1004l\x1b[?2004l")
             self._make_styles()
             self.resume()
         except BaseException:
@@ -5320,33 +5442,34 @@ class Terminal:
     def resume(self) -> None:
         """Take the screen, for the first time or again."""
         for call in (self._curses.raw, self._curses.noecho, self._curses.nonl):
-            call()
-        self._curses.typeahead(-1)  # nobody reads through curses: it need not look whether a key is waiting
-        os.write(1, self._modes[0])
+            self._quietly(call)
+        self._quietly(self._curses.typeahead, -1)  # nobody reads through curses: it need not look for keys
+        self._quietly(os.write, 1, self._modes[0])
         self.resize()
 
     def suspend(self) -> None:
-        """Give it back; harmless when that has been done, or when there is no terminal any more."""
-        try:
-            os.write(1, self._modes[1])
-        except OSError:
-            pass
-        try:
-            self._curses.endwin()
-            self._termios.tcsetattr(0, self._termios.TCSADRAIN, self._before)
-        except (self._curses.error, self._termios.error):
-            pass
+        """Give it back; harmless when that has been done."""
+        self._quietly(os.write, 1, self._modes[1])
+        self._quietly(self._curses.endwin)
+        self._quietly(self._termios.tcsetattr, 0, self._termios.TCSADRAIN, self._before)
 
     def resize(self) -> None:
         """It may have another size; draw everything anew."""
         try:
             cols, rows = os.get_terminal_size(0)
-            if rows and cols:
-                self._curses.resizeterm(rows, cols)
-        except (OSError, self._curses.error):
-            pass
+        except OSError:
+            cols = rows = 0
+        if rows and cols:
+            self._quietly(self._curses.resizeterm, rows, cols)
         self._shown.clear()
         self._window.clear()
+
+    def _quietly(self, call: Callable[..., Any], *args: Any) -> None:
+        """Make a call that fails when the terminal is gone, which is noticed elsewhere, or is a poor one."""
+        try:
+            call(*args)
+        except (OSError, self._curses.error, self._termios.error):
+            pass
 
     def size(self) -> Tuple[int, int]:
         """(rows, columns)."""
@@ -5511,8 +5634,8 @@ class CursesInterface(Interface):
                 self._suspend()
             elif self.form is not None:
                 self._press_in_form(self.form, kind, value)
-            elif value == "ctrl-c" and kind == PRESS and self.node is not None and self.node.leaving:
-                self.loop.stop()
+            elif kind == PRESS and value == "ctrl-c" and self.node is not None and self.node.leaving:
+                self.interrupt()
             elif kind == PRESS:
                 self.view.key(value)
             elif kind == PASTE:
@@ -5607,7 +5730,7 @@ class CursesInterface(Interface):
 
 
 class LineReader:
-    """Lines from standard input, whatever that is: a terminal, a pipe, a file, nothing. Never waits for it."""
+    """Lines from standard input, be it a terminal, a pipe, a file or nothing. Never waits for it."""
 
     def __init__(self, loop: Loop, line: Callable[[str], None], end: Callable[[], None]) -> None:
         self._loop = loop
@@ -5706,6 +5829,8 @@ class LineWriter:
         try:
             while at < len(data) and self._is_writable():
                 at += os.write(1, data[at:at + PIPE_CHUNK])
+        except BlockingIOError:
+            pass  # shared with a program that made it so
         except OSError:
             self._break()
             return
@@ -5746,21 +5871,18 @@ class PlainInterface(Interface):
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         super().__init__(loop, settings._replace(username=settings.username or login_name()))
-        self._reader = LineReader(loop, self._typed, self.leave)
-        self._writer = LineWriter(loop, self._reader_gone)
+        self._reader = LineReader(loop, functools.partial(self.guard, self._typed), self.leave)
+        self._writer = LineWriter(loop, self.leave)  # nobody reads any more: leave quietly
         self._by_hand = os.isatty(0)  # then what was typed is on the screen already
         self._printed = 0
         self._busy = False
 
     def chat(self) -> None:
-        try:
-            self.start_node(self.settings)
-            self.listen_for_signals()
-            if self._by_hand:
-                self._reader.resume()
-            self.loop.run()
-        finally:
-            self.loop.close()
+        self.start_node(self.settings)
+        self.listen_for_signals()
+        if self._by_hand:
+            self._reader.resume()
+        self.loop.run()
 
     def heard(self, node: PeerNode, event: Event) -> None:
         self.view.handle(event)
@@ -5801,11 +5923,6 @@ class PlainInterface(Interface):
         """Print what a line that was entered led to."""
         self._print_new()
 
-    def _reader_gone(self) -> None:
-        """Nobody reads what we write: leave quietly."""
-        if self.node is not None and not self.node.leaving:
-            self.node.leave()
-
 
 class JsonInterface(PlainInterface):
     """The same input; every event as a JSON object on a line of its own, answers to commands as notices."""
@@ -5831,13 +5948,11 @@ _to_json = json.JSONEncoder(ensure_ascii=True).encode
 
 def login_name() -> str:
     """The name of whoever is logged in, as far as it can be used."""
-    names = [os.environ.get(name, "") for name in ("LOGNAME", "USER", "USERNAME")]
-    for name in names:
-        try:
-            return check_username(name[:MAX_NAME].strip())
-        except ValueError:
-            continue
-    return "anonymous"
+    import getpass
+    try:
+        return check_username(clean(getpass.getuser())[:MAX_NAME].strip())
+    except Exception:  # a user without a name, or with one of no use; what is raised differs
+        return "anonymous"
 
 
 def has_screen() -> bool:
