@@ -3087,7 +3087,7 @@ def scenario_newcomer(seed, size=16, limit=15.0):
     return {"rounds": rounds, "ideal": ideal_push_pull(seed, size + 1), "knows all": knows_all}
 
 
-def scenario_hundred(seed, size=100):
+def scenario_hundred(seed, size=100, calm=60):
     """100 peers and a newcomer: known to all within 15 rounds; then one leaves, and nobody brings it back."""
     world = SimWorld(seed, by="none", keep_log=False)
     settled = world.add_settled(size)
@@ -3097,7 +3097,7 @@ def scenario_hundred(seed, size=100):
     leaver = world.random.choice(settled)
     leaver.leave()
     gone = world.settle(15 * world.gossip_interval)
-    world.network.run(60)
+    world.network.run(calm)
     assert world.agreed(), world.disagreement()
     assert newcomer.died is None
     return {"known after s": took, "left after s": gone}
@@ -3342,15 +3342,21 @@ def scenario_walled(seed, size=6, minutes=5):
 
 
 def scenario_clock(seed, size=6, seconds=60):
-    """Clocks jump: nobody loses anybody, chat goes on."""
+    """Clocks jump, just when a message is on its way and somebody else has been silent for some seconds:
+    nobody loses anybody, and no message fails."""
     world = SimWorld(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
     world.settle(60)
     jumps = [(3600, None), (0, -86400), (0, 86400), (11, None), (-30, 0)]
     for seconds_forward, wall in jumps:
-        peer = world.random.choice(world.peers)
-        peer.loop.jump(seconds_forward, wall)
+        peer, slow = world.random.sample(world.peers, 2)
+        slow.loop.freeze()
+        world.network.run(5.5)
         for each in world.peers:
             each.loop.enter(each.chat, "still here")
+        world.network.run(0.002)
+        peer.loop.jump(seconds_forward, wall)
+        world.network.run(0.5)
+        slow.loop.thaw()
         world.network.run(seconds)
         assert world.agreed(), world.disagreement()
     figures = world.finish()
@@ -3540,14 +3546,14 @@ SCENARIOS = {
     "newcomer-64": (scenario_newcomer, {"size": 64}, 1, {"size": 64}, 300),
     "newcomer-256": (scenario_newcomer, None, 0, {"size": 256}, 40),
     "newcomer-1000": (scenario_newcomer, None, 0, {"size": 1000}, 10),
-    "hundred": (scenario_hundred, {"size": 100}, 1, {"size": 100}, 50),
+    "hundred": (scenario_hundred, {"calm": 20}, 1, {}, 50),
     "churn": (scenario_churn, {"size": 12, "minutes": 6, "crashes": 2, "leaves": 2, "restarts": 2}, 3,
               {}, 300),
     "halves": (scenario_halves, {"size": 10}, 2, {}, 300),
     "cut-off": (scenario_cut_off, {"size": 8}, 2, {}, 300),
-    "partly": (scenario_partly, {}, 2, {}, 300),
-    "delivery": (scenario_delivery, {"minutes": 3}, 3, {}, 300),
-    "mess": (scenario_mess, {"minutes": 3}, 2, {}, 300),
+    "partly": (scenario_partly, {"seconds": 60}, 2, {}, 300),
+    "delivery": (scenario_delivery, {"minutes": 2}, 3, {}, 300),
+    "mess": (scenario_mess, {"minutes": 2}, 2, {}, 300),
     "bytes-16": (scenario_bytes, {"size": 16}, 1, {"size": 16}, 1),
     "bytes-64": (scenario_bytes, {"size": 64}, 1, {"size": 64}, 1),
     "bytes-256": (scenario_bytes, None, 0, {"size": 256}, 1),
@@ -3953,7 +3959,7 @@ def script_chat(cast):
     assert "which of you?" not in bob.heard() + twin.heard() and "you!" not in bob.heard()
     assert twin.saw("chat", text="you!")[0]["to"] == twin.events[0]["id"]
     twin.say("/quit")
-    yield lambda: len(alice.present()) == 1 and twin.status() is not None, 2, "a leave is known"
+    yield lambda: len(alice.present()) == 1 and twin.status() is not None, 5, "a leave is known"
     assert twin.status() == 0 and alice.saw("left", of="Bob")[0]["reason"] == "left"
 
 
@@ -5087,12 +5093,20 @@ def _growth(what: str, points: Sequence[Tuple[float, float]]) -> _Row:
     return _Row(f"  growth of {what}", f"exponent {_exponent(points)}  [{listed}]")
 
 
-def _compared(figure: str, results: Dict[str, List[float]], target: str, met: Callable[[float], bool]) -> _Row:
+def _compared(
+    figure: str, results: Dict[str, List[float]], target: str, met: Callable[[float], bool]
+) -> _Row:
     """A row with references; `met` judges the ratio ours / asyncio of the medians."""
     ratio = statistics.median(results["ours"]) / statistics.median(results["asyncio"])
-    return _Row(figure, _spread(results["ours"]), _spread(results["asyncio"]),
-                _spread(results["ceiling"]) if "ceiling" in results else "",
-                f"{ratio:.2f}", target, met(ratio))
+    return _Row(
+        figure,
+        _spread(results["ours"]),
+        _spread(results["asyncio"]),
+        _spread(results["ceiling"]) if "ceiling" in results else "",
+        f"{ratio:.2f}",
+        target,
+        met(ratio),
+    )
 
 
 def _in_turn(rounds: int, runners: Dict[str, Callable[[], float]]) -> Dict[str, List[float]]:
@@ -5165,7 +5179,9 @@ def _wait_until(condition: Callable[[], bool], what: str, pause: float = 0.002) 
 def _program(*args: str, until: str = "", **options: Any) -> Iterator[Any]:
     """The real program; `until`: what its output must have shown before we go on. `.seen` has that line."""
     command = [sys.executable, _PROGRAM, *args]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
     try:
         process.seen = b""  # type: ignore[attr-defined]
         while until and until.encode() not in process.seen:  # type: ignore[attr-defined]
@@ -5260,7 +5276,9 @@ class _CountingLoop(_StrictLoop):
 class _BenchPeer:
     """A peer of ours in a worker: obeys the commands in _COMMANDS, and answers each when it is done."""
 
-    def __init__(self, loop: p2pchat.Loop, pipe: Any, index: int, board: _Board, server: Tuple[str, int]) -> None:
+    def __init__(
+        self, loop: p2pchat.Loop, pipe: Any, index: int, board: _Board, server: Tuple[str, int]
+    ) -> None:
         self.loop, self.pipe, self.index, self.board = loop, pipe, index, board
         settings = p2pchat.Settings(f"u{index:04}", server, "127.0.0.1", lan=False, budget=0)
         self.node = p2pchat.PeerNode(self.loop, settings, self.event)
@@ -5292,13 +5310,13 @@ class _BenchPeer:
         self.pipe.send(len(self.node.links.current))
 
     def burst(self, messages: int, size: int) -> None:
-        """Send so many to everybody, a bounded number of them unacknowledged; answer when it began and ended."""
+        """Send so many to everybody, few at a time unacknowledged; answer when it began and ended."""
         self.left, self.size, self.half = messages, size, _OUTSTANDING * len(self.node.peers) // 2
         self.started = time.monotonic()
         self.go_on()
 
     def go_on(self) -> None:
-        """Send a slice; the next one in the next turn, or when half of what may be outstanding is acknowledged."""
+        """Send a slice; the next in the next turn, or when half of what is outstanding is acknowledged."""
         text, receivers = "x" * self.size, len(self.node.peers)
         room = _OUTSTANDING - self.unacknowledged // receivers
         for _ in range(min(self.left, room, _SLICE)):
@@ -5341,15 +5359,21 @@ def _our_counted_peer(*args: Any) -> None:
 
 
 @contextlib.contextmanager
-def _our_group(receivers: int, first: Callable[..., None] = _our_peer) -> Iterator[Tuple[_Worker, List[_Worker], _Board, Any]]:
-    """A sender and its receivers, all linked to each other: (sender, receivers, board, the server's address)."""
+def _our_group(
+    receivers: int, first: Callable[..., None] = _our_peer
+) -> Iterator[Tuple[_Worker, List[_Worker], _Board, Any]]:
+    """A sender and receivers, all linked to each other: (sender, receivers, board, server's address)."""
     board = _Board(receivers)
     with contextlib.ExitStack() as stack:
         _, address = stack.enter_context(_real_server())
-        workers = [stack.enter_context(_Worker(_our_peer, index, board, address)) for index in range(receivers)]
+        workers = [
+            stack.enter_context(_Worker(_our_peer, index, board, address)) for index in range(receivers)
+        ]
         sender = stack.enter_context(_Worker(first, receivers, board, address))
         wanted = min(receivers, p2pchat.IDLE_LINKS)
-        _wait_until(lambda: all(worker.ask("count") >= wanted for worker in (sender, *workers)), "linking", 0.05)
+        _wait_until(
+            lambda: all(worker.ask("count") >= wanted for worker in (sender, *workers)), "linking", 0.05
+        )
         yield sender, workers, board, address
 
 
@@ -5357,7 +5381,13 @@ def _our_group(receivers: int, first: Callable[..., None] = _our_peer) -> Iterat
 
 
 def _reference_message(text: str, number: int) -> Dict[str, Any]:
-    return {"type": "MSG_CHAT", "sender_id": "u0001@127.0.0.1:10001", "to": "*", "content": text, "id": number}
+    return {
+        "type": "MSG_CHAT",
+        "sender_id": "u0001@127.0.0.1:10001",
+        "to": "*",
+        "content": text,
+        "id": number,
+    }
 
 
 def _ceiling_receiver(pipe: Any, board: _Board, index: int) -> None:
@@ -5466,7 +5496,9 @@ def _asyncio_trips(pipe: Any, port: int) -> None:
 def _asyncio_group(receivers: int) -> Iterator[Tuple[_Worker, _Board]]:
     board = _Board(receivers)
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(_asyncio_receiver, board, index)) for index in range(receivers)]
+        workers = [
+            stack.enter_context(_Worker(_asyncio_receiver, board, index)) for index in range(receivers)
+        ]
         sender = stack.enter_context(_Worker(_asyncio_sender, [worker.ask() for worker in workers]))
         yield sender, board
 
@@ -5488,8 +5520,11 @@ def _bench_throughput(rounds: int = 7, sizes: Sequence[int] = (6_000, 20_000, 60
             assert board.counts[0] == before + messages, "each must be handed over once"
             return messages / (ended - started)
 
-        runners = {"ours": ours, "asyncio": lambda: _asyncio_burst(other, other_board, most),
-                   "ceiling": lambda: _ceiling_rate(low_port, low_board, most)}
+        runners = {
+            "ours": ours,
+            "asyncio": lambda: _asyncio_burst(other, other_board, most),
+            "ceiling": lambda: _ceiling_rate(low_port, low_board, most),
+        }
         results = _in_turn(rounds, runners)
         points = [(size, size / statistics.median(ours(size) for _ in range(3))) for size in sizes]
     row = _compared("one to one, messages/s", results, "ratio >= 1.5", lambda ratio: ratio >= 1.5)
@@ -5509,7 +5544,9 @@ def _ceiling_rate(port: int, board: _Board, messages: int) -> float:
     return messages / (board.wait(expected) - started)
 
 
-def _bench_round_trip(rounds: int = 5, sizes: Sequence[int] = (100, 1_000, 10_000), count: int = 400) -> List[_Row]:
+def _bench_round_trip(
+    rounds: int = 5, sizes: Sequence[int] = (100, 1_000, 10_000), count: int = 400
+) -> List[_Row]:
     with contextlib.ExitStack() as stack:
         sender, _, _, _ = stack.enter_context(_our_group(1))
         port = stack.enter_context(_Worker(_asyncio_receiver, _Board(1), 0)).ask()
@@ -5517,18 +5554,29 @@ def _bench_round_trip(rounds: int = 5, sizes: Sequence[int] = (100, 1_000, 10_00
         low_port = stack.enter_context(_Worker(_ceiling_receiver, _Board(1), 0)).ask()
 
         def ours(size: int) -> List[float]:
-            return [ended - started for started, ended in (sender.ask("burst", 1, size) for _ in range(count))]
+            return [
+                ended - started for started, ended in (sender.ask("burst", 1, size) for _ in range(count))
+            ]
 
-        trips = {"ours": lambda: ours(sizes[0]), "asyncio": lambda: other.ask(count, sizes[0]),
-                 "ceiling": lambda: _ceiling_trips(low_port, count, sizes[0])}
+        trips = {
+            "ours": lambda: ours(sizes[0]),
+            "asyncio": lambda: other.ask(count, sizes[0]),
+            "ceiling": lambda: _ceiling_trips(low_port, count, sizes[0]),
+        }
         samples = [{name: run() for name, run in trips.items()} for _ in range(rounds)]
         points = [(size, statistics.median(ours(size)) * 1e6) for size in sizes]
-    rows = [_trip_row(f"round trip, {name}, us", samples, share) for name, share in (("median", 0.5), ("p99", 0.99))]
+    rows = [
+        _trip_row(f"round trip, {name}, us", samples, share)
+        for name, share in (("median", 0.5), ("p99", 0.99))
+    ]
     return [*rows, _growth("its us by bytes", points)]
 
 
 def _trip_row(figure: str, samples: List[Dict[str, List[float]]], share: float) -> _Row:
-    results = {name: [sorted(each[name])[int(share * len(each[name]))] * 1e6 for each in samples] for name in samples[0]}
+    results = {
+        name: [sorted(each[name])[int(share * len(each[name]))] * 1e6 for each in samples]
+        for name in samples[0]
+    }
     return _compared(figure, results, "ratio <= 1.3", lambda ratio: ratio <= 1.3)
 
 
@@ -5542,20 +5590,43 @@ def _bench_fan_out(rounds: int = 5, sizes: Sequence[int] = (5, 15, 50), messages
             sender, _, board, _ = stack.enter_context(_our_group(size))
             other, other_board = stack.enter_context(_asyncio_group(size))
             runs = rounds if size == sizes[-1] else 2
-            rates.append(_in_turn(runs, {"ours": lambda: _our_burst(sender, board, messages),
-                                         "asyncio": lambda: _asyncio_burst(other, other_board, messages)}))
-            lasts.append(_in_turn(5 * runs, {"ours": lambda: 1e3 * size / _our_burst(sender, board, 1),
-                                             "asyncio": lambda: 1e3 * size / _asyncio_burst(other, other_board, 1)}))
+            rates.append(
+                _in_turn(
+                    runs,
+                    {
+                        "ours": lambda: _our_burst(sender, board, messages),
+                        "asyncio": lambda: _asyncio_burst(other, other_board, messages),
+                    },
+                )
+            )
+            lasts.append(
+                _in_turn(
+                    5 * runs,
+                    {
+                        "ours": lambda: 1e3 * size / _our_burst(sender, board, 1),
+                        "asyncio": lambda: 1e3 * size / _asyncio_burst(other, other_board, 1),
+                    },
+                )
+            )
     last = sizes[-1]
-    return [_compared(f"one to {last}, deliveries/s", rates[-1], "ratio >= 1.5", lambda ratio: ratio >= 1.5),
-            _growth("its ms a burst by receivers",
-                    [(size, 1e3 * size * messages / statistics.median(rate["ours"])) for size, rate in zip(sizes, rates)]),
-            _compared(f"one to {last}, ms to the last", lasts[-1], "ratio <= 1.2", lambda ratio: ratio <= 1.2),
-            _growth("that by receivers", [(size, statistics.median(each["ours"])) for size, each in zip(sizes, lasts)])]
+    return [
+        _compared(f"one to {last}, deliveries/s", rates[-1], "ratio >= 1.5", lambda ratio: ratio >= 1.5),
+        _growth(
+            "its ms a burst by receivers",
+            [
+                (size, 1e3 * size * messages / statistics.median(rate["ours"]))
+                for size, rate in zip(sizes, rates)
+            ],
+        ),
+        _compared(f"one to {last}, ms to the last", lasts[-1], "ratio <= 1.2", lambda ratio: ratio <= 1.2),
+        _growth(
+            "that by receivers", [(size, statistics.median(each["ours"])) for size, each in zip(sizes, lasts)]
+        ),
+    ]
 
 
 def _our_burst(sender: _Worker, board: _Board, messages: int) -> float:
-    """Deliveries a second until the last receiver has the last message; its acknowledgement is waited for, too."""
+    """Deliveries a second until the last receiver has the last message; acknowledgements are awaited."""
     expected = board.counts[0] + messages
     started, _ = sender.ask("burst", messages, 100)
     return messages * len(board.counts) / (board.wait(expected) - started)
@@ -5565,12 +5636,17 @@ def _our_burst(sender: _Worker, board: _Board, messages: int) -> float:
 
 
 class _Registrant:
-    """One of many clients of the server in one process: registers, and counts the peers that it is told of."""
+    """One of many clients in one process: registers, and counts the peers that it is told of."""
 
     TOKEN = b'"username":'
 
     def __init__(self, index: int, address: Tuple[str, int]) -> None:
-        content = {"username": f"u{index:04}", "port": 10_000 + index, "instance": f"{index:016x}", "incarnation": 1}
+        content = {
+            "username": f"u{index:04}",
+            "port": 10_000 + index,
+            "instance": f"{index:016x}",
+            "incarnation": 1,
+        }
         self.me = f"u{index:04}@127.0.0.1:{10_000 + index}"
         self.hello = p2pchat.create_message(p2pchat.MSG_REGISTER, self.me, content)
         self.beat = p2pchat.create_message(p2pchat.MSG_HEARTBEAT, self.me, None)
@@ -5584,11 +5660,11 @@ class _Registrant:
             raise RuntimeError(f"the server closed the connection of {self.me}")
         self.bytes += len(data)
         self.known += (self._tail + data).count(self.TOKEN)
-        self._tail = data[-len(self.TOKEN) + 1:]
+        self._tail = data[-len(self.TOKEN) + 1 :]
 
 
 def _registrants(pipe: Any, count: int, address: Tuple[str, int], beat_every: float) -> None:
-    """All register at once; answers (seconds until all know all, bytes received). Then they send heartbeats."""
+    """All register at once; answers (seconds until all know all, bytes received). Then heartbeats."""
     p2pchat.raise_descriptor_limit()
     clients = [_Registrant(index, address) for index in range(count)]
     selector = selectors.DefaultSelector()
@@ -5625,12 +5701,24 @@ def _bench_register(rounds: int = 3, sizes: Sequence[int] = (100, 300, 1000)) ->
     rows = [_Row(f"{last} register at once, s", _spread(seconds), target="< 1 s", met=median[last][0] < 1.0)]
     for size in sizes:
         ratio = median[size][1] / size / (size * per_peer)
-        rows.append(_Row(f"  {size}: bytes a peer received", f"{median[size][1] / size:.0f} (its list: {size * per_peer})",
-                         ratio=f"{ratio:.2f}", target="near the list", met=ratio < 1.25))
-    rows.append(_Row(f"  {last}: the server's CPU s, peak MB", f"{median[last][2]:.2f} s, {median[last][3]:.1f} MB"))
-    return [*rows, _growth("its seconds by peers", [(size, median[size][0]) for size in sizes]),
-            _growth("a peer's bytes by peers", [(size, median[size][1] / size) for size in sizes]),
-            _growth("the server's CPU s by peers", [(size, median[size][2]) for size in sizes])]
+        rows.append(
+            _Row(
+                f"  {size}: bytes a peer received",
+                f"{median[size][1] / size:.0f} (its list: {size * per_peer})",
+                ratio=f"{ratio:.2f}",
+                target="near the list",
+                met=ratio < 1.25,
+            )
+        )
+    rows.append(
+        _Row(f"  {last}: the server's CPU s, peak MB", f"{median[last][2]:.2f} s, {median[last][3]:.1f} MB")
+    )
+    return [
+        *rows,
+        _growth("its seconds by peers", [(size, median[size][0]) for size in sizes]),
+        _growth("a peer's bytes by peers", [(size, median[size][1] / size) for size in sizes]),
+        _growth("the server's CPU s by peers", [(size, median[size][2]) for size in sizes]),
+    ]
 
 
 def _record_size() -> int:
@@ -5661,16 +5749,23 @@ def _bench_server_idle(sizes: Sequence[int] = (100, 300, 1000), window: float = 
         time.sleep(window)
         minutes = [(_cpu(pid) - start) * 60 / window for pid, start in zip(servers, before)]
         memory = _memory(servers[-1]) / 1e6
-    return [_Row(f"server idle with {sizes[-1]}, CPU s/minute", _number(minutes[-1]), target="< 1", met=minutes[-1] < 1),
-            _Row("  its memory, MB", f"{memory:.1f}"),
-            _growth("its CPU s/minute by peers", list(zip(sizes, minutes)))]
+    return [
+        _Row(
+            f"server idle with {sizes[-1]}, CPU s/minute",
+            _number(minutes[-1]),
+            target="< 1",
+            met=minutes[-1] < 1,
+        ),
+        _Row("  its memory, MB", f"{memory:.1f}"),
+        _growth("its CPU s/minute by peers", list(zip(sizes, minutes))),
+    ]
 
 
 # -- a peer at rest ------------------------------------------------------------------------------------
 
 
 def _bench_peer_idle(sizes: Sequence[int] = (5, 15, 50), window: float = 12.0) -> List[_Row]:
-    """A real process among so many, for memory, CPU and wake-ups; a worker beside it counts bytes and turns."""
+    """A real process among so many: memory, CPU, wake-ups; a worker beside it counts bytes and turns."""
     with contextlib.ExitStack() as stack:
         groups = [_idle_group(stack, size) for size in sizes]
         time.sleep(3.0)  # past the news of the last arrivals
@@ -5682,18 +5777,39 @@ def _bench_peer_idle(sizes: Sequence[int] = (5, 15, 50), window: float = 12.0) -
     bare = _bare_memory() / 1e6
     cpu, wakes, size, turns, empty = minutes[-1]
     points = [list(zip(sizes, column)) for column in zip(*minutes)]
-    return [_Row(f"peer idle among {sizes[-1]}: memory, MB", f"{memory:.1f}", ceiling=f"bare {bare:.1f}",
-                 ratio=f"{memory / bare:.2f}", target="ratio <= 1.25", met=memory <= 1.25 * bare),
-            _Row("  its CPU s/minute", _number(cpu)), _growth("that by peers", points[0]),
-            _Row("  its wake-ups a minute", _number(wakes)), _growth("that by peers", points[1]),
-            _Row("  its bytes a minute, both ways", _number(size)), _growth("that by peers", points[2]),
-            _Row("  turns that did nothing, a minute", f"{empty:.0f} of {turns:.0f}", target="0", met=empty < 1)]
+    return [
+        _Row(
+            f"peer idle among {sizes[-1]}: memory, MB",
+            f"{memory:.1f}",
+            ceiling=f"bare {bare:.1f}",
+            ratio=f"{memory / bare:.2f}",
+            target="ratio <= 1.25",
+            met=memory <= 1.25 * bare,
+        ),
+        _Row("  its CPU s/minute", _number(cpu)),
+        _growth("that by peers", points[0]),
+        _Row("  its wake-ups a minute", _number(wakes)),
+        _growth("that by peers", points[1]),
+        _Row("  its bytes a minute, both ways", _number(size)),
+        _growth("that by peers", points[2]),
+        _Row("  turns that did nothing, a minute", f"{empty:.0f} of {turns:.0f}", target="0", met=empty < 1),
+    ]
 
 
 def _idle_group(stack: contextlib.ExitStack, size: int) -> Tuple[int, _Worker]:
     """A group of `size` peers: (pid of the real one, the worker that counts)."""
     worker, _, _, address = stack.enter_context(_our_group(size - 2, _our_counted_peer))
-    args = ("peer", "--user", "real", "--plain", "--host", "127.0.0.1", "--no-lan", "--server", f"127.0.0.1:{address[1]}")
+    args = (
+        "peer",
+        "--user",
+        "real",
+        "--plain",
+        "--host",
+        "127.0.0.1",
+        "--no-lan",
+        "--server",
+        f"127.0.0.1:{address[1]}",
+    )
     process = stack.enter_context(_program(*args, until="127.0.0.1"))
     stack.enter_context(_Worker(_swallow, process.stdout.fileno()))
     _wait_until(lambda: worker.ask("count") >= min(size - 1, p2pchat.IDLE_LINKS), "the real one joins", 0.05)
@@ -5732,17 +5848,33 @@ def _bench_start(rounds: int = 11) -> List[_Row]:
     """Each beside a bare Python that imports the same modules and says so."""
     peer = ["peer", "--user", "real", "--host", "127.0.0.1", "--no-lan", "--server", "127.0.0.1:1"]
     server = ["server", "--host", "127.0.0.1", "--port", "0", "--no-lan"]
-    cases = [("--help", ["--help"], b"--help", False), ("server until it listens", server, b"listening on", False),
-             ("peer --plain until it listens", [*peer, "--plain"], b"127.0.0.1:", False),
-             ("peer until the first screen", peer, b"real", True)]
+    cases = [
+        ("--help", ["--help"], b"--help", False),
+        ("server until it listens", server, b"listening on", False),
+        ("peer --plain until it listens", [*peer, "--plain"], b"127.0.0.1:", False),
+        ("peer until the first screen", peer, b"real", True),
+    ]
     rows = []
     for name, args, sign, screen in cases:
         bare = ["-c", f"{_imports(screen)}\nprint('ready', flush=True)"]
-        results = _in_turn(rounds, {"ours": lambda: _start_once([_PROGRAM, *args], sign, screen),
-                                    "bare": lambda: _start_once(bare, b"ready", screen)})
+        results = _in_turn(
+            rounds,
+            {
+                "ours": lambda: _start_once([_PROGRAM, *args], sign, screen),
+                "bare": lambda: _start_once(bare, b"ready", screen),
+            },
+        )
         ratio = statistics.median(results["ours"]) / statistics.median(results["bare"])
-        rows.append(_Row(f"start: {name}, ms", _spread(results["ours"]), ceiling=f"bare {_spread(results['bare'])}",
-                         ratio=f"{ratio:.2f}", target="ratio <= 1.5", met=ratio <= 1.5))
+        rows.append(
+            _Row(
+                f"start: {name}, ms",
+                _spread(results["ours"]),
+                ceiling=f"bare {_spread(results['bare'])}",
+                ratio=f"{ratio:.2f}",
+                target="ratio <= 1.5",
+                met=ratio <= 1.5,
+            )
+        )
     return rows
 
 
@@ -5750,8 +5882,14 @@ def _start_once(args: Sequence[str], sign: bytes, screen: bool) -> float:
     """Milliseconds from starting a Python until its terminal (or pipe) has shown `sign`."""
     ours, its = _terminal() if screen else os.pipe()
     seen, started = b"", time.perf_counter()
-    process = subprocess.Popen([sys.executable, *args], stdin=its if screen else subprocess.PIPE, stdout=its, stderr=its,
-                               env=dict(os.environ, TERM="xterm"), start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, *args],
+        stdin=its if screen else subprocess.PIPE,
+        stdout=its,
+        stderr=its,
+        env=dict(os.environ, TERM="xterm"),
+        start_new_session=True,
+    )
     os.close(its)
     try:
         while sign not in seen:
@@ -5797,7 +5935,9 @@ def bench(names: Sequence[str]) -> int:
         print(f"no figure {unknown[0]!r}; there are {', '.join(_BENCHES)}", file=sys.stderr)
         return 2
     p2pchat.raise_descriptor_limit()
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before (busy neighbours cost us more than the references)")
+    print(
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before (busy neighbours spoil the ratios)"
+    )
     rows = []
     for name in names or _BENCHES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
@@ -5875,20 +6015,27 @@ class HostileWorld:
 
     def __init__(self, seed=1, names=("Alice", "Bob"), **settings):
         self.network = SimNetwork(seed)
-        self.server = p2pchat.DiscoveryServer(self.network.start(self.network.host("server", "10.0.0.1")),
-                                              p2pchat.ServerSettings(lan=False))
+        self.server = p2pchat.DiscoveryServer(
+            self.network.start(self.network.host("server", "10.0.0.1")), p2pchat.ServerSettings(lan=False)
+        )
         self.server.start()
         self.nodes, self.events = {}, {}
         for number, name in enumerate(names, 2):
             self.add(name, f"10.0.0.{number}", **settings)
-        self.network.run_until(lambda: all(len(node.links.current) == len(names) - 1 for node in self.nodes.values()), 20)
+        self.network.run_until(
+            lambda: all(len(node.links.current) == len(names) - 1 for node in self.nodes.values()), 20
+        )
         self.evil = self.network.start(self.network.host("evil", "10.0.0.66"))
 
     def add(self, name, ip, **settings):
         """Another peer."""
         loop = self.network.start(self.network.host(name, ip))
         self.events[name] = events = []
-        node = p2pchat.PeerNode(loop, p2pchat.Settings(name, **{"server": HOSTILE_SERVER, "lan": False, **settings}), events.append)
+        node = p2pchat.PeerNode(
+            loop,
+            p2pchat.Settings(name, **{"server": HOSTILE_SERVER, "lan": False, **settings}),
+            events.append,
+        )
         self.nodes[name] = node
         node.start()
         return node
@@ -5936,14 +6083,22 @@ def hostile_bounds(node):
     """No structure that the network fills is larger than its constant says."""
     most = p2pchat.MAX_PEERS
     sizes = {
-        "present": (len(node.peers), most), "tombstones": (len(node.peers.tombstones()), most + 1),
-        "dialling": (len(node.links._dialling), p2pchat.MAX_DIALS), "waiting": (len(node.links._waiting), most),
-        "own": (len(node.links._own), p2pchat.MAX_DIALS), "banned": (len(node.links._banned), most),
-        "failed": (len(node.links._failed), 2 * most), "channels": (len(node.delivery._channels), 2 * most + 1),
-        "doubts": (len(node.detector._doubts), most), "askers": (len(node.detector._askers), most),
-        "hopeless": (len(node.detector._hopeless), 2 * most + 1), "news": (len(node.gossip.news._left), most),
-        "asked": (len(node.gossip._asked), p2pchat.MAX_DIALS), "tried": (len(node.finder.tried), 64),
-        "hints": (len(node.finder._hints), p2pchat.MAX_BEACON_DIALS), "servers": (len(node.discovery._candidates), 8),
+        "present": (len(node.peers), most),
+        "tombstones": (len(node.peers.tombstones()), most + 1),
+        "dialling": (len(node.links._dialling), p2pchat.MAX_DIALS),
+        "waiting": (len(node.links._waiting), most),
+        "own": (len(node.links._own), p2pchat.MAX_DIALS),
+        "banned": (len(node.links._banned), most),
+        "failed": (len(node.links._failed), 2 * most),
+        "channels": (len(node.delivery._channels), 2 * most + 1),
+        "doubts": (len(node.detector._doubts), most),
+        "askers": (len(node.detector._askers), most),
+        "hopeless": (len(node.detector._hopeless), 2 * most + 1),
+        "news": (len(node.gossip.news._left), most),
+        "asked": (len(node.gossip._asked), p2pchat.MAX_DIALS),
+        "tried": (len(node.finder.tried), 64),
+        "hints": (len(node.finder._hints), p2pchat.MAX_BEACON_DIALS),
+        "servers": (len(node.discovery._candidates), 8),
     }
     assert all(node.peers.get(peer.id) is peer for peer in node.peers._by_key.values() if not peer.gone)
     over = {name: size for name, (size, bound) in sizes.items() if size > bound}
@@ -5961,8 +6116,15 @@ def hostile_server_bounds(server):
 
 def hostile_record(name="Ghost", ip="10.9.9.9", port=1, instance="g1", incarnation=5, **more):
     """A peer as it stands on the wire."""
-    return {"id": f"{name}@{ip}:{port}", "ip": ip, "port": port, "username": name,
-            "instance": instance, "incarnation": incarnation, **more}
+    return {
+        "id": f"{name}@{ip}:{port}",
+        "ip": ip,
+        "port": port,
+        "username": name,
+        "instance": instance,
+        "incarnation": incarnation,
+        **more,
+    }
 
 
 # -- what is not a message -----------------------------------------------------------------------------
@@ -5998,7 +6160,7 @@ def test_hostile_bytes_are_no_message(name):
     reader = p2pchat.MessageReader()
     data = HOSTILE_BYTES[name]
     for start in range(0, len(data), 65536):
-        assert reader.feed(data[start:start + 65536]) == []
+        assert reader.feed(data[start : start + 65536]) == []
     assert reader.error and reader.partial == 0
     assert time.perf_counter() - started < 1.0
 
@@ -6069,35 +6231,90 @@ HOSTILE_VALID = {
     "MSG_REGISTER_ACK": {"peer_id": "M@10.0.0.66:666", "peer_list": [hostile_record()]},
     "MSG_HEARTBEAT": None,
     "MSG_UNREGISTER": None,
-    "MSG_PEER_LIST_UPDATE": {"joined": [hostile_record()], "left": [{"id": "Bob@10.0.0.3:40001", "reason": "left"}]},
+    "MSG_PEER_LIST_UPDATE": {
+        "joined": [hostile_record()],
+        "left": [{"id": "Bob@10.0.0.3:40001", "reason": "left"}],
+    },
     "MSG_CHAT": "hello",
     "MSG_CHAT_ACK": {"upto": 3},
     "MSG_CHAT_REFUSED": {"id": 1, "upto": 3, "reason": "no"},
     "MSG_SYNC_PEERS_REQUEST": {"digest": "00", "count": 3},
     "MSG_SYNC_PEERS_RESPONSE": {"peer_list": [hostile_record()], "digest": "00"},
-    "MSG_PEER_NEWS": {"peers": [hostile_record(), hostile_record("Bob", "10.0.0.3", 40001, "x", status="dead", age=3)]},
-    "MSG_HELLO": {"peer": hostile_record("M", "10.0.0.66", 666, "m666"), "you": {"ip": "10.0.0.2"}, "digest": "00"},
+    "MSG_PEER_NEWS": {
+        "peers": [hostile_record(), hostile_record("Bob", "10.0.0.3", 40001, "x", status="dead", age=3)]
+    },
+    "MSG_HELLO": {
+        "peer": hostile_record("M", "10.0.0.66", 666, "m666"),
+        "you": {"ip": "10.0.0.2"},
+        "digest": "00",
+    },
     "MSG_PROBE": {"number": 5, "incarnation": 3, "status": "suspect"},
     "MSG_PROBE_ACK": {"number": 5, "incarnation": 3},
     "MSG_PROBE_REQUEST": {"peer": hostile_record()},
     "MSG_PROBE_RESULT": {"peer": hostile_record()},
-    "MSG_BEACON": {"role": "peer", "port": 7, "instance": "b", "answer": False, "alone": True, "server_wanted": True},
+    "MSG_BEACON": {
+        "role": "peer",
+        "port": 7,
+        "instance": "b",
+        "answer": False,
+        "alone": True,
+        "server_wanted": True,
+    },
     "MSG_ERROR": {"reason": "because", "role": "server"},
     "MSG_UNHEARD_OF": {"a": [1, None]},
 }
 
 HOSTILE_VALUES = [
-    None, True, False, 0, 1, -1, 1.5, -0.0, 65535, 65536, 70000, 2**53 - 1, 2**53, 2**63, "", "x", "\ud800", "\x00\x1b[2J\u202e",
-    "e\u0301" * 40, "\u0301\u0302", "x" * 200, "x" * 20_000, "0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "10.0.0.2",
-    "::1", "10.0.0.300", "a@10.0.0.1:0", "M@10.0.0.66:666", "Bob@10.0.0.3:40001", "dead", "left", [], {}, [[]], [None], [{}],
-    {"peer": None}, [hostile_record()] * 3,
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    1.5,
+    -0.0,
+    65535,
+    65536,
+    70000,
+    2**53 - 1,
+    2**53,
+    2**63,
+    "",
+    "x",
+    "\ud800",
+    "\x00\x1b[2J\u202e",
+    "e\u0301" * 40,
+    "\u0301\u0302",
+    "x" * 200,
+    "x" * 20_000,
+    "0.0.0.0",
+    "127.0.0.1",
+    "224.0.0.1",
+    "255.255.255.255",
+    "10.0.0.2",
+    "::1",
+    "10.0.0.300",
+    "a@10.0.0.1:0",
+    "M@10.0.0.66:666",
+    "Bob@10.0.0.3:40001",
+    "dead",
+    "left",
+    [],
+    {},
+    [[]],
+    [None],
+    [{}],
+    {"peer": None},
+    [hostile_record()] * 3,
 ]
 
 
 def hostile_paths(value, path=()):
     """The paths of all fields in a value, itself first."""
     yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     for key, child in children:
         yield from hostile_paths(child, (*path, key))
 
@@ -6158,11 +6375,25 @@ def test_hostile_chat_in_somebody_elses_name():
     assert world.chats("Bob", "Alice")
 
 
-@pytest.mark.parametrize("change", [
-    {"id": "Bob@10.0.0.3:40001", "ip": "10.0.0.3", "port": 40001, "username": "Bob"},  # his id and address, as another instance
-    {"instance": "BOB"},  # his instance at Mallory's address
-    {"id": "Bob@10.0.0.3:40001", "ip": "10.0.0.3", "port": 40001, "username": "Bob", "instance": "BOB"},  # all of it
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "id": "Bob@10.0.0.3:40001",
+            "ip": "10.0.0.3",
+            "port": 40001,
+            "username": "Bob",
+        },  # his id and address, as another instance
+        {"instance": "BOB"},  # his instance at Mallory's address
+        {
+            "id": "Bob@10.0.0.3:40001",
+            "ip": "10.0.0.3",
+            "port": 40001,
+            "username": "Bob",
+            "instance": "BOB",
+        },  # all of it
+    ],
+)
 def test_hostile_hello_as_somebody_else(change):
     world = HostileWorld()
     change = {key: world.bob.me.instance if value == "BOB" else value for key, value in change.items()}
@@ -6171,7 +6402,9 @@ def test_hostile_hello_as_somebody_else(change):
     mallory.hello(**change)
     world.run(30)
     assert mallory.end and "MSG_HELLO" not in mallory.kinds()
-    assert not [event for event in world.events["Alice"][before:] if event["event"] in ("left", "renamed", "quiet")]
+    assert not [
+        event for event in world.events["Alice"][before:] if event["event"] in ("left", "renamed", "quiet")
+    ]
     assert world.chats() and world.chats("Bob", "Alice")
     world.check()
 
@@ -6197,7 +6430,12 @@ def test_hostile_death_notices_remove_nobody(status, above):
         record["incarnation"] = min(record["incarnation"] + above, p2pchat.MAX_INCARNATION)
         mallory.say("MSG_PEER_NEWS", {"peers": [record]})
         world.run(2)
-    gone = [event["peer"]["username"] for name in ("Alice", "Bob") for event in world.events[name] if event["event"] == "left"]
+    gone = [
+        event["peer"]["username"]
+        for name in ("Alice", "Bob")
+        for event in world.events[name]
+        if event["event"] == "left"
+    ]
     assert not set(gone) - {"Mallory"}
     assert world.sees("Alice", "Bob") and world.sees("Bob", "Alice") and world.chats()
     world.bob.rename("Robert")
@@ -6212,7 +6450,10 @@ def test_hostile_raised_incarnation_freezes_nobody(steps):
     world = HostileWorld()
     mallory = world.attack(world.alice)
     start = world.bob.me.incarnation
-    records = [dict(world.bob.me.wire(0.0), incarnation=start + step * p2pchat.MAX_RAISE) for step in range(1, steps + 1)]
+    records = [
+        dict(world.bob.me.wire(0.0), incarnation=start + step * p2pchat.MAX_RAISE)
+        for step in range(1, steps + 1)
+    ]
     mallory.say("MSG_PEER_NEWS", {"peers": records})
     world.run(10)
     world.bob.rename("Robert")
@@ -6224,7 +6465,10 @@ def test_hostile_raised_incarnation_freezes_nobody(steps):
 
 def test_hostile_incarnation_beyond_all_bounds_is_no_message():
     record = hostile_record(incarnation=2**63)
-    assert p2pchat.parse_message(p2pchat.create_message("MSG_PEER_NEWS", "M@10.0.0.66:666", {"peers": [record]})) is None
+    assert (
+        p2pchat.parse_message(p2pchat.create_message("MSG_PEER_NEWS", "M@10.0.0.66:666", {"peers": [record]}))
+        is None
+    )
 
 
 def test_hostile_our_own_instance_at_a_victims_address():
@@ -6239,12 +6483,17 @@ def test_hostile_our_own_instance_at_a_victims_address():
 
 
 def test_hostile_word_on_our_own_address():
-    """Whom we dial first says that it sees us at an address that is not ours: others must still believe us."""
+    """Whom we dial first says that it sees us at an address not ours: others must still believe us."""
     world = HostileWorld(names=("Alice",))
-    you = p2pchat.create_message("MSG_HELLO", "M@10.0.0.66:666", {"peer": hostile_record("M", "10.0.0.66", 666, "m666", 1),
-                                                                 "you": {"ip": "10.0.0.99"}})
+    you = p2pchat.create_message(
+        "MSG_HELLO",
+        "M@10.0.0.66:666",
+        {"peer": hostile_record("M", "10.0.0.66", 666, "m666", 1), "you": {"ip": "10.0.0.99"}},
+    )
     HostileListener(world.evil, 666, you)
-    carol = world.add("Carol", "10.0.0.4", join=(("10.0.0.66", 666), world.alice.me.address), server=("10.0.0.66", 1))
+    carol = world.add(
+        "Carol", "10.0.0.4", join=(("10.0.0.66", 666), world.alice.me.address), server=("10.0.0.66", 1)
+    )
     world.run(40)
     assert carol.me.ip == "10.0.0.4" and world.sees("Alice", "Carol") and world.sees("Carol", "Alice")
 
@@ -6255,12 +6504,19 @@ def test_hostile_loopback_from_afar_is_not_believed():
     mallory.say("MSG_PEER_NEWS", {"peers": [hostile_record("Ghost", "127.0.0.1", 22)]})
     for ip in ("224.0.0.1", "255.255.255.255", "0.0.0.0", "240.0.0.1", "10.0.0.300", "1.2.3", "::1", "a"):
         record = hostile_record("Ghost", ip, 22)
-        assert p2pchat.parse_message(p2pchat.create_message("MSG_PEER_NEWS", "M@10.0.0.66:666", {"peers": [record]})) is None
+        assert (
+            p2pchat.parse_message(
+                p2pchat.create_message("MSG_PEER_NEWS", "M@10.0.0.66:666", {"peers": [record]})
+            )
+            is None
+        )
     world.run(1)
     assert not [peer for peer in world.alice.present() if peer.username == "Ghost"]
 
 
-@pytest.mark.parametrize("name", ["\x1b[31m", "a\u202eb", "\u0301", "a\u200b", "", " ", "a@b", "x" * 33, "a\nb", "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["\x1b[31m", "a\u202eb", "\u0301", "a\u200b", "", " ", "a@b", "x" * 33, "a\nb", "\ud800"]
+)
 def test_hostile_names(name):
     message = p2pchat.create_message("MSG_REGISTER", "M@10.0.0.66:666", {"username": name, "port": 666})
     assert p2pchat.parse_message(message) is None
@@ -6282,11 +6538,14 @@ def hostile_dials(world, node):
 
 
 def test_hostile_list_of_ghosts():
-    """One message names 4,000 peers that are not there: dials are bounded, the ghosts go, friends are served."""
+    """One message names 4,000 peers that are not there: dials are bounded, friends are served."""
     world = HostileWorld()
     dialled = hostile_dials(world, world.alice)
     mallory = world.attack(world.alice)
-    ghosts = [hostile_record("G", f"10.8.{number // 250}.{number % 250 + 1}", 7, f"g{number}") for number in range(4000)]
+    ghosts = [
+        hostile_record("G", f"10.8.{number // 250}.{number % 250 + 1}", 7, f"g{number}")
+        for number in range(4000)
+    ]
     mallory.say("MSG_PEER_NEWS", {"peers": ghosts})
     for _ in range(30):
         world.run(1)
@@ -6303,14 +6562,18 @@ def test_hostile_ghosts_keep_nobody_out():
     world = HostileWorld(names=("Alice",))
     mallory = world.attack(world.alice)
     for part in range(2):
-        ghosts = [hostile_record("G", f"10.8.{part * 9 + number // 250}.{number % 250 + 1}", 7, f"g{part}x{number}")
-                  for number in range(2200)]
+        ghosts = [
+            hostile_record("G", f"10.8.{part * 9 + number // 250}.{number % 250 + 1}", 7, f"g{part}x{number}")
+            for number in range(2200)
+        ]
         mallory.say("MSG_PEER_NEWS", {"peers": ghosts})
     world.run(2)
     dialled = hostile_dials(world, world.add("Carol", "10.0.0.4"))
     world.run(10)
     assert world.sees("Alice", "Carol")
-    assert dialled.count(world.alice.me.address) < 5, "each list that is too long for the other must not end the link"
+    assert dialled.count(world.alice.me.address) < 5, (
+        "each list that is too long for the other must not end the link"
+    )
 
 
 def test_hostile_hellos_as_many():
@@ -6319,7 +6582,9 @@ def test_hostile_hellos_as_many():
     dialled = hostile_dials(world, world.alice)
     for number in range(200):
         mallory = Mallory(world.evil, world.alice.me.address)
-        mallory.hello(id=f"M@10.7.0.{number + 1}:80", ip=f"10.7.0.{number + 1}", port=80, instance=f"x{number}")
+        mallory.hello(
+            id=f"M@10.7.0.{number + 1}:80", ip=f"10.7.0.{number + 1}", port=80, instance=f"x{number}"
+        )
         world.run(0.01)
     assert len(dialled) <= p2pchat.MAX_DIALS + 1
     world.run(20)
@@ -6328,12 +6593,14 @@ def test_hostile_hellos_as_many():
 
 
 def test_hostile_beacons_do_not_amplify():
-    """A datagram is never answered with more bytes, and leads to few dials, wherever it says that it is from."""
+    """A datagram is never answered with more bytes, and leads to few dials, wherever it is from."""
     world = HostileWorld(lan=True)
     dialled = hostile_dials(world, world.alice)
     content = {"role": "peer", "port": 80, "instance": "b0", "alone": True, "server_wanted": True}
     for size in (0, 200, 512, 2000):
-        data = p2pchat.make_beacon("M@10.0.0.66:666", content, size) or p2pchat.create_message("MSG_BEACON", "", content)
+        data = p2pchat.make_beacon("M@10.0.0.66:666", content, size) or p2pchat.create_message(
+            "MSG_BEACON", "", content
+        )
         for number in range(2000):
             answer = world.alice.finder._heard(data, (f"10.6.{number // 250}.{number % 250 + 1}", 53))
             assert len(answer or b"") <= len(data)
@@ -6346,8 +6613,12 @@ def test_hostile_beacons_do_not_amplify():
 def hostile_flood(mallory, lines, texts):
     """So many chat messages, in turns of a thousand."""
     for start in range(0, len(texts), lines):
-        mallory.send(b"".join(p2pchat.create_chat(mallory.peer.id, text, "*", start + number + 1)
-                              for number, text in enumerate(texts[start:start + lines])))
+        mallory.send(
+            b"".join(
+                p2pchat.create_chat(mallory.peer.id, text, "*", start + number + 1)
+                for number, text in enumerate(texts[start : start + lines])
+            )
+        )
         yield
 
 
@@ -6417,7 +6688,10 @@ def log_registrations(mallory, number):
 
 
 def log_renames(mallory, number):
-    mallory.say("MSG_PEER_NEWS", {"peers": [hostile_record(f"N{number}", "10.0.0.66", 666, "m666", 1_700_000_000_001 + number)]})
+    mallory.say(
+        "MSG_PEER_NEWS",
+        {"peers": [hostile_record(f"N{number}", "10.0.0.66", 666, "m666", 1_700_000_000_001 + number)]},
+    )
 
 
 def log_lists(mallory, number):
@@ -6479,8 +6753,12 @@ class RealRig:
         self.slowest = 0.0
 
     def node(self, name, **settings):
-        settings = dict({"server": self.server.address, "host": "127.0.0.1", "lan": False, "timeout": 0.5}, **settings)
-        node = p2pchat.PeerNode(self.loop, p2pchat.Settings(name, **settings), lambda event: self.events.append((name, event)))
+        settings = dict(
+            {"server": self.server.address, "host": "127.0.0.1", "lan": False, "timeout": 0.5}, **settings
+        )
+        node = p2pchat.PeerNode(
+            self.loop, p2pchat.Settings(name, **settings), lambda event: self.events.append((name, event))
+        )
         node.start()
         return node
 
@@ -6488,14 +6766,14 @@ class RealRig:
         raise  # an error of ours must fail the test
 
     def until(self, condition, limit):
-        """Turn until the condition holds; note the longest turn, its waiting aside."""
+        """Turn until the condition holds; note the longest turn (in CPU time: neighbours don't count)."""
         end = time.monotonic() + limit
         while not condition():
             assert time.monotonic() < end, "not in time"
             self.loop._selector.select(0.01)
-            started = time.perf_counter()
+            started = time.thread_time()
             self.loop.turn(0)
-            self.slowest = max(getattr(self, "slowest", 0.0), time.perf_counter() - started)
+            self.slowest = max(getattr(self, "slowest", 0.0), time.thread_time() - started)
 
     def run(self, seconds):
         end = time.monotonic() + seconds
@@ -6520,7 +6798,9 @@ class RealRig:
                 assert b"SYNC_PEERS_RESPONSE" in answer, address
         text = f"text {time.monotonic()}"
         self.bob.chat(text)
-        self.until(lambda: any(event.get("text") == text and name == "Alice" for name, event in self.events), 1)
+        self.until(
+            lambda: any(event.get("text") == text and name == "Alice" for name, event in self.events), 1
+        )
 
     def close(self):
         for node in (self.alice, self.bob):
@@ -6572,9 +6852,13 @@ def hostile_datagrams(count=3000):
     """So many datagrams to the socket that hears straight answers: rubbish, and beacons."""
     with real_rig() as rig, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         heard = []
-        lan = rig.loop.lan("127.0.0.1", 0, lambda data, sender: heard.append(1) or rig.alice.finder._heard(data, sender))
+        lan = rig.loop.lan(
+            "127.0.0.1", 0, lambda data, sender: heard.append(1) or rig.alice.finder._heard(data, sender)
+        )
         target = lan._senders["127.0.0.1"].getsockname()
-        beacon = p2pchat.make_beacon("M@127.0.0.1:9", {"role": "peer", "port": 9, "instance": "b", "alone": True}, 512)
+        beacon = p2pchat.make_beacon(
+            "M@127.0.0.1:9", {"role": "peer", "port": 9, "instance": "b", "alone": True}, 512
+        )
         sock.bind(("127.0.0.1", 0))
         with hostile_log() as lines:
             for number in range(count):
@@ -6591,7 +6875,9 @@ def hostile_no_reader(megabytes=24):
     """Owed so much, it reads nothing: it is cut off at the bound, and nobody waits for it."""
     with real_rig() as rig:
         taken = []
-        listener = rig.loop.listen("127.0.0.1", 0, lambda connection: taken.append(connection) or p2pchat.Handler())
+        listener = rig.loop.listen(
+            "127.0.0.1", 0, lambda connection: taken.append(connection) or p2pchat.Handler()
+        )
         with rig.client(listener.address):
             rig.until(lambda: taken, 2)
             for _ in range(megabytes):
@@ -6604,15 +6890,19 @@ def hostile_no_reader(megabytes=24):
 
 
 def hostile_flooder(pipe, address, kind, seconds):
-    """A process that says hello and then one thing as fast as it can, until it is cut off; answers how often."""
+    """A process that says hello, then one thing as fast as it can until cut off; answers how often."""
     record = hostile_record("M", "127.0.0.1", 6, f"m{os.getpid()}", int(time.time() * 1000))
     what = p2pchat.create_chat if kind == "MSG_CHAT" else None
     count, end = 0, time.monotonic() + seconds
     with contextlib.suppress(OSError), socket.create_connection(address) as sock:
         sock.sendall(p2pchat.create_message("MSG_HELLO", record["id"], {"peer": record}))
         while time.monotonic() < end:
-            lines = [what(record["id"], "x" * 60, "*", count + number + 1) if what else
-                     p2pchat.create_message(kind, record["id"], HOSTILE_VALID[kind]) for number in range(500)]
+            lines = [
+                what(record["id"], "x" * 60, "*", count + number + 1)
+                if what
+                else p2pchat.create_message(kind, record["id"], HOSTILE_VALID[kind])
+                for number in range(500)
+            ]
             sock.sendall(b"".join(lines))
             count += 500
             with contextlib.suppress(BlockingIOError):
@@ -6632,14 +6922,17 @@ def hostile_flood_of(kind, seconds=1.0):
                 rig.run(0.02)
             count = flooder.ask()
         rig.run(0.2)
-        got = [event["id"] for name, event in rig.events if name == "Alice" and event["event"] == "chat" and
-               event["text"].startswith("honest")]
+        got = [
+            event["id"]
+            for name, event in rig.events
+            if name == "Alice" and event["event"] == "chat" and event["text"].startswith("honest")
+        ]
         assert got == sent and count > 1000
         assert rig.slowest < 0.05 * HOSTILE_PATIENCE, f"a turn took {rig.slowest * 1e3:.0f} ms"
         hostile_bounds(rig.alice)
 
 
-HOSTILE_PATIENCE = 4  # how much slower than a machine of one's own this one may be: the suite's neighbours are busy
+HOSTILE_PATIENCE = 2  # caches that neighbours empty make CPU time longer, too
 
 
 def hostile_flood_of_chat(seconds=1.0):
@@ -6655,7 +6948,7 @@ def hostile_flood_of_lists(seconds=0.5):
 
 
 def hostile_descriptors(count=80):
-    """A server with 64 descriptors: the established go on, nothing spins, newcomers come in when there is room."""
+    """A server with 64 descriptors: the established go on, nothing spins, newcomers wait for room."""
     import resource
 
     def few():
@@ -6682,8 +6975,14 @@ def hostile_descriptors(count=80):
 
 
 HOSTILE_HEAVY = {  # what, and its size in full
-    hostile_silent: 2000, hostile_resets: 10_000, hostile_datagrams: 100_000, hostile_no_reader: 100,
-    hostile_flood_of_chat: 10.0, hostile_flood_of_probes: 5.0, hostile_flood_of_lists: 5.0, hostile_descriptors: 100,
+    hostile_silent: 2000,
+    hostile_resets: 10_000,
+    hostile_datagrams: 100_000,
+    hostile_no_reader: 100,
+    hostile_flood_of_chat: 10.0,
+    hostile_flood_of_probes: 5.0,
+    hostile_flood_of_lists: 5.0,
+    hostile_descriptors: 100,
 }
 
 
@@ -6705,7 +7004,7 @@ def hostile(names: Sequence[str] = ()) -> int:
         what()  # small: so that what is imported and cached once is not counted
     before, failures = hostile_memory(), 0
     for what, size in HOSTILE_HEAVY.items():
-        name = what.__name__[len("hostile_"):]
+        name = what.__name__[len("hostile_") :]
         if names and name not in names:
             continue
         started = time.monotonic()
@@ -6715,7 +7014,10 @@ def hostile(names: Sequence[str] = ()) -> int:
         except Exception as error:
             failures += 1
             result = f"FAILED: {type(error).__name__} {error}"
-        print(f"{name:20} {size:>8}  {time.monotonic() - started:6.1f} s  {hostile_memory():6.1f} MB  {result}", flush=True)
+        print(
+            f"{name:20} {size:>8}  {time.monotonic() - started:6.1f} s  {hostile_memory():6.1f} MB  {result}",
+            flush=True,
+        )
     grown = hostile_memory() - before
     print(f"memory: {grown:+.1f} MB since before (at most 20)")
     return 0 if not failures and grown <= 20 else 1
@@ -6833,13 +7135,21 @@ class HostileTarget:
 
     def __init__(self, seed):
         self.loop, self.events = FuzzLoop(seed), []
-        self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings("Alice", HOSTILE_SERVER, budget=20_000), self.event)
+        self.node = p2pchat.PeerNode(
+            self.loop, p2pchat.Settings("Alice", HOSTILE_SERVER, budget=20_000), self.event
+        )
         self.node.start()
         self.accept = self.loop.accept
         self.server = p2pchat.DiscoveryServer(self.loop, p2pchat.ServerSettings(lan=True))
         self.server.start()
-        self.slots = {"peer": self.peer, "stranger": self.stranger, "server": self.session, "registered": self.registered,
-                      "as server": self.as_server, "dialled": self.dialled}
+        self.slots = {
+            "peer": self.peer,
+            "stranger": self.stranger,
+            "server": self.session,
+            "registered": self.registered,
+            "as server": self.as_server,
+            "dialled": self.dialled,
+        }
         self.connections = {}
 
     def event(self, event):
@@ -6848,7 +7158,9 @@ class HostileTarget:
         del self.events[:-100]
         for key in ("text", "reason"):
             text = event.get(key, "")
-            assert len(text) <= 2 * p2pchat.MAX_TEXT and not any(c < " " and c not in "\n\t" for c in text), event
+            assert len(text) <= 2 * p2pchat.MAX_TEXT and not any(c < " " and c not in "\n\t" for c in text), (
+                event
+            )
 
     def take(self, message):
         """Give one checked message to each of them."""
@@ -6905,7 +7217,9 @@ class HostileTarget:
 
     def registered(self):
         connection = self._accepted(self.server._accept, ("10.0.0.66", 50002))
-        connection.feed(p2pchat.create_message("MSG_REGISTER", "M@10.0.0.66:666", {"username": "M", "port": 666}))
+        connection.feed(
+            p2pchat.create_message("MSG_REGISTER", "M@10.0.0.66:666", {"username": "M", "port": 666})
+        )
         return connection
 
     def check(self):
@@ -6921,7 +7235,7 @@ class HostileTarget:
 
 
 class Fuzzer:
-    """Makes hostile streams from a seed: valid messages in sensible and senseless orders, with things changed."""
+    """Makes hostile streams from a seed: valid messages in any order, with things changed."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -6934,27 +7248,47 @@ class Fuzzer:
             return self.record()
         if pick < 0.9:
             return self.random.getrandbits(self.random.choice((4, 16, 53, 64, 80)))
-        return "".join(chr(self.random.choice((32, 65, 0x301, 0x200B, 0x1F600, 27, 0xD800))) for _ in range(self.random.randrange(40)))
+        return "".join(
+            chr(self.random.choice((32, 65, 0x301, 0x200B, 0x1F600, 27, 0xD800)))
+            for _ in range(self.random.randrange(40))
+        )
 
     def record(self):
         """A plausible peer: few names, addresses and instances, so that they clash."""
         choose = self.random.choice
-        more = {} if self.random.random() < 0.5 else {"status": choose(("alive", "suspect", "dead", "left")),
-                                                      "age": choose((0, 1, 3599, 3601, 10**9))}
-        return hostile_record(choose(("M", "Alice", "Bob", "C")), f"10.0.0.{choose((1, 2, 3, 66))}", choose((666, 40000, 40001)),
-                              choose(("m666", "b", "", f"i{self.random.randrange(5000)}")),
-                              choose((0, 1, 1_700_000_000_000 + self.random.randrange(10**7), 2**53 - 1)), **more)
+        more = (
+            {}
+            if self.random.random() < 0.5
+            else {
+                "status": choose(("alive", "suspect", "dead", "left")),
+                "age": choose((0, 1, 3599, 3601, 10**9)),
+            }
+        )
+        return hostile_record(
+            choose(("M", "Alice", "Bob", "C")),
+            f"10.0.0.{choose((1, 2, 3, 66))}",
+            choose((666, 40000, 40001)),
+            choose(("m666", "b", "", f"i{self.random.randrange(5000)}")),
+            choose((0, 1, 1_700_000_000_000 + self.random.randrange(10**7), 2**53 - 1)),
+            **more,
+        )
 
     def message(self):
         """One message: valid, or with one or two things changed."""
         kind = self.random.choice(list(HOSTILE_VALID))
         content = hostile_changed(HOSTILE_VALID[kind], (), self._records)
-        message = {"type": kind, "sender_id": self.random.choice(("M@10.0.0.66:666", "Bob@10.0.0.3:40001", "")),
-                   "to": self.random.choice(("*", "Alice@10.0.0.2:40000", "x")), "content": content,
-                   "id": self.random.choice((0, 1, 2, self.random.randrange(10**6), 2**53 - 1))}
+        message = {
+            "type": kind,
+            "sender_id": self.random.choice(("M@10.0.0.66:666", "Bob@10.0.0.3:40001", "")),
+            "to": self.random.choice(("*", "Alice@10.0.0.2:40000", "x")),
+            "content": content,
+            "id": self.random.choice((0, 1, 2, self.random.randrange(10**6), 2**53 - 1)),
+        }
         for _ in range(self.random.choice((0, 0, 0, 1, 1, 2))):
             path = self.random.choice(list(hostile_paths(message))[1:])
-            message = hostile_changed(message, path, lambda old: ... if self.random.random() < 0.2 else self.value())
+            message = hostile_changed(
+                message, path, lambda old: ... if self.random.random() < 0.2 else self.value()
+            )
         return message
 
     def _records(self, value):
@@ -6974,7 +7308,7 @@ class Fuzzer:
             for _ in range(self.random.randrange(1, 4)):
                 line[self.random.randrange(len(line))] = self.random.getrandbits(8)
         if self.random.random() < 0.03:
-            del line[self.random.randrange(len(line)):]
+            del line[self.random.randrange(len(line)) :]
         return bytes(line)
 
     def stream(self):
@@ -7023,14 +7357,17 @@ def fuzz_codec(fuzzer, data):
 
 
 def fuzz(seeds: int, minutes: float = 0.0, first: int = 0) -> int:
-    """Run so many seeds, or as many as fit into so many minutes; print the one that fails. Returns 0 if none does."""
+    """Run so many seeds, or as many as fit into so many minutes; print the one that fails."""
     logging.getLogger("p2pchat").propagate = False
     end, seed = time.monotonic() + minutes * 60, first
     while seed < first + seeds or (minutes and time.monotonic() < end):
         try:
             fuzz_one(seed)
         except Exception:
-            print(f"seed {seed} fails; again with: python test_p2pchat.py fuzz --seeds 1 --first {seed}", file=sys.stderr)
+            print(
+                f"seed {seed} fails; again with: python test_p2pchat.py fuzz --seeds 1 --first {seed}",
+                file=sys.stderr,
+            )
             raise
         seed += 1
         if seed % 500 == 0:
@@ -7040,7 +7377,7 @@ def fuzz(seeds: int, minutes: float = 0.0, first: int = 0) -> int:
 
 
 def test_hostile_revival_under_our_own_id():
-    """Found by the fuzzer (seed 2665): a tombstone that came back under our own id was half alive, then a KeyError."""
+    """Found by the fuzzer: a tombstone that came back under our own id was half alive, then KeyError."""
     me = p2pchat.Peer("Alice", "10.0.0.66", 40000, "a1", 5)
     peers = p2pchat.PeerList(me)
     first = hostile_record("M", "10.0.0.66", 666, "m666", 10)
@@ -7108,3 +7445,37 @@ def test_readme_has_the_events_of_the_program():
                and isinstance(node.keys[0], ast.Constant) and node.keys[0].value == "event"
                and isinstance(node.values[0], ast.Constant)}
     assert {row[0].strip("`") for row in readme_table("## A bot in ten lines")} == emitted
+
+
+# -- on demand -----------------------------------------------------------------------------------------
+
+ON_DEMAND = """usage: python test_p2pchat.py COMMAND
+  simulate [--seeds N] [--jobs N] [NAME...]  the scenarios on the simulated network, with many seeds
+  soak [--seconds N]                         real processes that are killed and stopped while all talk
+  bench [NAME...]                            the figures, beside their references
+  hostile [NAME...]                          the heavy part of hostile input, in full
+  fuzz [--seeds N] [--minutes N] [--first N] mutated messages against codec, server and peer
+The suite itself: python -m pytest test_p2pchat.py"""
+
+
+def fuzz_command(arguments):
+    """The fuzzer with the options of its command line."""
+    parser = argparse.ArgumentParser(prog="test_p2pchat.py fuzz")
+    parser.add_argument("--seeds", type=int, default=1000, help="how many seeds, one after the other")
+    parser.add_argument("--minutes", type=float, default=0.0, help="or for so long")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    options = parser.parse_args(arguments)
+    return fuzz(options.seeds, options.minutes, options.first)
+
+
+def on_demand(arguments):
+    """Run what is too long for the suite; return the exit status."""
+    commands = {"simulate": simulate, "soak": soak, "bench": bench, "hostile": hostile, "fuzz": fuzz_command}
+    if not arguments or arguments[0] not in commands:
+        print(ON_DEMAND)
+        return 2
+    return commands[arguments[0]](arguments[1:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(on_demand(sys.argv[1:]))
