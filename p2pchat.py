@@ -413,7 +413,7 @@ def _replacement(character: str) -> str:
 # The control characters below 128 have pictures of their own, which start at U+2400.
 _LINES: Dict[int, Any] = {**{code: chr(0x2400 + code) for code in range(32)}, 9: "\t", 10: "\n", 13: "\n",
                           127: "\u2421", 0x85: "\n", 0x2028: "\n", 0x2029: "\n"}
-_ONE_LINE: Dict[int, Any] = {**_LINES, **{code: " " for code in (9, 10, 13, 0x85, 0x2028, 0x2029)}}
+_ONE_LINE: Dict[int, Any] = {**_LINES, **dict.fromkeys((9, 10, 13, 0x85, 0x2028, 0x2029), " ")}
 
 
 # ======================================================================================================
@@ -1350,12 +1350,14 @@ class Connection:
         """Take bytes from the network and hand on the messages in them."""
         if self.state != OPEN:
             return
-        partial = self._reader.partial
-        self._hand_over(self._reader.feed(data))
-        if self._reader.partial and (not partial or self._reader.partial < partial + len(data)):
-            self._line_started = self.loop.now()
-        if self._reader.partial and self._line_timer is None:
-            self._line_timer = self.loop.call_later(LINE_TIMEOUT, self._check_line)
+        reader = self._reader
+        held = reader.partial
+        self._hand_over(reader.feed(data))
+        if reader.partial:
+            if not held or reader.partial < held + len(data):  # another message has begun
+                self._line_started = self.loop.now()
+            if self._line_timer is None:
+                self._line_timer = self.loop.call_later(LINE_TIMEOUT, self._check_line)
 
     def end_of_stream(self) -> None:
         """The other side will send no more, which ends its last message; ours still goes out."""
@@ -2586,6 +2588,8 @@ class Links:
             self.node.delivery.resume(peer, other)
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, reason)
+            if self._is_needless(link) and self.node.loop.now() - link.used > IDLE_TIME / 2:
+                return  # the other side saw no need for it either
             if self.node.loop.now() - link.bound < 1.0:  # it may be lost at once again: no haste
                 self.node.loop.call_later(1.0, self.node.detector.link_lost, peer)
             else:
@@ -2672,9 +2676,9 @@ class Links:
     def _is_needless(self, link: Link) -> bool:
         """A second link, which one side closes; or one too many, unused."""
         assert link.peer is not None
-        if self.current.get(link.peer.key) is not link:
+        if self.current.get(link.peer.key, link) is not link:
             return self.node.me.key < link.peer.key
-        return len(self.current) > IDLE_LINKS and not self.node.delivery.is_waiting(link.peer)
+        return len(self.node.peers) > IDLE_LINKS < len(self._all) and not self.node.delivery.is_waiting(link.peer)
 
     def close_all(self) -> None:
         """Say goodbye to all and close."""
@@ -2836,6 +2840,7 @@ class Delivery:
     def _look_after(self) -> None:
         """Once a second while anything waits: a receiver that does not answer is doubted, then given up."""
         self._timer = None
+        self.node.detector.check_clock()
         now = self.node.loop.now()
         for key, channel in list(self._channels.items()):
             peer = self.node.peers.by_key(key)
@@ -2849,6 +2854,12 @@ class Delivery:
                 self.node.detector.stalled(peer)
         if self.is_waiting():
             self._timer = self.node.loop.call_later(1.0, self._look_after)
+
+    def start_over(self) -> None:
+        """Our clock was wrong about how long anything has waited."""
+        now = self.node.loop.now()
+        for channel in self._channels.values():
+            channel.progress = channel.since = now
 
     def _channel(self, peer: Peer) -> Channel:
         """A peer's channel; those of forgotten peers make room."""
@@ -3020,7 +3031,7 @@ class Detector:
     # -- probing ---------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self._check_clock()
+        self.check_clock()
         self.node.follow_address()
         now = self.node.loop.now()
         self._last_tick = (now, self.node.loop.wall())
@@ -3087,11 +3098,13 @@ class Detector:
 
     def dial_failed(self, peer: Peer, reason: str) -> None:
         """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
+        doubt = self._doubts.get(peer.key)
         if reason != REFUSED:
+            if doubt is not None and doubt.hearsay:  # it may be leaving just now: look again
+                self.node.loop.call_later(0.3, self.link_lost, peer)
             return
         if peer.ip != self.node.me.ip:
             self.contact = self.node.loop.now()  # somebody sent the refusal: our own network works
-        doubt = self._doubts.get(peer.key)
         if doubt is not None and doubt.hearsay:
             self._remove(peer, doubt.reason)
         elif peer.key not in self.node.links.current and self.node.loop.now() - peer.vouched > QUIET_AFTER:
@@ -3160,7 +3173,7 @@ class Detector:
     def _expired(self, peer: Peer) -> None:
         """Nothing showed that it lives."""
         doubt = self._doubts.get(peer.key)
-        if self._check_clock() or doubt is None:
+        if self.check_clock() or doubt is None:
             return
         now = self.node.loop.now()
         others = sum(1 for each in self.node.peers.present() if each.ip != self.node.me.ip)
@@ -3204,6 +3217,7 @@ class Detector:
     def _start_over(self) -> None:
         """Trust no silence from before now, and no list either: people may have gone meanwhile."""
         now = self.node.loop.now()
+        self.node.delivery.start_over()
         present = self.node.peers.present()
         for peer in present:
             peer.added = now
@@ -3220,7 +3234,7 @@ class Detector:
             if peer.unverified is not None and not self.cut_off:
                 self.doubt(peer, SUSPICION, "silent", hearsay=False)
 
-    def _check_clock(self) -> bool:
+    def check_clock(self) -> bool:
         """Whether the machine slept, or the process was stopped: then the silence was ours, not the peers'."""
         now, wall = self.node.loop.now(), self.node.loop.wall()
         passed = now - self._last_tick[0]

@@ -1186,7 +1186,8 @@ def test_membership_news_is_told_as_often_as_the_rule_says():
 
 def test_pure_sections_use_neither_sockets_nor_clocks():
     """The sections that are said to be pure are: nothing in them reaches for the system."""
-    source = open(p2pchat.__file__, encoding="utf-8").read()
+    with open(p2pchat.__file__, encoding="utf-8") as file:
+        source = file.read()
     banned = {"socket", "time", "selectors", "curses", "os", "signal"}
     for section in ("Text", "Messages", "Membership", "Chat view"):
         start = source.index(f"\n# {section}\n")
@@ -1476,7 +1477,6 @@ class SimLoop:
         self.dead = False
         self.frozen = False
         self.connections = {}  # those not closed
-        self.sent = 0  # bytes
         self._turning = False
         self._unflushed = []
         self._backlog = []  # what a frozen process will find when it runs again
@@ -1745,7 +1745,6 @@ class SimConnection(p2pchat.Connection):
     def transmit(self, segment):
         """A segment leaves for the far end."""
         loop, network = self.loop, self.loop.network
-        loop.sent += len(segment)
         if network.census is not None and isinstance(segment, bytes):
             sim_count(network.census, segment)
         when = max(self._arrives, network.time + network.delay(loop.host, self.far.loop.host))
@@ -3430,6 +3429,22 @@ def scenario_restart(seed, size=5):
     return world.finish()
 
 
+def scenario_lan(seed, size=8):
+    """No address known, datagrams lost: the first is alone and says why; then all find each other."""
+    world = SimWorld(seed, 1, by="lan", delay=(0.001, 0.02), lan_loss=0.2)
+    world.network.run(4)
+    first = world.peers[0]
+    words = "\n".join(first.node.alone())
+    assert f"--join {first.node.me.ip}:{first.node.me.port}" in words and "127.0.0.1:9999: refused" in words
+    assert first.chat("hello?") is None
+    for _ in range(size - 1):
+        world.network.run(world.random.random())
+        world.add()
+    took = world.settle(10)
+    assert first.node.alone() == []
+    return {"found after s": took}
+
+
 class StrangerLink(p2pchat.Handler):
     """One connection of a SimStranger."""
 
@@ -3559,6 +3574,7 @@ SCENARIOS = {
     "bytes-256": (scenario_bytes, None, 0, {"size": 256}, 1),
     "bytes-1000": (scenario_bytes, None, 0, {"size": 1000}, 1),
     "dial-at-once": (scenario_dial_at_once, {}, 5, {}, 300),
+    "lan": (scenario_lan, {}, 3, {}, 300),
     "walled": (scenario_walled, {}, 2, {}, 300),
     "clock": (scenario_clock, {}, 2, {}, 300),
     "sleep": (scenario_sleep, {}, 3, {}, 300),
@@ -3604,7 +3620,7 @@ def simulate_one(job):
 
 
 def simulate(arguments):
-    """`simulate [--seeds N] [--seed S] [--jobs J] [NAME...]`: print a table; the number of failures."""
+    """`simulate [--seeds N] [--seed S] [--jobs J] [NAME...]`: print a table; the exit status."""
     parser = argparse.ArgumentParser(prog="test_p2pchat.py simulate")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"or its beginning: {', '.join(SCENARIOS)}")
     parser.add_argument("--seeds", type=int, default=20)
@@ -3618,7 +3634,7 @@ def simulate(arguments):
             most = min(options.seeds, SCENARIOS[name][4])
             seeds = [options.seed] if options.seed is not None else range(1, most + 1)
             failures += simulate_report(name, pool.map(simulate_one, [(name, seed) for seed in seeds]))
-    return failures
+    return 1 if failures else 0
 
 
 def simulate_report(name, results):
@@ -7395,6 +7411,35 @@ def test_fuzz_for_a_while():
     while seed < 40 or time.monotonic() < end:
         fuzz_one(seed)
         seed += 1
+
+
+@pytest.mark.parametrize("kind, content", [
+    ("MSG_PROBE", {"number": 1}), ("MSG_SYNC_PEERS_REQUEST", None), ("MSG_FROM_THE_FUTURE", 5),
+    ("MSG_CHAT_ACK", {"upto": 7}), ("MSG_PEER_NEWS", {"peers": []})])
+def test_hostile_a_flood_of_any_kind_is_cut_off(monkeypatch, kind, content):
+    """Not only chat has a budget; Bob, who is only talkative, is not cut off."""
+    monkeypatch.setattr(p2pchat, "MAX_MESSAGES", 500)
+    world = HostileWorld()
+    mallory = world.attack(world.alice)
+    for _ in range(600):
+        mallory.say(kind, content)
+    world.run(5)
+    assert mallory.end and any("too much" in reason for reason in mallory.reasons())
+    again = world.attack(world.alice)
+    assert any("later" in reason for reason in again.reasons()), "banned for a while"
+    assert world.chats() and world.sees("Alice", "Bob")
+
+
+def test_hostile_a_peer_that_renames_itself_for_ever_is_cut_off():
+    world = HostileWorld()
+    mallory = world.attack(world.alice)
+    for number in range(p2pchat.MAX_RENAMES + 5):
+        mallory.peer.place(f"M{number}", "10.0.0.66", 666)
+        mallory.peer.incarnation += 1
+        mallory.say("MSG_PEER_NEWS", {"peers": [mallory.peer.wire(0.0)]}, "Mallory@10.0.0.66:666")
+    world.run(5)
+    renamed = [event for event in world.events["Alice"] if event["event"] == "renamed"]
+    assert mallory.end and len(renamed) <= p2pchat.MAX_RENAMES + 1
 
 
 # -- README --------------------------------------------------------------------------------------------
