@@ -135,7 +135,7 @@ RETRY_SERVER_MIN, RETRY_SERVER_MAX = 1.0, 20.0  # between two tries to reach the
 SETTLE_TIME = 2.0  # whoever is on the local network has answered by then
 BEACON_ALONE, BEACON_SETTLED = 1.0, 10.0  # between two beacons, alone and in company
 BEACON_SIZE = 512  # bytes; every beacon is padded to it, so an answer is never longer than its question
-MAX_BEACON_DIALS = 8  # connections under way that beacons led to
+MAX_LOOKS = 16  # addresses dialled within QUIET_AFTER because somebody (a beacon, a peer) named them
 BEACON_ANSWERS = 20  # answered in one second, at most
 
 MAX_MESSAGES = 100_000  # over one link in a minute, records in lists counted: some 5 s of work
@@ -215,16 +215,16 @@ def check_username(name: str) -> str:
     if not name.strip():
         raise ValueError(f"A name is needed: 1 to {MAX_NAME} characters.")
     if name != name.strip():
-        raise ValueError("A name may not begin or end with a blank.")
+        raise ValueError("A name may not begin or end with a space.")
     name = unicodedata.normalize("NFC", name) if not _has_surrogates(name) else name
     if len(name) > MAX_NAME:
         raise ValueError(f"A name may have at most {MAX_NAME} characters; this one has {len(name)}.")
     for character in "@*":
         if character in name:
-            raise ValueError(f"A name may not hold {character!r}; letters, digits and blanks are fine.")
+            raise ValueError(f"A name may not contain {character!r}; letters, digits and spaces are fine.")
     blanks = any(character.isspace() and character != " " for character in name)
     if blanks or clean(name) != name or _UNKNOWN in name:
-        raise ValueError("A name may hold only characters that can be shown, no control or invisible ones.")
+        raise ValueError("A name may contain only characters that can be shown, no control or invisible ones.")
     if not any(unicodedata.category(character)[0] in "LNPSC" and character != "\u2800" for character in name):
         raise ValueError("A name needs a letter, digit or symbol that can be seen.")
     return name
@@ -1701,9 +1701,9 @@ class Lan:
             return
         self._senders[ip] = sock
         member = socket.inet_aton(LAN_GROUP) + socket.inet_aton(ip)
-        for option, value in ((socket.IP_MULTICAST_IF, socket.inet_aton(ip)), (socket.IP_MULTICAST_TTL, 1)):
-            sock.setsockopt(socket.IPPROTO_IP, option, value)
         try:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(ip))
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 1)
             self._shared.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
         except OSError as error:
             log.debug("[P2P] not in the group on %s: %s", ip, _words(error))
@@ -1774,6 +1774,7 @@ class Loop:
         self._count = itertools.count()
         self._unflushed: List[SocketConnection] = []
         self._stopped = False
+        self._addresses = ["127.0.0.1"]
         self._signals: Dict[int, Callable[[], None]] = {}
         self._wake: Optional[Tuple[socket.socket, socket.socket]] = None
 
@@ -1820,7 +1821,11 @@ class Loop:
 
     def local_addresses(self) -> List[str]:
         """The machine's own IPv4 addresses, the one towards the outside first, loopback last."""
-        return find_local_addresses()
+        try:
+            self._addresses = find_local_addresses()
+        except OSError:
+            pass  # no descriptor to ask with: what was true a moment ago will do
+        return self._addresses
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
         """Call back whenever a file can be read; an exception there leaves `run`: it is the program's own.
@@ -1956,7 +1961,9 @@ class Ticker:
 
 
 def find_local_addresses() -> List[str]:
-    """This machine's IPv4 addresses: the one a datagram to the outside would leave by, then each interface's."""
+    """This machine's IPv4 addresses: the one a datagram to the outside would leave by, then each interface's.
+
+    Raises OSError when there is no descriptor left."""
     found: List[str] = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -2085,9 +2092,9 @@ class Session(Handler):
         self.server = server
         self.connection = connection
         self.peer_id: Optional[str] = None
-        self.renames = 0
+        self.registrations = 0  # in the minute that began at...
+        self.since = self.last_heard = server.loop.now()
         self.ids: Set[str] = set()  # every id that it registered: what is under way may bear an older one
-        self.last_heard = server.loop.now()
 
     def received(self, messages: List[Message]) -> None:
         self.last_heard = self.server.loop.now()
@@ -2144,6 +2151,7 @@ class DiscoveryServer:
         self._joined: Dict[str, None] = {}  # ids, since the last broadcast
         self._left: Dict[str, Dict[str, Any]] = {}
         self._gathering: Optional[Timer] = None
+        self._stopping = False
 
     # -- starting and stopping -------------------------------------------------------------------------
 
@@ -2168,13 +2176,17 @@ class DiscoveryServer:
 
     def stop(self) -> None:
         """Say goodbye to everybody and close; the last words go out while the loop still turns."""
-        log.info("[Server] goodbye")
+        if self._stopping:
+            return
+        log.info("[Server] goodbye: telling %d peers", len(self._peers))
+        self._stopping = True
         for closable in (self._listener, self._lan, self._monitor):
             if isinstance(closable, Ticker):
                 closable.cancel()
             elif closable is not None:
                 closable.close()
         for session in list(self._sessions):
+            session.error("the server stops")
             session.connection.close("the server stops")
 
     @property
@@ -2194,7 +2206,7 @@ class DiscoveryServer:
         """A connection is gone, and with it the peer that was registered over it."""
         self._sessions.pop(session, None)
         self._strangers.discard(session.connection)
-        if session.peer_id is not None and self._peers.get(session.peer_id) is session:
+        if session.peer_id is not None and not self._stopping:
             self._drop(session, f"connection lost: {reason}")
 
     def _drop_silent(self) -> None:
@@ -2215,16 +2227,15 @@ class DiscoveryServer:
         if len(self._peers) >= MAX_PEERS and peer_id not in self._peers:
             session.refuse(f"the server is full: {MAX_PEERS} peers")
             return
+        if self._is_too_much(session):
+            session.refuse("you register too often")
+            return
         former = self._peers.get(peer_id)
         if former is not None and former is not session:
             self._drop(former, "registered anew")
             former.refuse("somebody registered under the same id")
         if session.peer_id not in (None, peer_id):
             self._drop(session, "renamed")
-            session.renames += 1
-        if session.renames > MAX_RENAMES:
-            session.refuse("too many names")
-            return
         self._strangers.discard(session.connection)
         session.peer_id = peer_id
         session.ids = {*list(session.ids)[-7:], peer_id}
@@ -2235,6 +2246,14 @@ class DiscoveryServer:
         self._joined[peer_id] = None
         limited_log(f"registered from {ip}", logging.INFO, "[Server] registered %s", peer_id)
         self._gather()
+
+    def _is_too_much(self, session: Session) -> bool:
+        """Every registration is told to everybody: so many a minute are enough."""
+        now = self.loop.now()
+        if now - session.since >= 60:
+            session.since, session.registrations = now, 0
+        session.registrations += 1
+        return session.registrations > MAX_RENAMES
 
     def _reachable_ip(self, connection: Connection, content: Dict[str, Any]) -> str:
         """The address that the server sees; for a peer on the server's own machine one that others can reach."""
@@ -2366,7 +2385,7 @@ class Link(Handler):
 
     __slots__ = ("node", "connection", "dialled", "address", "peer", "ids", "shown", "acknowledge",
                  "refused", "used", "timer", "synced", "asked", "renames", "bound",
-                 "weight", "since")
+                 "ready", "weight", "since")
 
     def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
         self.node = node
@@ -2375,7 +2394,7 @@ class Link(Handler):
         self.connection: Connection
         self.peer: Optional[Peer] = None
         self.ids: Tuple[str, ...] = ()  # under which it may speak: its id, and those it had before
-        self.shown = 0  # last message shown, for one that never said hello
+        self.shown = 0  # last message shown, of one that never said hello
         self.acknowledge = 0  # last message handed over and not yet acknowledged
         self.refused: Optional[Tuple[int, int, str]] = None  # first, last and why
         self.used = node.loop.now()
@@ -2383,6 +2402,7 @@ class Link(Handler):
         self.asked = False  # for its list, and it has not answered yet
         self.renames = 0  # of its peer, told over it
         self.bound = 0.0  # when it was
+        self.ready = False  # what had waited for its peer was sent over it: now what is new may follow
         self.weight = 0  # messages, and records in them, that came since...
         self.since = node.loop.now()
         self.timer: Optional[Timer] = None
@@ -2451,6 +2471,7 @@ class Links:
         self._failed: Dict[str, Tuple[float, float]] = {}  # by key: when to try again, how long that was
         self._strangers = Strangers()
         self._banned: Dict[str, float] = {}  # until when
+        self._looked: Dict[Address, float] = {}  # addresses that others named, and when they were dialled
         self._own: Set[Address] = set()  # addresses at which we met ourselves
 
     def accept(self, connection: Connection) -> Optional[Handler]:
@@ -2560,8 +2581,11 @@ class Links:
         return self.node.is_own(seen) and self.node.is_own(claimed[0])
 
     def look(self, address: Address) -> None:
-        """Dial an address that somebody named, to see who answers there; within bounds."""
-        if address != self.node.me.address and len(self._dialling) < MAX_DIALS:
+        """Dial an address that somebody named, to see who answers there: few, and none again so soon."""
+        now = self.node.loop.now()
+        self._looked = {each: when for each, when in self._looked.items() if now - when < QUIET_AFTER}
+        if address != self.node.me.address and address not in self._looked and len(self._looked) < MAX_LOOKS:
+            self._looked[address] = now
             self.dial(address)
 
     def _is_lively(self, peer: Peer) -> bool:
@@ -2638,7 +2662,7 @@ class Links:
         if link.peer is not None and len(self._banned) < MAX_PEERS:
             self._banned[link.peer.key] = self.node.loop.now() + BAN_TIME
             name = self.node.peers.label(link.peer)
-            text = f"{name} sent far too much and was cut off for {BAN_TIME:.0f} s"
+            text = f"{name} sent far too much and was cut off for {BAN_TIME:.0f} s."
             self.node.emit({"event": "notice", "text": text})
         link.refuse("you sent too much; come back later")
 
@@ -2646,7 +2670,7 @@ class Links:
         """Whether a link brought too much in too short a time; then it is ended. A lifted budget lifts this, too."""
         now = self.node.loop.now()
         if now - link.since >= 60 or not self.node.settings.budget:
-            link.since, link.weight = now, 0
+            link.since, link.weight, link.renames = now, 0, 0
             return False
         self.ban(link)
         return True
@@ -2687,6 +2711,13 @@ class Links:
                 self.say_hello(link)  # its own hello is under way: then it knows who leaves
             link.send(MSG_UNREGISTER, None)
             link.connection.close("leaving")
+
+    def announce(self, former_id: str) -> None:
+        """Tell every link our new name or address, still under the old one: what follows is under the new one."""
+        news = create_message(MSG_PEER_NEWS, former_id, {"peers": [self.node.me.wire(self.node.loop.now())]})
+        for link in self._all:
+            if link.peer is not None:
+                link.connection.send(news)
 
     def __bool__(self) -> bool:
         return bool(self._all)
@@ -2742,33 +2773,36 @@ class Delivery:
         message_id = f"{node.me.instance}-{self._sequence}"
         data = create_chat(node.me.id, text, to, self._sequence)
         pending = Pending(self._sequence, data, node.me.id, to, text, message_id)
+        log.info("[Chat] sent %s to %d", message_id, len(receivers))
+        full = [peer for peer in receivers if not self._enqueue(peer, pending)]
         node.emit({"event": "sent", "to": to, "text": text, "id": message_id,
                    "receivers": [peer.id for peer in receivers]})
-        log.info("[Chat] sent %s to %d", message_id, len(receivers))
-        for peer in receivers:
-            self._enqueue(peer, pending)
+        for peer in full:
+            self._failed(peer, pending, "too much is waiting for it already")
         if self._timer is None:
             self._timer = node.loop.call_later(1.0, self._look_after)
         return message_id
 
-    def _enqueue(self, peer: Peer, pending: Pending) -> None:
-        channel = self._channels.get(peer.key) or self._channel(peer)
+    def _enqueue(self, peer: Peer, pending: Pending) -> bool:
+        """Queue a message for a receiver, and send it if the receiver is linked; False if there is no room."""
+        channel = self._channels.get(peer.key) or self._channel(peer.key)
         if len(channel.waiting) >= OUTBOX_MESSAGES or channel.size + len(pending.data) > OUTBOX_BYTES:
-            self._failed(peer, pending, "too much is waiting for it already")
-            return
+            return False
         if not channel.waiting:
             channel.progress = self.node.loop.now()
         channel.waiting.append(pending)
         channel.size += len(pending.data)
         link = self.node.links.current.get(peer.key)
-        if link is not None:
+        if link is None:
+            self.node.links.want(peer)
+        elif link.ready:
             link.used = channel.progress
             link.connection.send(pending.data)
-        else:
-            self.node.links.want(peer)
+        return True
 
     def resume(self, peer: Peer, link: Link) -> None:
-        """Send all that is unacknowledged over a new link, in order."""
+        """Send all that is unacknowledged over a new link, in order; only then may new messages follow."""
+        link.ready = True
         channel = self._channels.get(peer.key)
         if channel is None:
             return
@@ -2861,12 +2895,12 @@ class Delivery:
         for channel in self._channels.values():
             channel.progress = channel.since = now
 
-    def _channel(self, peer: Peer) -> Channel:
-        """A peer's channel; those of forgotten peers make room."""
+    def _channel(self, key: str) -> Channel:
+        """A new channel; those of forgotten peers make room."""
         if len(self._channels) >= 2 * MAX_PEERS:
             known = self.node.peers.by_key
             self._channels = {key: each for key, each in self._channels.items() if known(key) is not None}
-        channel = self._channels[peer.key] = Channel(self.node.loop.now())
+        channel = self._channels[key] = Channel(self.node.loop.now())
         return channel
 
     # -- in --------------------------------------------------------------------------------------------
@@ -2876,11 +2910,10 @@ class Delivery:
         peer = link.peer or self._stranger(link, message)
         if peer is None:
             return
-        channel = self._channels.get(peer.key) or self._channel(peer)
+        channel = self._incoming(link, peer)
         sequence = message.get("id", 0)
         if sequence:
-            shown = channel.shown if link.peer is not None else link.shown
-            if sequence <= shown:
+            if sequence <= (channel.shown if link.peer is not None else link.shown):
                 self._seen_before(link, channel, sequence)
                 return
             channel.shown = link.shown = sequence
@@ -2895,10 +2928,17 @@ class Delivery:
             return
         if log.isEnabledFor(logging.INFO):
             limited_log("received", logging.INFO, "[Chat] received from %s: %d characters", peer.id, len(text))
+        if link.refused is not None:
+            self.acknowledge(link)  # so that a run of refusals holds nothing that was shown
         self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else self.node.me.id,
                         "text": clean(text, newlines=True), "id": f"{peer.instance}-{sequence}"})
         if sequence > link.acknowledge:
             link.acknowledge = sequence
+
+    def _incoming(self, link: Link, peer: Peer) -> Channel:
+        """The channel on which a sender is counted: a stranger's address, for it may call itself anything."""
+        key = peer.key if link.peer is not None else f"strangers at {link.connection.remote[0]}"
+        return self._channels.get(key) or self._channel(key)
 
     def _seen_before(self, link: Link, channel: Channel, sequence: int) -> None:
         """It came again because our answer was lost: answer as before."""
@@ -2955,8 +2995,9 @@ class Delivery:
             link.refuse("sender_id must be username@ip:port")
             return None
         known = self.node.peers.get(message["sender_id"])
-        if parts[1] != link.connection.remote[0] or (known is not None and known.instance) or \
-                message["sender_id"] in self.node.my_ids:
+        link.ids = link.ids or (message["sender_id"],)  # one name a connection
+        taken = (known is not None and known.instance) or message["sender_id"] in self.node.my_ids
+        if taken or message["sender_id"] not in link.ids or parts[1] != link.connection.remote[0]:
             link.refuse("that sender_id is not yours; say MSG_HELLO first")
             return None
         return known or Peer(*parts)
@@ -3104,7 +3145,8 @@ class Detector:
                 self.node.loop.call_later(0.3, self.link_lost, peer)
             return
         if peer.ip != self.node.me.ip:
-            self.contact = self.node.loop.now()  # somebody sent the refusal: our own network works
+            self.heard(None)  # somebody sent the refusal: our own network works
+            doubt = self._doubts.get(peer.key)
         if doubt is not None and doubt.hearsay:
             self._remove(peer, doubt.reason)
         elif peer.key not in self.node.links.current and self.node.loop.now() - peer.vouched > QUIET_AFTER:
@@ -3179,7 +3221,7 @@ class Detector:
         others = sum(1 for each in self.node.peers.present() if each.ip != self.node.me.ip)
         if not self.cut_off and others > 1 and now - self.contact > QUIET_AFTER:
             self._network_gone()
-        if self.cut_off:
+        if self.cut_off and now - self.contact < TOMBSTONE_TIME:
             doubt.timer = self.node.loop.call_later(SUSPICION, self._expired, peer)
             return
         self._remove(peer, doubt.reason)
@@ -3294,7 +3336,7 @@ class Gossip:
             data = create_message(MSG_PEER_NEWS, self.node.me.id, {"peers": records})
             for link in chosen:
                 link.connection.send(data)
-        if self.news:
+        if self.news and chosen:  # with nobody to tell, it waits until somebody is met
             self._timer = self.node.loop.call_later(NEWS_INTERVAL, self._tell)
 
     def _tick(self) -> None:
@@ -3321,6 +3363,8 @@ class Gossip:
         peer = link.peer
         assert peer is not None
         self.node.loop.call_later(SETTLE_TIME / 4, self.node.settle)
+        if self.news and self._timer is None:
+            self._timer = self.node.loop.call_later(0, self._tell)
         if verdict == NEW:
             self.spread(peer, ALIVE)
         elif verdict == STALE:  # it is thought gone: it must know, to be able to deny it
@@ -3380,7 +3424,7 @@ class Gossip:
         log.info("[Gossip] compared with %s: %d new", peer.id, found)
         if by_user:
             news = f"{found} new" if found else "nothing new"
-            self.node.emit({"event": "notice", "text": f"compared lists with {self.node.peers.label(peer)}: {news}"})
+            self.node.emit({"event": "notice", "text": f"Compared lists with {self.node.peers.label(peer)}: {news}."})
 
     def _send_news(self, link: Link, records: List[Dict[str, Any]]) -> None:
         for start in range(0, len(records), NEWS_BATCH):
@@ -3458,8 +3502,8 @@ class Gossip:
         self.node.detector.heard(peer)
         self.node.apply(changes)
         link.renames += sum(change.kind == RENAMED for change in changes)
-        if link.renames > MAX_RENAMES:
-            self.node.links.ban(link)
+        if link.renames > MAX_RENAMES and self.node.links.is_flood(link):
+            return KNOWN, peer
         return verdict, peer
 
 
@@ -3565,6 +3609,8 @@ class Discovery:
         elif message["type"] == MSG_ERROR:
             self.reason = clean(message["content"]["reason"])[:200]
             limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self.reason)
+            return
+        self.reason = ""
         if self.online:
             self._expect_answer("the server is silent", 2.5 * self.node.settings.heartbeat_interval)
 
@@ -3665,7 +3711,6 @@ class Finder:
         self.tried: Dict[str, str] = {}  # what was tried, and what came of it
         self._lan: Optional[Lan] = None
         self._timer: Optional[Timer] = None
-        self._hints: Dict[Address, float] = {}  # addresses that beacons named, and when they were dialled
         self._answers = (0.0, 0)  # in this second: how many
 
     def start(self) -> None:
@@ -3681,6 +3726,9 @@ class Finder:
     def _look(self) -> None:
         """Try the addresses named by hand, and shout."""
         alone = not len(self.node.peers)
+        if self._lan is not None or self.node.settings.join:
+            wait = BEACON_ALONE if alone else BEACON_SETTLED * (0.75 + self.node.loop.random.random() / 2)
+            self._timer = self.node.loop.call_later(wait, self._look)  # first: an error must not end it
         linked = {peer.address for peer in self.node.peers.present()}
         for address in self.node.settings.join:
             if address not in linked:
@@ -3688,9 +3736,6 @@ class Finder:
         if self._lan is not None:
             self._lan.refresh()
             self._lan.shout(self._beacon(answer=False, size=BEACON_SIZE))
-        if self._lan is not None or self.node.settings.join:
-            wait = BEACON_ALONE if alone else BEACON_SETTLED * (0.75 + self.node.loop.random.random() / 2)
-            self._timer = self.node.loop.call_later(wait, self._look)
 
     def _beacon(self, answer: bool, size: int) -> bytes:
         node = self.node
@@ -3714,18 +3759,10 @@ class Finder:
         known = self.node.peers.by_key(content.get("instance", ""))
         few = self.node.loop.random.random() * len(self.node.peers) < 10  # a thousand need not all answer
         if (known is None or known.gone) and few:
-            self._follow(address)
+            self.node.links.look(address)
         if content.get("alone") is True and content.get("answer") is not True and few and self._may_answer():
             return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
         return None
-
-    def _follow(self, address: Address) -> None:
-        """Dial an address that a beacon named, unless that was done lately."""
-        now = self.node.loop.now()
-        self._hints = {each: when for each, when in self._hints.items() if now - when < QUIET_AFTER}
-        if address not in self._hints and len(self._hints) < MAX_BEACON_DIALS and is_peer_ip(address[0]):
-            self._hints[address] = now
-            self.node.links.look(address)
 
     def _may_answer(self) -> bool:
         second, count = self._answers
@@ -3941,9 +3978,9 @@ class PeerNode:
         """Compare lists with one random peer now."""
         for peer in self.peers.sample(self.loop.random, 1, self.present()):
             self.gossip.ask(peer, by_user=True)
-            self.emit({"event": "notice", "text": f"comparing lists with {self.peers.label(peer)}"})
+            self.emit({"event": "notice", "text": f"Comparing lists with {self.peers.label(peer)} ..."})
         if not len(self.peers):
-            self.emit({"event": "notice", "text": "nobody to compare lists with"})
+            self.emit({"event": "notice", "text": "There is nobody to compare lists with."})
 
     def who(self) -> List[str]:
         """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
@@ -3981,7 +4018,8 @@ class PeerNode:
         """The list has changed: clean up behind those who left, and tell the interface."""
         for change in changes:
             peer = change.peer
-            log.info("[P2P] %s %s %s", change.kind, peer.id, change.reason)
+            detail = change.reason or (f"formerly {change.old['id']}" if change.old else "")
+            log.info("[P2P] %s: %s%s", change.kind, peer.id, f" ({detail})" if detail else "")
             if change.kind == GONE:
                 self.detector.forget(peer)
                 self.links.drop(peer, change.reason)
@@ -4073,8 +4111,7 @@ class PeerNode:
         self.me.incarnation += 1
         self._place(username, ip, self.me.port)
         log.info("[P2P] now known as %s", self.me.id)
-        for link in self.links.open_links():
-            link.send(MSG_PEER_NEWS, {"peers": [self.me.wire(self.loop.now())]})
+        self.links.announce(old["id"])
         self.gossip.spread(self.me, ALIVE)
         self.discovery.register_again()
         self.emit({"event": "renamed", "peer": self.me.public, "old": old})
@@ -4319,6 +4356,9 @@ class ChatView:
         self._search = ""
         self._key = ""  # the last one
         self._asked = ""  # the long text that Enter was pressed for once
+        self._cut_at = ""  # how a paste ends that was too long
+        self._namesake = ""  # one's own name, once it was said that another has it, too
+        self.refused = 0  # lines that could not be done
         self._completion: Tuple[str, str, List[str], int] = ("", "", [], 0)
         self.on_answer: Callable[[str], None] = lambda text: None
 
@@ -4421,7 +4461,7 @@ class ChatView:
 
     def _on_settled(self, event: Event) -> None:
         self.fresh.clear()
-        alone = self.node.alone()
+        alone = [line for line in self.node.alone() if line != f"You are {self.node.me.id}."]
         if alone:
             self._notice("\n".join(alone))
 
@@ -4430,9 +4470,9 @@ class ChatView:
 
     def _on_server(self, event: Event) -> None:
         if event["online"]:
-            self._notice(f"server {event['address']} is online")
+            self._notice(f"Server {event['address']} is online.")
         else:
-            self._notice(f"no server at {event['address']} ({event['reason']}): P2P mode, chat goes on")
+            self._notice(f"No server at {event['address']} ({event['reason']}). P2P mode: the chat goes on without it.")
 
     def _on_network(self, event: Event) -> None:
         if event["gone"]:
@@ -4443,6 +4483,7 @@ class ChatView:
     def _on_joined(self, event: Event) -> None:
         self.fresh.add(event["peer"]["id"])
         self._came_or_went("joined", event["peer"]["id"], "")
+        self._tell_of_namesake()
 
     def _on_left(self, event: Event) -> None:
         peer_id = event["peer"]["id"]
@@ -4468,9 +4509,18 @@ class ChatView:
         me = new["id"] == self.node.me.id
         who = "You are" if me else f"{old['username']} is"
         if old["username"] != new["username"]:
-            self._notice(f"{who} now known as {self.name(new['id']).text}")
+            self._notice(f"{who} now known as {self.name(new['id']).text}.")
         else:
-            self._notice(f"{who} now at {new['ip']}:{new['port']}")
+            self._notice(f"{who} now at {new['ip']}:{new['port']}.")
+        self._tell_of_namesake()
+
+    def _tell_of_namesake(self) -> None:
+        """Say once that another one has the name, which the reader sees nowhere else."""
+        me = self.node.me
+        if self._namesake != me.username and self.node.find(me.username):
+            self._namesake = me.username
+            self._notice(f"There is another {me.username} here: the others see you as {self.node.label(me.id)}. "
+                         "/nick gives you another name.")
 
     def _follow(self, old: str, new: str) -> None:
         """A peer has another id: what we hold under the old one goes over to it."""
@@ -4495,9 +4545,11 @@ class ChatView:
         self._begin("")
         self._key = ""
         text = clean(text, newlines=True).rstrip("\n")
-        if len(text) > MAX_TEXT:
-            self.hint = f"Only the first {MAX_TEXT} characters were pasted: a message can hold no more."
-        self.line.insert(text[:MAX_TEXT])
+        kept = text.encode("utf-8")[:MAX_TEXT].decode("utf-8", "ignore")
+        if kept != text:
+            self._cut_at = kept[-20:]
+            self.hint = "Only the first 16 KiB of the paste are here: a message can hold no more."
+        self.line.insert(kept)
 
     def key(self, name: str) -> None:
         """A key was pressed."""
@@ -4517,13 +4569,15 @@ class ChatView:
             self.fresh.clear()
 
     def press_enter(self) -> None:
-        """Send the line, or ask first if it is long."""
+        """Send the line, or ask first if it is long or part of what was pasted."""
         lines = self.line.text.count("\n") + 1
-        if lines > ASK_LINES and self._asked != self.line.text:
+        cut_off = self._cut_at and self._cut_at in self.line.text
+        if (lines > ASK_LINES or cut_off) and self._asked != self.line.text:
             self._asked = self.line.text
-            self.hint = f"Send {lines} lines as one message? Enter again sends them, Ctrl-C drops them."
+            what = f"{_count(lines, 'line')} (the paste was cut off at 16 KiB)" if cut_off else f"{lines} lines"
+            self.hint = f"Send {what} as one message? Enter again sends, Ctrl-C drops."
             return
-        self._asked = ""
+        self._asked = self._cut_at = ""
         self.to_bottom()
         self.enter(self.line.enter())
 
@@ -4657,15 +4711,21 @@ class ChatView:
             elif text.strip():
                 self.node.chat(text, self.target)
         except ChatError as error:
+            self.refused += 1
             self.answer(str(error), "error")
 
     def _command(self, text: str) -> None:
         name = text.split(None, 1)[0]
+        if name == "/":
+            raise ChatError("A command begins with a slash and a word; //TEXT says a text with a slash.")
         found = COMMANDS.get(name.lower())
         if found is None:
             guess = _nearest(name.lower(), list(COMMANDS))
             raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")
-        found.run(self, text[len(name):].strip())
+        rest = text[len(name):].strip()
+        if rest and found.usage == found.name:
+            raise ChatError(f"{found.name} stands alone: there may be nothing behind it.")
+        found.run(self, rest)
 
     def _peer(self, text: str) -> Tuple[Peer, str]:
         """The peer whom the beginning of a text names, and what stands behind. The longest name counts."""
@@ -4679,7 +4739,12 @@ class ChatView:
             found = self.node.find(text[:end]) or self.node.find(text[:end].rstrip(":,"))
             if found:
                 return self._only(found, text[:end]), text[end:].strip()
-        return self._only([], text.split()[0]), ""
+        return self._only([], text.split()[0].rstrip(":,")), ""
+
+    def _one(self, text: str) -> Peer:
+        """The peer whom a text names, with nothing behind the name."""
+        peer, rest = self._peer(text)
+        return self._only([], text) if rest else peer
 
     def _only(self, found: List[Peer], name: str) -> Peer:
         if len(found) == 1:
@@ -4687,6 +4752,8 @@ class ChatView:
         labels = self._labels(found or self.node.present())
         if found:
             raise ChatError(f"There are {len(found)} called {name}: {', '.join(labels)}. Which one?")
+        if name.casefold().lstrip("@") in (self.node.me.username.casefold(), self.node.me.id.casefold()):
+            raise ChatError("That is you.")
         raise ChatError(f"Nobody here is called {clean(name)[:40]}.{_nearest(name, labels)}")
 
     def _labels(self, peers: Iterable[Peer]) -> List[str]:
@@ -4708,20 +4775,25 @@ class ChatView:
         """answer whoever last wrote to you privately."""
         if self._private is None:
             raise ChatError("Nobody has written to you privately yet.")
+        if not rest:
+            raise ChatError("/reply wants a text, for example: /reply yes.")
         self._send(self._private, rest)
 
-    @command("/query [NAME]")
+    @command("/query [NAME [TEXT]]")
     def _query(self, rest: str) -> None:
         """send what is typed to NAME only, until /query alone."""
-        self.target = self._peer(rest)[0].id if rest else None
+        peer, text = self._peer(rest) if rest else (None, "")
+        self.target = peer.id if peer else None
         whom = f"{self.node.label(self.target)} only" if self.target else "everyone"
         self.answer(f"What you type goes to {whom}.")
+        if text:
+            self.node.chat(text, self.target)
 
     @command("/me TEXT")
     def _me(self, rest: str) -> None:
         """say what you do: * Alice waves."""
         if not rest:
-            raise ChatError("/me wants a text: /me waves")
+            raise ChatError("/me wants a text, for example: /me waves.")
         self.node.chat(f"/me {rest}", self.target)
 
     @command("/nick NAME")
@@ -4737,7 +4809,7 @@ class ChatView:
             return
         labels = self._labels(self.node.present())
         names = f": {', '.join(labels)}" if labels else ""
-        self.answer(f"{_count(len(labels), 'peer')}{names}")
+        self.answer(f"{_count(len(labels), 'peer')}{names}.")
 
     @command("/who")
     def _who(self, rest: str) -> None:
@@ -4747,11 +4819,11 @@ class ChatView:
     @command("/whois NAME")
     def _whois(self, rest: str) -> None:
         """name, address and state of one peer."""
-        peer = self._peer(rest)[0]
+        peer = self._one(rest)
         said = self._spoke.get(peer.id)
         spoke = f"last spoke at {self.clock(said)}" if said is not None else "has not spoken yet"
         traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in self.ignored)
-        self.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}")
+        self.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
 
     @command("/info")
     def _info(self, rest: str) -> None:
@@ -4772,8 +4844,10 @@ class ChatView:
     @command("/log [LINES]")
     def _log(self, rest: str) -> None:
         """show the last lines of the log."""
-        count = int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 4 else 20
-        self.answer("\n".join(list(self.log)[-max(1, count):]) or "The log is empty.")
+        count = (rest or "20")[:9]
+        if not count.isdecimal():
+            raise ChatError("/log wants a number of lines, for example: /log 50.")
+        self.answer("\n".join(list(self.log)[-int(count):]) or "The log is empty.")
 
     @command("/search [TEXT]")
     def _find(self, rest: str) -> None:
@@ -4781,17 +4855,17 @@ class ChatView:
         wanted = (rest or self._search).casefold()
         if not wanted:
             raise ChatError("/search wants a text to look for.")
-        before = self.found if wanted == self._search and self.found is not None else self.next
-        self._search = wanted
+        before = self.found if wanted == self._search.casefold() and self.found is not None else self.next
+        self._search = rest or self._search
         hits = [entry for entry in self.entries if entry.seq < before and entry.kind == "chat"
                 and wanted in ("".join(span.text for span in entry.head) + entry.text).casefold()]
         if not hits:
-            raise ChatError(f"Nothing {'more ' if before != self.next else ''}was found for {wanted}.")
+            raise ChatError(f"Nothing {'more ' if before != self.next else ''}was found for {self._search}.")
         if not self.on_screen:
             self.answer("\n".join(plain_text(self, entry) for entry in hits[-10:]))
             return
         self._show(hits[-1])
-        self.hint = f"{len(hits) - 1} more above: /search goes on, End comes back"
+        self.hint = f"{len(hits) - 1} more above: /search goes on, End comes back."
 
     def _show(self, entry: Entry) -> None:
         """Scroll to an entry, some rows below the middle."""
@@ -4803,7 +4877,7 @@ class ChatView:
     def _ignore(self, rest: str) -> None:
         """show nothing more from a peer; alone: who is ignored."""
         if rest:
-            peer = self._peer(rest)[0]
+            peer = self._one(rest)
             self.ignored[peer.id] = self.node.label(peer.id)
         self.answer(f"Ignored: {', '.join(self.ignored.values()) or 'nobody'}.")
 
@@ -4814,7 +4888,8 @@ class ChatView:
         found = [peer_id for peer_id, label in self.ignored.items()
                  if wanted in (peer_id.casefold(), label.casefold(), peer_id.rpartition("@")[0].casefold())]
         if len(found) != 1:
-            raise ChatError(f"Which one? Ignored: {', '.join(self.ignored) or 'nobody'}.")
+            who = f"Which one? Ignored: {', '.join(self.ignored)}." if self.ignored else "Nobody is ignored."
+            raise ChatError(who)
         self.answer(f"{self.ignored.pop(found[0])} is heard again.")
 
     @command("/quiet")
@@ -4826,7 +4901,9 @@ class ChatView:
     @command("/bell [on|off]")
     def _set_bell(self, rest: str) -> None:
         """ring when you are named or written to privately."""
-        self._bell = {"on": True, "off": False}.get(rest.lower(), self._bell)
+        if rest.lower() not in ("", "on", "off"):
+            raise ChatError("The bell can be on or off.")
+        self._bell = rest.lower() == "on" if rest else self._bell
         self.answer(f"The bell is {'on' if self._bell else 'off'}.")
 
     @command("/clear")
@@ -4867,7 +4944,7 @@ EDIT_KEYS: Tuple[Key, ...] = (
     Key("Ctrl-E", "to the end of the line", lambda line: line.move(len(line.text))),
     Key("Backspace", "delete the character to the left", lambda line: line.delete(line.before())),
     Key("Delete", "delete the character to the right", lambda line: line.delete(line.behind())),
-    Key("Ctrl-W", "cut back to the blank", lambda line: line.cut(line.blank_before())),
+    Key("Ctrl-W", "cut back to the space before", lambda line: line.cut(line.blank_before())),
     Key("Alt-Backspace", "cut the word to the left", lambda line: line.cut(line.word_before())),
     Key("Alt-D", "cut the word to the right", lambda line: line.cut(line.word_behind())),
     Key("Ctrl-U", "cut back to the beginning", lambda line: line.cut(0)),
@@ -5016,7 +5093,7 @@ def entry_rows(view: ChatView, entry: Entry, cols: int) -> List[Line]:
     style = "found" if entry.seq == view.found else "dim" if entry.under_way else entry.style
     rows: List[Line] = []
     if entry.seq - 1 == view.unread:
-        rows.append([Span("─── new " + "─" * cols, "rule")])
+        rows.append([Span("─── new " + "─" * (cols - 8), "rule")])
     if indent > cols // 2:  # no room beside it
         rows.append(head)
         indent = min(2, cols // 4)
@@ -5053,7 +5130,7 @@ def _hint(view: ChatView) -> str:
     if view.hint or view.anchor is None:
         return view.hint
     count = view.below()
-    return f"{count} new below -- End goes there" if count else "scrolled back -- End goes down"
+    return f"{count} new below: End goes there." if count else "Scrolled back: End goes down."
 
 
 def _bar(view: ChatView, cols: int) -> Line:
@@ -5239,6 +5316,7 @@ class KeyReader:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._rest = ""
         self._pasted: Optional[str] = None
+        self.brackets = False  # the terminal says what was pasted
 
     @property
     def waiting(self) -> bool:
@@ -5286,7 +5364,7 @@ class KeyReader:
             presses.append((TEXT, text[:size]))
             return size
         if name == "paste":
-            self._pasted = ""
+            self._pasted, self.brackets = "", True
         elif name:
             presses.append((PRESS, name))
         return size
@@ -5325,11 +5403,12 @@ class KeyReader:
 
 
 def without_burst(presses: List[Press]) -> List[Press]:
-    """Several Enters in what came at once were pasted into a terminal that does not say so: one paste."""
-    if sum(press == (PRESS, "enter") for press in presses) < 2 or any(kind == PASTE for kind, _ in presses):
-        return presses
+    """Three lines that came at once, and no key that edits, were pasted into a terminal that does not say so."""
     plain = {(PRESS, "enter"): "\n", (PRESS, "ctrl-j"): "\n", (PRESS, "tab"): "\t"}
-    return [(PASTE, "".join(plain.get(press, press[1] if press[0] == TEXT else "") for press in presses))]
+    edited = any(kind != TEXT and (kind, value) not in plain for kind, value in presses)
+    if edited or presses.count((PRESS, "enter")) < 3:
+        return presses
+    return [(PASTE, "".join(plain.get(press, press[1]) for press in presses))]
 
 
 class LogTail(logging.Handler):
@@ -5385,8 +5464,8 @@ class Interface:
         raise NotImplementedError
 
     def status(self) -> int:
-        """The exit status when all went well."""
-        return 1 if self.node is not None and self.node.undelivered else 0
+        """The exit status when nothing broke."""
+        return 0
 
     def start_node(self, settings: Settings) -> None:
         """Begin to chat. Raises OSError when the port can't be had."""
@@ -5613,9 +5692,6 @@ class CursesInterface(Interface):
             self.loop.run()
         self._say_goodbye()
 
-    def status(self) -> int:
-        return 0
-
     def _say_goodbye(self) -> None:
         if self.node is not None and self.node.undelivered:
             sys.stderr.write(f"p2pchat: {_count(self.node.undelivered, 'message')} could not be delivered\n")
@@ -5664,7 +5740,8 @@ class CursesInterface(Interface):
             return
         if self._escape is not None:
             self._escape.cancel()
-        self._press(without_burst(self._keys.feed(data)))
+        presses = self._keys.feed(data)
+        self._press(presses if self._keys.brackets else without_burst(presses))
         if self._keys.waiting:
             self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._escaped)
 
@@ -5842,9 +5919,9 @@ class LineReader:
 class LineWriter:
     """Lines to standard output, without waiting for it: what it does not take now is kept."""
 
-    def __init__(self, loop: Loop, broken: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, broken: Callable[[str], None]) -> None:
         self._loop = loop
-        self._broken = broken
+        self._broken = broken  # is told why; "" if whoever read is gone, as is their right
         self._lines: Deque[bytes] = collections.deque()
         self._size = 0
         self._state = "idle"  # idle, scheduled, waiting, broken
@@ -5877,13 +5954,12 @@ class LineWriter:
                 at += os.write(1, data[at:at + PIPE_CHUNK])
         except BlockingIOError:
             pass  # shared with a program that made it so
-        except OSError:
-            self._break()
+        except OSError as error:
+            self._break("" if isinstance(error, BrokenPipeError) else _words(error))
             return
         self._size = len(data) - at
         if self._size > MAX_UNREAD:
-            log.error("[P2P] nobody reads the output")
-            self._break()
+            self._break("nobody reads it")
             return
         if at < len(data):
             self._lines.append(data[at:])
@@ -5905,11 +5981,11 @@ class LineWriter:
         import select
         return bool(select.select([], [1], [], 0)[1])
 
-    def _break(self) -> None:
-        """Whoever read is gone."""
+    def _break(self, why: str) -> None:
+        """Nothing can be written any more."""
         self._await(False)
         self._state = "broken"
-        self._broken()
+        self._broken(why)
 
 
 class PlainInterface(Interface):
@@ -5918,10 +5994,24 @@ class PlainInterface(Interface):
     def __init__(self, loop: Loop, settings: Settings) -> None:
         super().__init__(loop, settings._replace(username=settings.username or login_name()))
         self._reader = LineReader(loop, functools.partial(self.guard, self._typed), self.leave)
-        self._writer = LineWriter(loop, self.leave)  # nobody reads any more: leave quietly
+        self._writer = LineWriter(loop, self._unwritable)
         self._by_hand = os.isatty(0)  # then what was typed is on the screen already
         self._printed = 0
         self._busy = False
+        self._lost = False  # output that could not be written
+
+    def status(self) -> int:
+        """1 if something was not delivered, not understood (in a script) or not written."""
+        assert self.node is not None
+        return int(bool(self.node.undelivered or self._lost or self.view.refused and not self._by_hand))
+
+    def _unwritable(self, why: str) -> None:
+        """Leave, for there is nobody to talk to."""
+        if why:
+            self._lost = True
+            log.error("[P2P] the output can't be written: %s", why)
+            sys.stderr.write(f"p2pchat: the output can't be written: {why}\n")
+        self.leave()
 
     def chat(self) -> None:
         self.start_node(self.settings)
@@ -6039,7 +6129,10 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; return its exit status: 0 all well, 1 it failed, 2 it was called wrongly."""
-    options = make_parser().parse_args(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.error("say what to start, peer (the chat) or server, for example: p2pchat.py peer --user Alice")
     problem = start_logging(options)
     if problem:
         sys.stderr.write(f"p2pchat: {problem}\n")
@@ -6056,7 +6149,6 @@ def make_parser() -> Parser:
     parser = Parser(prog="p2pchat.py", description="Chat for a room full of machines on one network.")
     parser.add_argument("--version", action="version", version=f"p2pchat {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="server|peer")
-    commands.required = True
     _add_server_options(commands.add_parser("server", help="introduce peers to one another"))
     _add_peer_options(commands.add_parser("peer", help="chat"))
     return parser
@@ -6144,7 +6236,10 @@ def _address(text: str) -> Address:
 
 
 def _local_ip(text: str) -> str:
-    return text if text == "0.0.0.0" else _address(f"{text}:1")[0]
+    try:
+        return text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IPv4 address or the name of this machine") from None
 
 
 def start_logging(options: argparse.Namespace) -> str:
