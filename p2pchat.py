@@ -99,6 +99,7 @@ LINE_TIMEOUT = 10.0  # so long may a message be half there
 DRAIN_TIMEOUT = 3.0  # so long may a closing connection take to deliver its last words
 ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 is in after eight turns
 ACCEPT_PAUSE = 0.5  # when descriptors are used up, accepting rests so long
+MAX_PER_ADDRESS = 256  # peers at one address that is not our own: nobody fills the list from one machine
 MAX_STRANGERS = 1500  # connections from one address that have not yet said who they are
 
 # Membership (SWIM with Lifeguard's lessons; the times of the design).
@@ -107,6 +108,7 @@ NEIGHBOURS = 2  # peers that each peer probes; as many others probe it
 QUIET_AFTER = 5.0  # silence after which a neighbour is marked quiet and others are asked to try
 SUSPICION = 6.0  # further silence after which it is gone: 11 s after its last sign of life
 REFUSED_SUSPICION = 3.0  # the same when its address refuses connections: time for others to say it lives
+LEFT_SUSPICION = 0.5  # somebody says so, and its address refuses us: time for a denial to come round
 HEARSAY_SUSPICION = 2.5  # somebody says that it is gone: time for its own answer to a probe
 PROBE_HELPERS = 3  # peers asked to try one that we cannot reach
 TOMBSTONE_TIME = 3600.0  # how long a removed peer is remembered, so that no old list brings it back
@@ -119,7 +121,7 @@ CLOCK_JUMP = 10.0  # a clock that is so far off says that the machine slept
 # Links between peers.
 IDLE_LINKS = 64  # links kept open without being used; some fifty peers are all linked to each other
 IDLE_TIME = 30.0  # unused for so long, a link beyond that number is closed
-MAX_DIALS = 64  # connections being opened at once
+MAX_DIALS = 256  # connections being opened at once: half a room that is off holds up the other half but little
 HELLO_TIME = 10.0  # a connection to a peer that has not said who it is by then is closed
 
 # Delivery.
@@ -219,9 +221,11 @@ def check_username(name: str) -> str:
     name = unicodedata.normalize("NFC", name) if not _has_surrogates(name) else name
     if len(name) > MAX_NAME:
         raise ValueError(f"A name may have at most {MAX_NAME} characters; this one has {len(name)}.")
-    for character in "@*":
+    for character in "@*:→":  # they part names from what stands beside them
         if character in name:
             raise ValueError(f"A name may not contain {character!r}; letters, digits and spaces are fine.")
+    if name.startswith("/"):
+        raise ValueError("A name may not begin with '/': a line that does is a command.")
     blanks = any(character.isspace() and character != " " for character in name)
     if blanks or clean(name) != name or _UNKNOWN in name:
         raise ValueError("A name may contain only characters that can be shown, no control or invisible ones.")
@@ -867,7 +871,7 @@ class Peer:
     """A peer as we know it. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added", "heard",
-                 "vouched", "unverified", "removed", "quiet", "rtt", "_public", "_weight", "_encoded", "_ring")
+                 "vouched", "unverified", "removed", "quiet", "rtt", "via", "_public", "_weight", "_encoded", "_ring")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -880,6 +884,7 @@ class Peer:
         self.removed = 0.0  # when it went: for tombstones
         self.quiet = False
         self.rtt: Optional[float] = None
+        self.via: Optional[Address] = None  # another address of its machine, at which we reached it
         self.place(username, ip, port)
 
     @classmethod
@@ -904,8 +909,13 @@ class Peer:
 
     @property
     def address(self) -> Address:
-        """Where it can be dialled."""
+        """Where its id says that it listens."""
         return self.ip, self.port
+
+    @property
+    def route(self) -> Address:
+        """Where to dial it."""
+        return self.via or (self.ip, self.port)
 
     @property
     def public(self) -> Dict[str, Any]:
@@ -1158,7 +1168,12 @@ class PeerList:
         return [Change(JOINED, peer)]
 
     def _may_add(self, peer: Peer) -> bool:
-        return len(self._present) < MAX_PEERS and peer.key != self.me.key and peer.id != self.me.id
+        """Whether there is room for a peer, and it is not oneself."""
+        if len(self._present) >= MAX_PEERS or peer.key == self.me.key or peer.id == self.me.id:
+            return False
+        if len(self._present) < MAX_PER_ADDRESS or peer.ip == self.me.ip:
+            return True
+        return sum(other.ip == peer.ip for other in self._present.values()) < MAX_PER_ADDRESS
 
     def _revive(self, known: Peer, peer: Peer, now: float) -> List[Change]:
         if not self._may_add(peer):
@@ -1586,6 +1601,9 @@ class Listener:
 
     def _ready(self, events: int) -> None:
         for _ in range(ACCEPT_BATCH):
+            if self._loop.is_full():
+                self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+                return
             try:
                 sock, remote = self._socket.accept()
             except OSError as error:
@@ -1775,6 +1793,7 @@ class Loop:
         self._unflushed: List[SocketConnection] = []
         self._stopped = False
         self._addresses = ["127.0.0.1"]
+        self._most = max(24, raise_descriptor_limit() - 32)  # files waited for: some are needed for other things
         self._signals: Dict[int, Callable[[], None]] = {}
         self._wake: Optional[Tuple[socket.socket, socket.socket]] = None
 
@@ -1799,6 +1818,8 @@ class Loop:
     def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
         """Dial an IPv4 address; `handler` hears `opened`, or `closed` with the reason within `timeout` s."""
         try:
+            if self.is_full():
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         except OSError as error:
             return self._stillborn(address, handler, error)
@@ -1894,6 +1915,10 @@ class Loop:
             self._selector.register(sock, new, (ready, owner))
         elif old:
             self._selector.unregister(sock)
+
+    def is_full(self) -> bool:
+        """Whether no more files can be waited for; select() on Windows takes 512, and fails as a whole beyond."""
+        return len(self._selector.get_map()) >= self._most
 
     def failed(self, connection: Optional[Connection]) -> None:
         """An exception that nobody caught: our bug. It costs the connection, not the loop."""
@@ -1999,17 +2024,17 @@ def raise_descriptor_limit() -> int:
     """Ask for as many descriptors as the system allows without root; return how many there are."""
     try:
         import resource
-    except ImportError:
+    except ImportError:  # Windows
         return 512
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted and soft >= 256:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            return wanted
-        except (OSError, ValueError):
-            pass
-    return soft
+    for wanted in (65536, 10240, 4096):  # macOS allows less than it says
+        if 256 <= soft < wanted and (hard == resource.RLIM_INFINITY or wanted <= hard):
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                return wanted
+            except (OSError, ValueError):
+                pass
+    return 65536 if soft == resource.RLIM_INFINITY else soft
 
 
 def parse_address(text: str) -> Address:
@@ -2224,8 +2249,8 @@ class DiscoveryServer:
         content = message["content"]
         ip = self._reachable_ip(session.connection, content)
         peer_id = f"{content['username']}@{ip}:{content['port']}"
-        if len(self._peers) >= MAX_PEERS and peer_id not in self._peers:
-            session.refuse(f"the server is full: {MAX_PEERS} peers")
+        if peer_id not in self._peers and self._is_full(ip):
+            session.refuse(f"the server is full: {MAX_PEERS} peers, {MAX_PER_ADDRESS} from one address")
             return
         if self._is_too_much(session):
             session.refuse("you register too often")
@@ -2233,6 +2258,7 @@ class DiscoveryServer:
         former = self._peers.get(peer_id)
         if former is not None and former is not session:
             self._drop(former, "registered anew")
+            del self._left[peer_id]  # it has not left: its record is another
             former.refuse("somebody registered under the same id")
         if session.peer_id not in (None, peer_id):
             self._drop(session, "renamed")
@@ -2246,6 +2272,14 @@ class DiscoveryServer:
         self._joined[peer_id] = None
         limited_log(f"registered from {ip}", logging.INFO, "[Server] registered %s", peer_id)
         self._gather()
+
+    def _is_full(self, ip: str) -> bool:
+        """Whether there is no room for another peer at an address; the server's own machine may have any number."""
+        if len(self._peers) >= MAX_PEERS:
+            return True
+        if len(self._peers) < MAX_PER_ADDRESS or ip in self.loop.local_addresses():
+            return False
+        return sum(f"@{ip}:" in peer_id for peer_id in self._peers) >= MAX_PER_ADDRESS
 
     def _is_too_much(self, session: Session) -> bool:
         """Every registration is told to everybody: so many a minute are enough."""
@@ -2486,7 +2520,7 @@ class Links:
     def want(self, peer: Peer) -> None:
         """See to it that there is a link to a peer, or will be."""
         if peer.key not in self.current:
-            self.dial(peer.address, peer)
+            self.dial(peer.route, peer)
 
     def dial(self, address: Address, peer: Optional[Peer] = None) -> None:
         """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
@@ -2500,6 +2534,10 @@ class Links:
         link = Link(self.node, address, dialled=True)
         self._all[link] = None
         link.connection = self.node.loop.connect(address, link, self.node.settings.timeout)
+
+    def is_queued(self, peer: Peer) -> bool:
+        """Whether its dial waits until others have ended."""
+        return peer.route in self._waiting
 
     def say_hello(self, link: Link) -> None:
         """Say who we are; in an answer also at which address we see the other."""
@@ -2524,6 +2562,8 @@ class Links:
         before = self.node.peers.by_key(record["instance"])
         was_lost = before is not None and before.gone
         verdict, peer, changes = self.node.peers.confirm(record, self.node.loop.now())
+        if link.dialled:
+            peer.via = link.address if link.address != peer.address else None
         self._bind(link, peer, record["id"])
         if not link.dialled:
             self.say_hello(link)
@@ -2547,6 +2587,7 @@ class Links:
         self._failed.pop(peer.key, None)
         self.node.detector.heard(peer)
         self.node.detector.proved(peer)
+        self.node.detector.hopeful(peer)
         log.debug("[P2P] linked to %s", peer.id)
 
     def _objection(self, link: Link, record: Dict[str, Any]) -> str:
@@ -2558,7 +2599,7 @@ class Links:
             return "this is yourself"
         if self._is_banned(record["instance"]):
             return "you sent too much; come back later"
-        if not self.seen_there(link, claimed):
+        if not self.seen_there(link, claimed) and not self._is_elsewhere(link, record):
             self.look(claimed)
             return f"you say that you are at {claimed[0]}:{claimed[1]}, but I see you at {link.connection.remote[0]}"
         holder = node.peers.get(record["id"])
@@ -2579,6 +2620,13 @@ class Links:
         if seen == claimed[0]:
             return True
         return self.node.is_own(seen) and self.node.is_own(claimed[0])
+
+    def _is_elsewhere(self, link: Link, record: Dict[str, Any]) -> bool:
+        """Whether one that we dialled may be known by another address of its machine: not if anybody else is."""
+        node, address = self.node, link.address
+        known, holder = node.peers.by_key(record["instance"]), node.peers.get(record["id"])
+        strange = known is None or known.gone or known.via == address
+        return link.dialled and address[1] == record["port"] and strange and holder in (None, known)
 
     def look(self, address: Address) -> None:
         """Dial an address that somebody named, to see who answers there: few, and none again so soon."""
@@ -2629,7 +2677,7 @@ class Links:
                 self.node.detector.dial_failed(peer, failure)
             elif peer is not None and failure == REFUSED:
                 self.node.detector.hopeless(peer)
-        if self._waiting and len(self._dialling) < MAX_DIALS:
+        while self._waiting and len(self._dialling) < MAX_DIALS:
             address = next(iter(self._waiting))
             self.dial(address, self._waiting.pop(address))
 
@@ -2646,10 +2694,13 @@ class Links:
                 link.connection.abort("it does not answer")
 
     def drop(self, peer: Peer, reason: str) -> None:
-        """Close every link to a peer that is gone."""
+        """Close every link to a peer, and give up dialling it."""
         self._failed.pop(peer.key, None)
-        for link in [each for each in self._all if each.peer is peer]:
-            link.connection.abort(reason)
+        self._waiting.pop(peer.route, None)
+        dialled = peer.route if self._dialling.get(peer.route) is peer else None
+        for link in list(self._all):
+            if link.peer is peer or (link.peer is None and link.dialled and link.address == dialled):
+                link.connection.abort(reason)
 
     def drop_stranded(self, own: FrozenSet[str]) -> None:
         """Close links from addresses that the machine has no more: nothing comes through them."""
@@ -2687,11 +2738,11 @@ class Links:
             for peer in self.node.peers.present():
                 may_dial = me.key < peer.key or now - peer.last_sign() > QUIET_AFTER - 1
                 if peer.key not in self.current and may_dial and now >= self._failed.get(peer.key, (0.0, 0.0))[0]:
-                    self.dial(peer.address, peer)
+                    self.dial(peer.route, peer)
         else:  # too many to be linked to all: verify one that was only heard of
             unheard = [peer for peer in self.node.peers.present() if not peer.heard]
             for peer in self.node.peers.sample(self.node.loop.random, 1, unheard):
-                self.dial(peer.address, peer)
+                self.dial(peer.route, peer)
         for link in list(self._all):
             idle = link.peer is not None and now - link.used > IDLE_TIME
             if idle and self._is_needless(link):
@@ -2762,6 +2813,7 @@ class Delivery:
         self.node = node
         self._channels: Dict[str, Channel] = {}
         self._sequence = 0
+        self._unnumbered = 0  # messages that came without a number
         self._timer: Optional[Timer] = None
 
     # -- out -------------------------------------------------------------------------------------------
@@ -2880,6 +2932,8 @@ class Delivery:
             peer = self.node.peers.by_key(key)
             if peer is None or not channel.waiting:
                 continue
+            if self.node.links.is_queued(peer):
+                channel.progress = now  # it was not even tried yet
             stalled = now - channel.progress
             if stalled > UNREACHABLE_TIME and not self.node.detector.cut_off:
                 self.fail(peer, "it can't be reached from here")
@@ -2926,14 +2980,20 @@ class Delivery:
         if channel.spent > self.node.settings.budget > 0 and not self._within_budget(link, channel, len(text)):
             self._refuse(link, channel, sequence, "you send too much: slow down")
             return
-        if log.isEnabledFor(logging.INFO):
-            limited_log("received", logging.INFO, "[Chat] received from %s: %d characters", peer.id, len(text))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("[Chat] received from %s: %d characters", peer.id, len(text))
         if link.refused is not None:
             self.acknowledge(link)  # so that a run of refusals holds nothing that was shown
         self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else self.node.me.id,
-                        "text": clean(text, newlines=True), "id": f"{peer.instance}-{sequence}"})
+                        "text": clean(text, newlines=True), "id": self._message_id(peer, sequence)})
         if sequence > link.acknowledge:
             link.acknowledge = sequence
+
+    def _message_id(self, peer: Peer, sequence: int) -> str:
+        if sequence:
+            return f"{peer.key}-{sequence}"
+        self._unnumbered += 1
+        return f"{self.node.me.instance}-unnumbered-{self._unnumbered}"
 
     def _incoming(self, link: Link, peer: Peer) -> Channel:
         """The channel on which a sender is counted: a stranger's address, for it may call itself anything."""
@@ -3148,7 +3208,7 @@ class Detector:
             self.heard(None)  # somebody sent the refusal: our own network works
             doubt = self._doubts.get(peer.key)
         if doubt is not None and doubt.hearsay:
-            self._remove(peer, doubt.reason)
+            self.doubt(peer, LEFT_SUSPICION, doubt.reason, hearsay=True)
         elif peer.key not in self.node.links.current and self.node.loop.now() - peer.vouched > QUIET_AFTER:
             self.doubt(peer, REFUSED_SUSPICION, "connection refused", hearsay=False)
             self.node.gossip.spread(peer, SUSPECT)
@@ -3293,16 +3353,21 @@ class Detector:
     def _try_lost(self) -> None:
         """Dial one of those who were lost: so the halves of a cut network find each other again."""
         lost = [peer for peer in self.node.peers.tombstones()
-                if peer.status == DEAD and peer.key not in self._hopeless]
+                if peer.status == DEAD and peer.heard and peer.key not in self._hopeless]
         if lost:
             peer = self.node.loop.random.choice(lost)
-            self.node.links.dial(peer.address, peer)
+            self.node.links.dial(peer.route, peer)
 
     def hopeless(self, peer: Peer) -> None:
         """A lost peer's address refuses connections: its program has ended."""
         if len(self._hopeless) > 2 * MAX_PEERS:
             self._hopeless.clear()
         self._hopeless.add(peer.key)
+
+
+    def hopeful(self, peer: Peer) -> None:
+        """It was met: if it is lost again, it is tried again."""
+        self._hopeless.discard(peer.key)
 
 
 class Gossip:
@@ -3356,7 +3421,7 @@ class Gossip:
 
     def _request(self, link: Link) -> None:
         link.asked = True
-        link.send(MSG_SYNC_PEERS_REQUEST, {"digest": self.node.peers.digest(), "count": len(self.node.peers) + 1})
+        link.send(MSG_SYNC_PEERS_REQUEST, {"digest": self.node.peers.digest()})
 
     def met(self, link: Link, verdict: str, was_lost: bool, digest: Any) -> None:
         """A link was bound: pass on that the peer is there, and compare lists if there is reason to."""
@@ -3415,13 +3480,14 @@ class Gossip:
             lacking = [peer.wire(now) for peer in peers.present() if peer.key not in told and peer.unverified is None]
             if len(listed) < MAX_PEERS and lacking:
                 self._send_news(link, lacking)
-        self._synced = True
         link.asked = content.get("more") is True
         self._report(link.peer, len(peers) - before)
+        self._synced = True
 
     def _report(self, peer: Peer, found: int) -> None:
         by_user = self._asked.pop(peer.key, False)
-        log.info("[Gossip] compared with %s: %d new", peer.id, found)
+        level = logging.INFO if found or by_user or not self._synced else logging.DEBUG
+        log.log(level, "[Gossip] compared with %s: %d new", peer.id, found)
         if by_user:
             news = f"{found} new" if found else "nothing new"
             self.node.emit({"event": "notice", "text": f"Compared lists with {self.node.peers.label(peer)}: {news}."})
@@ -3547,6 +3613,7 @@ class Discovery:
         first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
         self._candidates: List[Address] = [first]
         self._wait = RETRY_SERVER_MIN
+        self._tried = float("-inf")  # when
         self._link: Optional[ServerLink] = None
         self._timer: Optional[Timer] = None  # of the next try, or of an answer that is due
         self._heartbeat: Optional[Timer] = None
@@ -3559,20 +3626,22 @@ class Discovery:
     def start(self) -> None:
         """Dial the first candidate."""
         self._timer = None
+        self._tried = self.node.loop.now()
         self.peer_id = ""
         self._link = ServerLink(self)
         self._link.connection = self.node.loop.connect(self.address, self._link, self.node.settings.timeout)
 
     def found(self, address: Address) -> None:
         """A server was found on the network, or named with --join."""
-        if address in self._candidates or len(self._candidates) >= 8:
+        if self._link is not None or self.node.stopping:
             return
-        log.info("[Discovery] found a server at %s:%d", *address)
-        self._candidates.append(address)
-        if self._link is None and not self.node.stopping:
+        if address not in self._candidates:
+            log.info("[Discovery] found a server at %s:%d", *address)
+        others = [each for each in self._candidates if each != address]
+        self._candidates = [address, *others[:7]]
+        if self.node.loop.now() - self._tried > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
             if self._timer is not None:
                 self._timer.cancel()
-            self._candidates.insert(0, self._candidates.pop())
             self.start()
 
     def register(self, link: ServerLink) -> None:
@@ -3807,7 +3876,7 @@ class Finder:
         if self._lan is not None:
             lines.append(f"Looked on the local network (UDP port {DEFAULT_PORT}): no answer.")
         where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
-        lines.append(f"To connect {where}: python p2pchat.py peer --join {node.me.ip}:{node.me.port}")
+        lines.append(f"To connect {where}: python3 p2pchat.py peer --join {node.me.ip}:{node.me.port}")
         return lines
 
     def stop(self) -> None:
@@ -4279,11 +4348,11 @@ class Entry:
     def __init__(self, seq: int, when: float, kind: str, head: Line, text: str, style: str) -> None:
         self.seq = seq  # consecutive: its place in the scrollback is seq - the first one's
         self.time = when
-        self.kind = kind  # chat, notice, answer, error, joined, left
+        self.kind = kind  # chat, notice, answer, error, joined, left, gone
         self.head = head  # who speaks
         self.text = text
         self.style = style
-        self.who: List[Tuple[str, str]] = []  # joined, left: ids, each with the reason
+        self.who: List[Tuple[str, str]] = []  # joined, left, gone: ids, each with the reason
         self.fates: Dict[str, Optional[str]] = {}  # own, by receiver: None under way, "" has it, else why not
 
     @property
@@ -4336,7 +4405,9 @@ class ChatView:
         self.next = 0  # seq of the next one
         self.line = LineEditor()
         self.anchor: Optional[Tuple[int, int]] = None  # scrolled back: (seq, row) of the lowest row on screen
-        self.unread: Optional[int] = None  # seq of the last entry that was read before looking away
+        self.away = -1  # seq of the last entry that was there when the reader scrolled away
+        self.unread: Optional[int] = None  # seq of the last entry that was read: what follows is marked as new
+        self._missed = False  # that mark is from a loss of focus, and has yet to be found
         self.found: Optional[int] = None  # seq of what /search found
         self.rows, self.cols = 24, 80
         self.side = True
@@ -4355,8 +4426,7 @@ class ChatView:
         self._last_mine: Optional[Entry] = None
         self._search = ""
         self._key = ""  # the last one
-        self._asked = ""  # the long text that Enter was pressed for once
-        self._cut_at = ""  # how a paste ends that was too long
+        self._asked = False  # Enter was pressed for a long text
         self._namesake = ""  # one's own name, once it was said that another has it, too
         self.refused = 0  # lines that could not be done
         self._completion: Tuple[str, str, List[str], int] = ("", "", [], 0)
@@ -4373,6 +4443,9 @@ class ChatView:
     def answer(self, text: str, kind: str = "answer") -> None:
         """Say something in answer to the user."""
         self._notice(text, kind)
+        if self.on_screen and self.bottom()[1] >= self._height():  # longer than the screen: from its beginning
+            self._look_away()
+            self._go((self.next - 1, self._height() - 1))
         self.on_answer(text)
 
     def add(self, kind: str, head: Line, text: str, style: str = "") -> Entry:
@@ -4433,6 +4506,7 @@ class ChatView:
         entry = self._say(self.node.me.id, event["to"], event["text"], "")
         entry.fates = dict.fromkeys(event["receivers"])
         self._last_mine = entry
+        self.found = None
         if entry.under_way:
             self.mine[event["id"]] = entry
 
@@ -4442,9 +4516,8 @@ class ChatView:
     def _on_failed(self, event: Event) -> None:
         known = self._settle(event, event["reason"] or "it failed")
         if not known or not self.on_screen:
-            text = event["text"].partition("\n")[0]
             who = self.node.label(event["to"]["id"])
-            self._notice(f"✗ not delivered to {who} ({event['reason']}): {text}", "error")
+            self._notice(f"✗ not delivered to {who} ({event['reason']}): {_shortened(event['text'])}", "error")
 
     def _settle(self, event: Event, fate: str) -> bool:
         """A message has come to its end at one receiver."""
@@ -4454,6 +4527,9 @@ class ChatView:
         entry.fates[event["to"]["id"]] = fate
         if not entry.under_way:
             del self.mine[event["id"]]
+            if self.on_screen and not self._is_seen(entry.seq):
+                for failure in _failures(self, entry):
+                    self._notice(f"{failure}: {_shortened(entry.text)}", "error")
         return True
 
     def _on_ready(self, event: Event) -> None:
@@ -4486,9 +4562,12 @@ class ChatView:
         self._tell_of_namesake()
 
     def _on_left(self, event: Event) -> None:
-        peer_id = event["peer"]["id"]
+        peer_id, reason = event["peer"]["id"], event["reason"]
         self.fresh.discard(peer_id)
-        self._came_or_went("left", peer_id, "" if event["reason"] == "left" else f" ({event['reason']})")
+        if reason == "left":
+            self._came_or_went("left", peer_id, "")
+        else:
+            self._came_or_went("gone", peer_id, f" ({reason})")
 
     def _came_or_went(self, kind: str, peer_id: str, reason: str) -> None:
         """Those who come or go one after the other share a line."""
@@ -4501,7 +4580,8 @@ class ChatView:
         last.who.append((peer_id, reason))
         more = len(last.who) - GATHER_NAMES
         names = ", ".join(self.node.label(each) + why for each, why in last.who[:GATHER_NAMES])
-        last.text = names + (f", {more} more" if more > 0 else "") + f" {kind}"
+        verb = {"gone": "is gone" if len(last.who) == 1 else "are gone"}.get(kind, kind)
+        last.text = names + (f", {more} more" if more > 0 else "") + f" {verb}"
 
     def _on_renamed(self, event: Event) -> None:
         old, new = event["old"], event["peer"]
@@ -4545,11 +4625,10 @@ class ChatView:
         self._begin("")
         self._key = ""
         text = clean(text, newlines=True).rstrip("\n")
-        kept = text.encode("utf-8")[:MAX_TEXT].decode("utf-8", "ignore")
-        if kept != text:
-            self._cut_at = kept[-20:]
-            self.hint = "Only the first 16 KiB of the paste are here: a message can hold no more."
-        self.line.insert(kept)
+        if len(text.encode("utf-8")) > MAX_TEXT:
+            self.hint = f"Not pasted: it is more than the {MAX_TEXT} bytes that a message can hold."
+        else:
+            self.line.insert(text)
 
     def key(self, name: str) -> None:
         """A key was pressed."""
@@ -4567,19 +4646,19 @@ class ChatView:
         if name not in ("focus-in", "focus-out"):
             self.hint = ""
             self.fresh.clear()
+            self._asked = self._asked and name == "enter"
 
     def press_enter(self) -> None:
-        """Send the line, or ask first if it is long or part of what was pasted."""
+        """Send the line, or ask first if it is long."""
         lines = self.line.text.count("\n") + 1
-        cut_off = self._cut_at and self._cut_at in self.line.text
-        if (lines > ASK_LINES or cut_off) and self._asked != self.line.text:
-            self._asked = self.line.text
-            what = f"{_count(lines, 'line')} (the paste was cut off at 16 KiB)" if cut_off else f"{lines} lines"
-            self.hint = f"Send {what} as one message? Enter again sends, Ctrl-C drops."
+        if lines > ASK_LINES and not self._asked:
+            self._asked = True
+            self.hint = f"{lines} lines: Enter sends, Ctrl-C drops them."
             return
-        self._asked = self._cut_at = ""
-        self.to_bottom()
-        self.enter(self.line.enter())
+        self._asked = False
+        self.anchor = None  # but /search goes on from what it found
+        if not self.enter(self.line.enter()):
+            self.hint = "Up brings the line back."
 
     def press_interrupt(self) -> None:
         """Ctrl-C: drop the line; the second one leaves."""
@@ -4588,7 +4667,7 @@ class ChatView:
         elif self.line.text:
             self.line.move(len(self.line.text))
             self.line.cut(0)
-            self.hint = "Ctrl-Y brings the line back. Ctrl-C again leaves."
+            self.hint = "Ctrl-C again leaves. Ctrl-Y brings the line back."
         else:
             self.hint = "Ctrl-C again leaves."
 
@@ -4609,7 +4688,7 @@ class ChatView:
         if focused:
             self.fresh.clear()
         elif self.anchor is None:
-            self.unread = self.next - 1
+            self.unread, self._missed = self.next - 1, True
 
     # -- scrolling -------------------------------------------------------------------------------------
 
@@ -4617,9 +4696,23 @@ class ChatView:
         """Go down, or up if negative, by rows. What comes in below moves nothing of what is being read."""
         if not self.entries:
             return
-        if self.anchor is None and by < 0:
-            self.unread = self.next - 1
+        if by < 0:
+            self._look_away()
         self._go(self.moved(self.anchor or self.bottom(), by, self._cols()))
+
+    def _look_away(self) -> None:
+        """What comes from now on is new. The mark says so, unless there is one further up that is looked for."""
+        if self.anchor is None:
+            self.away = self.next - 1
+            if not self._missed or self._is_seen(self.unread or 0):
+                self.unread, self._missed = self.away, False
+
+    def _is_seen(self, seq: int) -> bool:
+        """Whether an entry is on screen, or at least its end."""
+        if not self.entries:
+            return False
+        low = self.anchor or self.bottom()
+        return self.moved(low, 1 - self._height(), self._cols())[0] <= seq <= low[0]
 
     def _go(self, place: Tuple[int, int]) -> None:
         """Scroll so that a place is the lowest on screen, as far as that can be."""
@@ -4632,6 +4725,7 @@ class ChatView:
 
     def to_bottom(self) -> None:
         """Back to the newest."""
+        self._missed = self._missed and self.anchor is None
         self.anchor = self.found = None
 
     def bottom(self) -> Tuple[int, int]:
@@ -4661,7 +4755,7 @@ class ChatView:
     def below(self) -> int:
         """How many messages came since the reader scrolled away."""
         first = self.entries[0].seq if self.entries else 0
-        start = max(0, (self.unread or 0) + 1 - first)
+        start = max(0, self.away + 1 - first)
         return sum(entry.kind == "chat" for entry in self.entries[start:])
 
     def _height(self) -> int:
@@ -4701,8 +4795,8 @@ class ChatView:
 
     # -- commands --------------------------------------------------------------------------------------
 
-    def enter(self, text: str) -> None:
-        """A line was entered: chat, or a command."""
+    def enter(self, text: str) -> bool:
+        """A line was entered: chat, or a command. Return whether it could be done."""
         try:
             if text.startswith("//"):
                 self.node.chat(text[1:], self.target)
@@ -4713,6 +4807,8 @@ class ChatView:
         except ChatError as error:
             self.refused += 1
             self.answer(str(error), "error")
+            return False
+        return True
 
     def _command(self, text: str) -> None:
         name = text.split(None, 1)[0]
@@ -4869,7 +4965,7 @@ class ChatView:
 
     def _show(self, entry: Entry) -> None:
         """Scroll to an entry, some rows below the middle."""
-        self.unread = self.unread if self.anchor else self.next - 1
+        self._look_away()
         self.found = entry.seq
         self._go(self.moved((entry.seq, 0), self._height() // 2, self._cols()))
 
@@ -5226,13 +5322,13 @@ def flow(prompt: str, line: LineEditor, cols: int) -> Tuple[List[str], Tuple[int
 
 
 class StartForm:
-    """What is asked before the chat begins: the server, the name. The keys are those of the chat's line."""
+    """What is asked before the chat begins: the name, the server. The keys are those of the chat's line."""
 
     def __init__(self, name: str, server: str, port: str) -> None:
         self.server, self.name = LineEditor(server), LineEditor(name)
         self.port = port
-        self.fields = [("Server", self.server), ("Name", self.name)]
-        self.at = 1
+        self.fields = [("Name", self.name), ("Server", self.server)]
+        self.at = 0
         self.message = ""
         self.busy = False  # a server is being tried
 
@@ -5803,7 +5899,7 @@ class CursesInterface(Interface):
             name = check_username(form.name.text.strip())
             server = parse_address(form.server.text.strip()) if form.server.text.strip() else None
         except ValueError as error:
-            form.message = str(error)
+            form.message = f"{str(error).rstrip('.')}."
             return
         form.busy = wait and server is not None
         form.message = f"Trying the server at {form.server.text.strip()} ..." if form.busy else ""
@@ -6129,6 +6225,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; return its exit status: 0 all well, 1 it failed, 2 it was called wrongly."""
+    _open_standard_files()
     parser = make_parser()
     options = parser.parse_args(argv)
     if options.command is None:
@@ -6137,11 +6234,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if problem:
         sys.stderr.write(f"p2pchat: {problem}\n")
         return 2
-    raise_descriptor_limit()
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
         return 130
+
+
+def _open_standard_files() -> None:
+    """Where one of them is closed, the next file opened would take its place, and get what is printed."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def make_parser() -> Parser:

@@ -228,7 +228,7 @@ def test_usernames(name):
 
 
 @pytest.mark.parametrize("name, word", [
-    ("", "needed"), ("  ", "needed"), (" a", "space"), ("a ", "space"), ("a@b", "'@'"), ("*", "'*'"), ("x" * 33, "at most 32"),
+    ("", "needed"), ("  ", "needed"), (" a", "space"), ("a ", "space"), ("a@b", "'@'"), ("*", "'*'"), ("/quit", "'/'"), ("a → b", "'→'"), ("a: b", "':'"), ("x" * 33, "at most 32"),
     ("a\x07", "shown"), ("a\nb", "shown"), ("\u0301", "shown"), ("a\u202eb", "shown"), ("\udc80", "shown"),
     ("a\u00a0b", "shown"), ("\u3164", "shown"), ("\u2800", "seen"), ("a\u200bb", "shown")])
 def test_usernames_that_are_refused(name, word):
@@ -352,24 +352,23 @@ def test_a_long_paste_asks_first():
     view.paste("x = 1\n" * 500)
     view_keys(view, "<enter>")
     assert view.node.sent == [] and "500 lines" in "".join(view_screen(view))
-    view_keys(view, "!", "<enter>")
-    assert view.node.sent == []  # it is another text by now: asked again
+    view_keys(view, "<left>", "<enter>")
+    assert view.node.sent == []  # another key, asked again
+    view_keys(view, "<ctrl-c>")
+    view.paste("x = 1\n" * 500)
+    view_keys(view, "<enter>", "<focus-out>", "<focus-in>")
+    assert view.node.sent == [] and "Ctrl-C drops" in "".join(view_screen(view, 12, 40))
     view_keys(view, "<enter>")
     assert len(view.node.sent) == 1
 
 
-def test_a_paste_that_is_too_long_is_not_sent_unnoticed():
+def test_a_paste_that_is_too_long_is_refused_and_never_cut():
     view = view_make("Bob")
-    view.paste("\x1b[201~\x1b]0;title\x07 \u202e" + "日" * 99999)
-    assert "\x1b" not in view.line.text and p2pchat.MAX_TEXT - 3 < len(view.line.text.encode()) <= p2pchat.MAX_TEXT
-    assert "first 16 KiB" in view.hint
-    view_keys(view, "<home>", "<end>", "<enter>")
-    assert view.node.sent == [] and "1 line (the paste was cut off at 16 KiB)" in view.hint
-    view_keys(view, "<enter>")
-    assert len(view.node.sent) == 1
-    view.paste("y" * 99999)
-    view_keys(view, "<ctrl-u>", "short", "<enter>")
-    assert view.node.sent[1] == ("short", None)
+    for text in ("y" * (p2pchat.MAX_TEXT + 1), "日" * (p2pchat.MAX_TEXT // 3 + 1)):
+        view.paste(text)
+        assert view.line.text == "" and "Not pasted" in view_screen(view)[-2]
+    view.paste("\x1b[201~\x1b]0;title\x07 \u202e" + "日" * 5000)
+    assert "\x1b" not in view.line.text and view.line.text.count("日") == 5000
 
 
 # -- completion ----------------------------------------------------------------------------------------
@@ -617,6 +616,35 @@ def test_scrolling_by_lines_and_to_both_ends():
     assert view.anchor is None
 
 
+def test_the_mark_of_what_was_missed_stays_until_it_is_found():
+    view = view_make("Bob")
+    for number in range(70):
+        view_chat(view, "Bob", f"message {number}")
+        if number == 29:
+            view_screen(view)
+            view_keys(view, "<focus-out>")
+    view_keys(view, "<focus-in>", "<pgup>", "<alt-up>", "<alt-up>")
+    rows = view_screen(view)
+    at = next(index for index, row in enumerate(rows) if "─ new ─" in row)
+    assert "message 29" in rows[at - 1] and "message 30" in rows[at + 1]
+    view_chat(view, "Bob", "later")
+    assert "1 new below" in view_screen(view)[-2]
+    view_keys(view, "<end>", "<alt-up>")
+    view_chat(view, "Bob", "latest")
+    view_keys(view, "<end>")
+    rows = view_screen(view)
+    assert "later" in rows[rows.index(next(row for row in rows if "─ new ─" in row)) - 1]
+
+
+def test_a_long_answer_is_shown_from_its_beginning():
+    view = view_make("Bob")
+    view_screen(view, 12, 80)
+    view_keys(view, "/help", "<enter>")
+    assert "/msg NAME TEXT" in view_screen(view, 12, 80)[1]
+    view_keys(view, "hi", "<enter>")
+    assert view.anchor is None
+
+
 def test_a_few_messages_cannot_be_scrolled():
     view = view_make("Bob")
     view_chat(view, "Bob", "one")
@@ -673,8 +701,12 @@ def test_joins_and_leaves_are_gathered():
         view.node.join(f"Peer{number}", tell=True)
     assert any("+ Bob, Carol, Dave, Peer0, Peer1, 18 more joined" in row for row in view_screen(view, 24, 100))
     view.node.leave_peer(joined[0])
-    view.node.leave_peer(joined[1], "silent")
-    assert any("- Bob, Carol (silent) left" in row for row in view_screen(view))
+    view.node.leave_peer(joined[1])
+    assert any("- Bob, Carol left" in row for row in view_screen(view))
+    view.node.leave_peer(view_peer(view, "Peer0"), "silent")
+    assert any("- Peer0 (silent) is gone" in row for row in view_screen(view))
+    view.node.leave_peer(view_peer(view, "Peer1"), "refused")
+    assert any("- Peer0 (silent), Peer1 (refused) are gone" in row for row in view_screen(view))
     view.node.loop.seconds += 100
     view.node.leave_peer(joined[2])
     assert any("- Dave left" in row for row in view_screen(view))
@@ -701,6 +733,25 @@ def test_delivery_is_visible():
     assert view_style(view, "hello") == "" and view.mine == {}
     assert any("✗ not delivered to Carol (silent)" in row for row in view_screen(view))
     assert view_answer(view, "/info") == "hello\ndelivered to: Bob\n✗ not delivered to Carol (silent)"
+
+
+def test_a_failure_that_is_out_of_sight_is_said_again():
+    view = view_make("Bob", "Carol")
+    view_screen(view)
+    view.enter("important")
+    for number in range(30):
+        view_chat(view, "Carol", f"message {number}")
+    bob, carol = view_peer(view, "Bob"), view_peer(view, "Carol")
+    for peer in (bob, carol):
+        assert not any("not delivered" in row for row in view_screen(view))
+        view.handle({"event": "failed", "id": "me-1", "to": peer, "reason": "silent", "text": "important"})
+    assert len([row for row in view_screen(view, 24, 120) if "✗ not delivered to Bob, Carol (silent): important" in row]) == 1
+    view.enter("/clear")
+    view.enter("and this")
+    view.enter("/clear")
+    for peer in (bob, carol):
+        view.handle({"event": "failed", "id": "me-2", "to": peer, "reason": "silent", "text": "and this"})
+    assert "✗ not delivered to Bob, Carol (silent): and this" in view.entries[-1].text
 
 
 def test_the_list_of_peers():
@@ -739,10 +790,10 @@ def test_search():
         view_chat(view, "Bob", f"message {number}" + (" Needle" if number % 50 == 0 else ""))
     view_screen(view)
     for number in (150, 100, 50):
-        view.enter("/search needle")
+        view_keys(view, "/search needle", "<enter>")
         assert any(f"message {number} Needle" in row for row in view_screen(view))
         assert view_style(view, f"message {number} Needle") == "found"
-    view.enter("/search")
+    view_keys(view, "/search", "<enter>")
     assert any("message 0 Needle" in row for row in view_screen(view))
     assert "Nothing more" in view_answer(view, "/search")
 
@@ -1162,9 +1213,19 @@ def test_membership_tombstones_are_bounded_in_time_and_number():
 def test_membership_the_list_is_bounded():
     peers = member_list()
     for number in range(p2pchat.MAX_PEERS + 50):
-        peers.hear({"id": f"x@10.0.0.2:{number + 1}", "ip": "10.0.0.2", "port": number + 1, "username": "x",
-                    "instance": f"i{number}"}, 0.0)
+        ip = f"10.1.{number // 200}.{number % 200 + 1}"
+        peers.hear({"id": f"x@{ip}:7", "ip": ip, "port": 7, "username": "x", "instance": f"i{number}"}, 0.0)
     assert len(peers) == len(peers.present()) == p2pchat.MAX_PEERS
+
+
+def test_membership_one_address_does_not_fill_the_list():
+    peers = member_list()
+    for number in range(2 * p2pchat.MAX_PER_ADDRESS):
+        for ip in ("10.0.0.2", "10.0.0.1"):  # the second is our own: any number of users may sit at one machine
+            peers.confirm({"id": f"x@{ip}:{number + 1}", "ip": ip, "port": number + 1, "username": "x",
+                           "instance": f"i{ip[-1]}x{number}"}, 0.0)
+    count = {ip: sum(peer.ip == ip for peer in peers.present()) for ip in ("10.0.0.2", "10.0.0.1")}
+    assert count["10.0.0.1"] == 2 * p2pchat.MAX_PER_ADDRESS and count["10.0.0.2"] <= p2pchat.MAX_PER_ADDRESS
 
 
 def test_membership_digest_is_of_the_set_and_the_incarnations():
@@ -3943,6 +4004,80 @@ def test_server_may_be_told_twice_to_stop():
     loop.close()
 
 
+def test_node_the_living_are_reached_though_many_have_gone_dark(monkeypatch):
+    """Dials into nothing take their time; they must not cost the living their messages."""
+    monkeypatch.setattr(p2pchat, "MAX_DIALS", 4)
+    rig = NodeRig("Ann")
+    names = [f"p{number}" for number in range(40)]
+    for name in names:
+        rig.add(name)
+    rig.network.run_until(lambda: all(len(node.peers) == 40 for node in rig.nodes.values()), 60)
+    for link in list(rig.ann.links.current.values()):
+        link.connection.abort("cut by the test")
+    for name in names[:30]:
+        rig.nodes[name].loop.crash(reset=False)
+    rig.ann.chat("anybody?")
+    rig.run(60)
+    assert all(rig.shown(name) == ["anybody?"] for name in names[30:])
+    assert {event["to"]["username"] for event in rig.saw("Ann", "failed")} == set(names[:30])
+
+
+def test_node_a_machine_on_two_networks_is_known_on_both():
+    """Known by its address on the first; on the second it answers where it was dialled."""
+    rig = NodeRig(settings={"lan": True, "join": ()})
+    left, right = rig.network.host("bob", "10.9.1.2"), rig.network.host("cy", "10.9.2.2")
+    both = rig.network.host("ann", "10.9.1.1", "10.9.2.1")
+    rig.add("Ann", both, join=())
+    rig.add("Bob", left, join=(("10.9.1.1", 5000),))
+    rig.run(5)
+    rig.network.cut([left], [right])
+    rig.add("Cy", right, join=(("10.9.2.1", 5000),))
+    rig.run(20)
+    assert rig.cy.present()[0].id in (rig.ann.me.id, rig.bob.me.id)
+    rig.cy.chat("from the other side", rig.ann.me.id)
+    rig.ann.chat("welcome", rig.cy.me.id)
+    rig.run(5)
+    assert rig.shown("Ann") == ["from the other side"] and rig.shown("Cy") == ["welcome"]
+    rig.run(120)
+    assert not [event for event in rig.saw("Cy", "left") if event["peer"]["username"] == "Ann"]
+
+
+def test_node_a_server_that_says_it_is_there_is_tried_at_once():
+    """After a long absence there is no waiting for the back-off when its beacon is heard."""
+    network = SimNetwork()
+    host = network.host("server")
+
+    def start_server():
+        loop = network.start(host)
+        p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings()).start()
+        return loop
+
+    server = start_server()
+    events = []
+    node = p2pchat.PeerNode(network.start(network.host("ann")), p2pchat.Settings("Ann"), events.append)
+    node.start()
+    network.run_until(lambda: node.discovery.online, 10)
+    server.crash()
+    network.run(600)
+    assert not node.discovery.online
+    start_server()
+    assert network.run_until(lambda: node.discovery.online, 35) < 5
+
+
+def test_node_a_walled_peer_is_not_removed_by_a_rumour():
+    """Its firewall refuses what comes in; it lives, and one says that it left."""
+    rig = NodeRig("Ann", "Bob", "Cy", "Walled")
+    walled = rig.walled
+    rig.network.hosts["Walled"].listeners.clear()  # from now on a dial is refused, its own links stay
+    for link in list(rig.ann.links.current.values()):
+        if link.peer.username == "Walled":
+            link.connection.abort("cut by the test")
+    record = rig.bob.peers.by_key(walled.me.instance).wire(0.0, "left")
+    rig.bob.links.current[rig.ann.me.instance].send("MSG_PEER_NEWS", {"peers": [record]})
+    rig.run(30)
+    assert not [event for name in ("Ann", "Cy") for event in rig.saw(name, "left")]
+
+
 # ======================================================================================================
 # Processes
 #
@@ -5187,10 +5322,15 @@ def test_the_form_asks_for_what_is_missing():
         alice.expect("Name    login")
         alice.type("\x15\r")
         alice.expect("A name is needed")
+        assert alice.screen.text().index("Name") < alice.screen.text().index("Server")
         alice.type("a@b\r")
         alice.expect("may not contain '@'")
-        alice.type("\x15Alice\r")
+        alice.type("\x15Alice\t127.0.0.1:99999\r")
+        alice.expect("65535.")
+        alice.type("\x15\r")
         alice.expect("Chat P2P - Alice")
+        alice.type("/hlep\r")
+        alice.expect("Up brings the line back.")
         alice.type("/quit\r")
         alice.ends(0)
 
