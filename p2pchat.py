@@ -1077,9 +1077,15 @@ class PeerList:
     def digest(self) -> str:
         """A short text that two lists share if they hold the same peers, oneself included."""
         total = self.me.weight
-        for peer in self._present.values():
+        for peer in self.shared():
             total ^= peer.weight
         return f"{total:016x}"
+
+    def shared(self) -> List[Peer]:
+        """Those of whom we tell others: not whom nobody could vouch for lately, nor whom only this machine reaches."""
+        local = is_loopback(self.me.ip)
+        return [peer for peer in self._present.values()
+                if peer.unverified is None and (local or not is_loopback(peer.ip))]
 
     def sample(self, rng: random.Random, count: int, among: Iterable[Peer]) -> List[Peer]:
         """Up to `count` peers at random."""
@@ -1320,6 +1326,8 @@ class Timer:
 class Handler:
     """What a connection tells its owner. `closed` comes exactly once, and nothing comes after it."""
 
+    __slots__ = ()
+
     def opened(self) -> None:
         """A connection that was dialled is open."""
 
@@ -1392,7 +1400,8 @@ class Connection:
         self._line_timer = None
         if self.state != OPEN or not self._reader.partial:
             return
-        left = self._line_started + LINE_TIMEOUT - self.loop.now()
+        patience = LINE_TIMEOUT * (1 + self._reader.partial // 65536)  # a long list on a slow network takes longer
+        left = self._line_started + patience - self.loop.now()
         if left > 0:
             self._line_timer = self.loop.call_later(left, self._check_line)
             return
@@ -1802,7 +1811,7 @@ class Loop:
         return time.monotonic()
 
     def wall(self) -> float:
-        """Unix time, seconds: for people, never for decisions."""
+        """Unix time, seconds: for people, for incarnations, and to notice that the machine slept."""
         return time.time()
 
     def call_later(self, delay: float, callback: Callable[..., None], *args: Any) -> Timer:
@@ -2119,7 +2128,7 @@ class Session(Handler):
         self.peer_id: Optional[str] = None
         self.registrations = 0  # in the minute that began at...
         self.since = self.last_heard = server.loop.now()
-        self.ids: Set[str] = set()  # every id that it registered: what is under way may bear an older one
+        self.ids: Tuple[str, ...] = ()  # every id that it registered: what is under way may bear an older one
 
     def received(self, messages: List[Message]) -> None:
         self.last_heard = self.server.loop.now()
@@ -2264,7 +2273,7 @@ class DiscoveryServer:
             self._drop(session, "renamed")
         self._strangers.discard(session.connection)
         session.peer_id = peer_id
-        session.ids = {*list(session.ids)[-7:], peer_id}
+        session.ids = (*session.ids[-7:], peer_id)
         self._peers[peer_id] = session
         record = {"id": peer_id, "ip": ip, "port": content["port"], "username": content["username"]}
         record.update((key, content[key]) for key in ("instance", "incarnation") if key in content)
@@ -2418,7 +2427,7 @@ class Link(Handler):
     """A connection to another peer. It is *bound* once we know whose it is: then `peer` is set."""
 
     __slots__ = ("node", "connection", "dialled", "address", "peer", "ids", "shown", "acknowledge",
-                 "refused", "used", "timer", "synced", "asked", "renames", "bound",
+                 "refused", "used", "timer", "synced", "asked", "renames", "said", "bound",
                  "ready", "weight", "since")
 
     def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
@@ -2435,6 +2444,7 @@ class Link(Handler):
         self.synced = 0.0  # when it was last given our list
         self.asked = False  # for its list, and it has not answered yet
         self.renames = 0  # of its peer, told over it
+        self.said = ""  # the id under which we last spoke of ourselves
         self.bound = 0.0  # when it was
         self.ready = False  # what had waited for its peer was sent over it: now what is new may follow
         self.weight = 0  # messages, and records in them, that came since...
@@ -2459,6 +2469,7 @@ class Link(Handler):
 
     def received(self, messages: List[Message]) -> None:
         node = self.node
+        self.used = node.loop.now()
         self.weight += len(messages)
         if self.weight > MAX_MESSAGES and node.links.is_flood(self):
             return
@@ -2542,6 +2553,7 @@ class Links:
     def say_hello(self, link: Link) -> None:
         """Say who we are; in an answer also at which address we see the other."""
         node = self.node
+        link.said = node.me.id
         content = {"peer": node.me.wire(node.loop.now()), "digest": node.peers.digest()}
         if not link.dialled:
             content["you"] = {"ip": link.connection.remote[0]}
@@ -2557,6 +2569,8 @@ class Links:
         record = content["peer"]
         objection = self._objection(link, record)
         if objection:
+            if link.dialled:
+                self.node.finder.note(link.address, f"it said: {record['id']}; answered: {objection}")
             link.refuse(objection)
             return
         before = self.node.peers.by_key(record["instance"])
@@ -2569,6 +2583,8 @@ class Links:
             self.say_hello(link)
         else:
             self.node.confirm_address(content.get("you", {}).get("ip"), link.connection)
+            if link.said != self.node.me.id:  # we were renamed since our own hello
+                self.announce(link.said, [link])
         self.node.apply(changes)
         self.node.gossip.met(link, verdict, was_lost, content.get("digest"))
         if not peer.gone:
@@ -2660,8 +2676,9 @@ class Links:
             self.node.delivery.resume(peer, other)
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, reason)
-            if self._is_needless(link) and self.node.loop.now() - link.used > IDLE_TIME / 2:
-                return  # the other side saw no need for it either
+            idle = self.node.loop.now() - link.used > IDLE_TIME / 2 and not self.node.delivery.is_waiting(peer)
+            if idle and len(self.node.peers) > IDLE_LINKS:
+                return  # the other side saw no need for it, and nor do we
             if self.node.loop.now() - link.bound < 1.0:  # it may be lost at once again: no haste
                 self.node.loop.call_later(1.0, self.node.detector.link_lost, peer)
             else:
@@ -2707,6 +2724,10 @@ class Links:
         for link in [each for each in self._all if each.connection.state == OPEN]:
             if link.connection.local[0] not in own:
                 link.connection.abort("our address is another now")
+
+    def forget_own(self) -> None:
+        """Our address is another: somebody else may get the old one."""
+        self._own.clear()
 
     def ban(self, link: Link) -> None:
         """End a link, and accept no other from that instance for a while."""
@@ -2763,11 +2784,12 @@ class Links:
             link.send(MSG_UNREGISTER, None)
             link.connection.close("leaving")
 
-    def announce(self, former_id: str) -> None:
+    def announce(self, former_id: str, links: Optional[List[Link]] = None) -> None:
         """Tell every link our new name or address, still under the old one: what follows is under the new one."""
         news = create_message(MSG_PEER_NEWS, former_id, {"peers": [self.node.me.wire(self.node.loop.now())]})
-        for link in self._all:
+        for link in self._all if links is None else links:
             if link.peer is not None:
+                link.said = self.node.me.id
                 link.connection.send(news)
 
     def __bool__(self) -> bool:
@@ -2976,8 +2998,9 @@ class Delivery:
             self._refuse(link, channel, sequence, "it is meant for somebody else")
             return
         text = message["content"]
-        channel.spent += len(text) + 128  # what stands around a text costs, too
-        if channel.spent > self.node.settings.budget > 0 and not self._within_budget(link, channel, len(text)):
+        size = (len(text) if text.isascii() else len(text.encode("utf-8", "replace"))) + 128  # and what stands around it
+        channel.spent += size
+        if channel.spent > self.node.settings.budget > 0 and not self._within_budget(link, channel, size):
             self._refuse(link, channel, sequence, "you send too much: slow down")
             return
         if log.isEnabledFor(logging.DEBUG):
@@ -3007,7 +3030,7 @@ class Delivery:
         else:
             link.acknowledge = max(link.acknowledge, sequence)
 
-    def _within_budget(self, link: Link, channel: Channel, length: int) -> bool:
+    def _within_budget(self, link: Link, channel: Channel, size: int) -> bool:
         """Whether a sender that seems to have spent its budget has: it comes back at a steady rate."""
         now, budget = self.node.loop.now(), self.node.settings.budget
         channel.spent = max(0.0, channel.spent - budget * (now - channel.since) / 60)
@@ -3015,8 +3038,8 @@ class Delivery:
         channel.since = now
         if channel.spent <= budget:
             return True
-        channel.spent -= length + 128
-        channel.excess += length + 128
+        channel.spent -= size
+        channel.excess += size
         if channel.excess > CUT_OFF_FACTOR * budget:
             channel.excess = 0.0
             self.node.links.ban(link)
@@ -3178,6 +3201,7 @@ class Detector:
         if peer.key not in self._doubts and not self.cut_off:
             self.node.links.drop(peer, "silent")  # perhaps only this connection is dead: another is tried
             self.doubt(peer, SUSPICION, "silent", hearsay=False)
+            self.node.discovery.check()  # is it the network?
             self.node.loop.call_later(1.5, self._still_silent, peer, self._doubts[peer.key])
 
     def _still_silent(self, peer: Peer, doubt: Doubt) -> None:
@@ -3279,6 +3303,7 @@ class Detector:
             return
         now = self.node.loop.now()
         others = sum(1 for each in self.node.peers.present() if each.ip != self.node.me.ip)
+        others += self.node.discovery.was_online_after(self.contact)
         if not self.cut_off and others > 1 and now - self.contact > QUIET_AFTER:
             self._network_gone()
         if self.cut_off and now - self.contact < TOMBSTONE_TIME:
@@ -3460,7 +3485,7 @@ class Gossip:
     def _list(self, tombstones: bool) -> Iterator[str]:
         """All that we know, encoded."""
         peers = self.node.peers
-        yield from (peer.encoded for peer in [self.node.me, *peers.present()] if peer.unverified is None)
+        yield from (peer.encoded for peer in [self.node.me, *peers.shared()])
         if tombstones:
             now = self.node.loop.now()
             yield from (_ENCODER.encode(peer.wire(now)) for peer in peers.tombstones()[-NEWS_BATCH:])
@@ -3477,7 +3502,7 @@ class Gossip:
             self.hear(link, listed)
             told = {record.get("instance", "") or record["id"] for record in listed}
             now = self.node.loop.now()
-            lacking = [peer.wire(now) for peer in peers.present() if peer.key not in told and peer.unverified is None]
+            lacking = [peer.wire(now) for peer in peers.shared() if peer.key not in told]
             if len(listed) < MAX_PEERS and lacking:
                 self._send_news(link, lacking)
         link.asked = content.get("more") is True
@@ -3579,6 +3604,8 @@ class ServerLink(Handler):
     def __init__(self, discovery: "Discovery") -> None:
         self.discovery = discovery
         self.connection: Connection
+        self.weight = 0  # messages, and records in them, in the minute that began at...
+        self.since = discovery.node.loop.now()
 
     def send(self, msg_type: str, content: Any) -> None:
         """Send one message to the server."""
@@ -3589,6 +3616,13 @@ class ServerLink(Handler):
         self.discovery.register(self)
 
     def received(self, messages: List[Message]) -> None:
+        self.weight += len(messages)
+        if self.weight > MAX_MESSAGES:
+            now = self.discovery.node.loop.now()
+            if now - self.since < 60:
+                self.connection.abort("the server sends too much")
+                return
+            self.since, self.weight = now, 0
         for message in messages:
             self.discovery.received(self, message)
 
@@ -3609,6 +3643,7 @@ class Discovery:
         self.since = node.loop.wall()  # since when it is, or is not, online
         self.reason = ""
         self.peer_id = ""  # what the server calls us: it may see another address than we do
+        self._last_seen = ("127.0.0.1", 0.0)  # the last server's address, and when it came or went
         self._told = False  # whether the interface was told of the server at all
         first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
         self._candidates: List[Address] = [first]
@@ -3622,6 +3657,14 @@ class Discovery:
     def address(self) -> Address:
         """The server that is used, or tried next."""
         return self._candidates[0]
+
+    def was_online_after(self, when: float) -> bool:
+        """Whether a server on another machine was online until after a time on the loop's clock."""
+        return not is_loopback(self._last_seen[0]) and (self.online or self._last_seen[1] > when)
+
+    def knows(self, address: Address) -> bool:
+        """Whether an address is that of a server."""
+        return address in self._candidates
 
     def start(self) -> None:
         """Dial the first candidate."""
@@ -3707,6 +3750,7 @@ class Discovery:
 
     def _hear(self, records: List[Dict[str, Any]]) -> None:
         assert self._link is not None
+        self._link.weight += len(records)
         source = self._link.connection.remote[0]
         for record in records:
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
@@ -3742,7 +3786,7 @@ class Discovery:
             return
         reason = self.reason or reason
         self.reason = ""
-        self.node.finder.tried[f"server {self.address[0]}:{self.address[1]}"] = reason
+        self.node.finder.note(self.address, reason, "server ")
         self._set_online(False, reason)
         self._candidates.append(self._candidates.pop(0))
         delay = self._wait * (0.75 + self.node.loop.random.random() / 2)
@@ -3751,6 +3795,8 @@ class Discovery:
         self.node.finder.server_failed()
 
     def _set_online(self, online: bool, reason: str) -> None:
+        if online or self.online:
+            self._last_seen = (self.address[0], self.node.loop.now())
         if online != self.online or not self._told:
             self._told = True
             self.online = online
@@ -3800,7 +3846,7 @@ class Finder:
             self._timer = self.node.loop.call_later(wait, self._look)  # first: an error must not end it
         linked = {peer.address for peer in self.node.peers.present()}
         for address in self.node.settings.join:
-            if address not in linked:
+            if address not in linked and not self.node.discovery.knows(address):
                 self.node.links.dial(address)
         if self._lan is not None:
             self._lan.refresh()
@@ -3842,7 +3888,15 @@ class Finder:
     def dial_failed(self, address: Address, reason: str) -> None:
         """Remember what became of an address named by hand."""
         if address in self.node.settings.join:
-            self.tried[f"{address[0]}:{address[1]}"] = reason
+            self.note(address, reason)
+
+    def note(self, address: Address, result: str, what: str = "") -> None:
+        """Remember what came of trying an address, for the report; the last few are enough."""
+        key = f"{what}{address[0]}:{address[1]}"
+        self.tried.pop(key, None)
+        self.tried[key] = result
+        if len(self.tried) > 16:
+            del self.tried[next(iter(self.tried))]
 
     def error(self, link: Link, message: Message) -> None:
         """The far end says what it did not like, or that it is a server."""
@@ -3859,7 +3913,7 @@ class Finder:
             if self.node.me.ip != before:  # it did not believe our address, and was right
                 self.node.loop.call_later(DRAIN_TIMEOUT, self.node.links.dial, link.address)
         if link.peer is None and link.address in self.node.settings.join:
-            self.tried[f"{link.address[0]}:{link.address[1]}"] = reason
+            self.note(link.address, reason)
 
     def server_failed(self) -> None:
         """With no server, and nothing else to look for, there is nothing to wait for."""
@@ -4129,7 +4183,7 @@ class PeerNode:
     def own_addresses(self) -> FrozenSet[str]:
         """This machine's addresses, looked up at most every few seconds."""
         now = self.loop.now()
-        if now - self._own_addresses[0] > QUIET_AFTER:
+        if now - self._own_addresses[0] > (60.0 if os.name == "nt" else QUIET_AFTER):  # there it may block
             self._own_addresses = (now, frozenset(self.loop.local_addresses()))
         return self._own_addresses[1]
 
@@ -4179,6 +4233,7 @@ class PeerNode:
         old = dict(self.me.public)
         self.me.incarnation += 1
         self._place(username, ip, self.me.port)
+        self.links.forget_own()
         log.info("[P2P] now known as %s", self.me.id)
         self.links.announce(old["id"])
         self.gossip.spread(self.me, ALIVE)
@@ -4238,7 +4293,7 @@ class LineEditor:
         self._history: List[str] = []
         self._place = 0  # in the history; at its end is the line being written
         self._draft = ""
-        self._cuts: Deque[str] = collections.deque(maxlen=20)
+        self._cut = ""
         self.joining = False  # the key before cut as well: what is cut now belongs to it
 
     @property
@@ -4299,27 +4354,17 @@ class LineEditor:
         return gone
 
     def cut(self, where: int) -> None:
-        """The same, and keep it for paste(); pieces cut one after the other are kept as one."""
+        """The same, and keep it for yank(); pieces cut one after the other are kept as one."""
         backwards = where < len(self.left)
         gone = self.delete(where)
-        if self.joining and self._cuts:
-            kept = self._cuts.pop()
-            gone = gone + kept if backwards else kept + gone
+        if self.joining:
+            gone = gone + self._cut if backwards else self._cut + gone
         if gone:
-            self._cuts.append(gone)
-            self.joining = True
+            self._cut, self.joining = gone, True
 
     def yank(self) -> None:
         """Insert what was cut last."""
-        if self._cuts:
-            self.insert(self._cuts[-1])
-
-    def yank_older(self) -> None:
-        """Put what was cut before in the place of what was inserted last."""
-        if self._cuts and self.left.endswith(self._cuts[-1]):
-            self.left = self.left[:len(self.left) - len(self._cuts[-1])]
-            self._cuts.rotate(1)
-            self.yank()
+        self.insert(self._cut)
 
     def enter(self) -> str:
         """Return the line, empty it, and keep it in the history."""
@@ -4413,7 +4458,7 @@ class ChatView:
         self.side = True
         self.hint = ""  # said above the input line until the next key
         self.target: Optional[str] = None  # /query: id of the peer whom what is typed goes to
-        self.ignored: Dict[str, str] = {}  # peer id -> label
+        self.ignored: Dict[str, None] = {}  # ids of peers
         self.fresh: Set[str] = set()  # ids of those who came since the last key
         self.log: Deque[str] = collections.deque(maxlen=500)
         self.rung = False  # the bell is to be rung
@@ -4424,13 +4469,14 @@ class ChatView:
         self._private: Optional[str] = None  # id of who last wrote privately
         self.mine: Dict[str, Entry] = {}  # own messages under way, by message id
         self._last_mine: Optional[Entry] = None
+        self.lost: List[str] = []  # what could not be delivered any more while leaving
         self._search = ""
         self._key = ""  # the last one
         self._asked = False  # Enter was pressed for a long text
         self._namesake = ""  # one's own name, once it was said that another has it, too
         self.refused = 0  # lines that could not be done
         self._completion: Tuple[str, str, List[str], int] = ("", "", [], 0)
-        self.on_answer: Callable[[str], None] = lambda text: None
+        self.on_answer: Callable[[str, str], None] = lambda text, kind: None
 
     # -- what was said ---------------------------------------------------------------------------------
 
@@ -4446,7 +4492,7 @@ class ChatView:
         if self.on_screen and self.bottom()[1] >= self._height():  # longer than the screen: from its beginning
             self._look_away()
             self._go((self.next - 1, self._height() - 1))
-        self.on_answer(text)
+        self.on_answer(text, kind)
 
     def add(self, kind: str, head: Line, text: str, style: str = "") -> Entry:
         """Append to the scrollback, within its bounds."""
@@ -4527,9 +4573,11 @@ class ChatView:
         entry.fates[event["to"]["id"]] = fate
         if not entry.under_way:
             del self.mine[event["id"]]
+            failures = [f"{failure}: {_shortened(entry.text)}" for failure in _failures(self, entry)]
+            self.lost += failures if self.node.leaving else []
             if self.on_screen and not self._is_seen(entry.seq):
-                for failure in _failures(self, entry):
-                    self._notice(f"{failure}: {_shortened(entry.text)}", "error")
+                for failure in failures:
+                    self._notice(failure, "error")
         return True
 
     def _on_ready(self, event: Event) -> None:
@@ -4625,10 +4673,12 @@ class ChatView:
         self._begin("")
         self._key = ""
         text = clean(text, newlines=True).rstrip("\n")
+        lines = text.count("\n") + 1
         if len(text.encode("utf-8")) > MAX_TEXT:
             self.hint = f"Not pasted: it is more than the {MAX_TEXT} bytes that a message can hold."
         else:
             self.line.insert(text)
+            self.hint = f"{lines} lines were pasted: they are one message." if lines > 1 else ""
 
     def key(self, name: str) -> None:
         """A key was pressed."""
@@ -4722,6 +4772,12 @@ class ChatView:
     def page(self, pages: int) -> None:
         """Go by screenfuls, one row of which stays."""
         self.scroll(pages * max(1, self._height() - 1))
+
+    def to_top(self) -> None:
+        """To the oldest."""
+        if self.entries:
+            self._look_away()
+            self._go((self.entries[0].seq, 0))
 
     def to_bottom(self) -> None:
         """Back to the newest."""
@@ -4974,19 +5030,20 @@ class ChatView:
         """show nothing more from a peer; alone: who is ignored."""
         if rest:
             peer = self._one(rest)
-            self.ignored[peer.id] = self.node.label(peer.id)
-        self.answer(f"Ignored: {', '.join(self.ignored.values()) or 'nobody'}.")
+            self.ignored[peer.id] = None
+        self.answer(f"Ignored: {', '.join(map(self.node.label, self.ignored)) or 'nobody'}.")
 
     @command("/unignore NAME")
     def _unignore(self, rest: str) -> None:
         """show what a peer says again."""
         wanted = rest.strip('"').casefold()
-        found = [peer_id for peer_id, label in self.ignored.items()
-                 if wanted in (peer_id.casefold(), label.casefold(), peer_id.rpartition("@")[0].casefold())]
+        found = [each for each in self.ignored
+                 if wanted in (each.casefold(), self.node.label(each).casefold(), each.rpartition("@")[0].casefold())]
         if len(found) != 1:
             who = f"Which one? Ignored: {', '.join(self.ignored)}." if self.ignored else "Nobody is ignored."
             raise ChatError(who)
-        self.answer(f"{self.ignored.pop(found[0])} is heard again.")
+        del self.ignored[found[0]]
+        self.answer(f"{self.node.label(found[0])} is heard again.")
 
     @command("/quiet")
     def _be_quiet(self, rest: str) -> None:
@@ -5046,7 +5103,6 @@ EDIT_KEYS: Tuple[Key, ...] = (
     Key("Ctrl-U", "cut back to the beginning", lambda line: line.cut(0)),
     Key("Ctrl-K", "cut to the end", lambda line: line.cut(len(line.text))),
     Key("Ctrl-Y", "insert what was cut", lambda line: line.yank()),
-    Key("Alt-Y", "replace it by what was cut before", lambda line: line.yank_older()),
     Key("Up, Ctrl-P", "the line entered before", lambda line: line.recall(-1)),
     Key("Down, Ctrl-N", "the line entered after it", lambda line: line.recall(1)),
     Key("Alt-Enter, Ctrl-J", "a line break in the message", lambda line: line.insert("\n")),
@@ -5059,7 +5115,7 @@ VIEW_KEYS: Tuple[Key, ...] = (
     Key("PgDn", "scroll forth", lambda view: view.page(1)),
     Key("Alt-Up", "scroll back by a line", lambda view: view.scroll(-1)),
     Key("Alt-Down", "scroll forth by a line", lambda view: view.scroll(1)),
-    Key("Ctrl-Home", "to the oldest message", lambda view: view.scroll(-sys.maxsize)),
+    Key("Ctrl-Home", "to the oldest message", lambda view: view.to_top()),
     Key("Esc, Ctrl-End", "to the newest message", lambda view: view.to_bottom()),
     Key("End", "to the newest message, and to the end of the line", lambda view: view.press_end()),
     Key("Ctrl-C", "drop the line; twice: leave", lambda view: view.press_interrupt()),
@@ -5351,7 +5407,7 @@ class StartForm:
 def render_form(form: StartForm, rows: int, cols: int) -> Screen:
     """The form; on a small screen the field being written, then the message, then the rest."""
     title: Line = [Span(" p2pchat: chat for everyone on this network", "bold")]
-    blocks: List[Tuple[int, List[Line]]] = [(4, [title, []])]
+    blocks: List[Tuple[int, List[Line]]] = [(6, [title, []])]  # each with a rank: the highest goes first
     cursor = (0, 0)
     for at, (label, line) in enumerate(form.fields):
         prompt = f" {label.ljust(8)}" if cols >= 16 else ""
@@ -5359,11 +5415,11 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
         none = "" if line.text or line is form.name else "(none: whoever is found on this network)"
         blocks.append((0 if at == form.at else 2, [[Span(typed[row]), Span(none, "dim")]]))
         cursor = (at, column) if at == form.at else cursor
-    blocks.append((3, [[Span(f" Port    {form.port}", "dim")], []]))
+    blocks.append((5, [[Span(f" Port    {form.port}", "dim")], []]))
     texts = wrap(form.message, max(1, cols - 1)) if form.message else []
     blocks.append((1, [[Span(f" {text}", "error")] for text in texts]))
-    keys = "Enter starts, Tab goes to the other field, Esc goes on without a server, Ctrl-C leaves."
-    blocks.append((5, [[], *([Span(f" {text}", "dim")] for text in wrap(keys, max(1, cols - 1)))]))
+    keys = "Enter starts, Ctrl-C leaves, Esc goes on without a server, Tab goes to the other field."
+    blocks += [(7, [[]]), (4, [[Span(f" {text}", "dim")] for text in wrap(keys, max(1, cols - 1))])]
     while sum(len(lines) for _, lines in blocks) > rows:
         worst = max((block for block in blocks if block[1]), key=lambda block: block[0])
         worst[1].pop()
@@ -5623,7 +5679,7 @@ class Interface:
 class Terminal:
     """The terminal while the screen is ours: a context manager that puts it back as it was."""
 
-    _ASCII = str.maketrans("✗●○→…─│·◌", "x*o>~-|,o")
+    _ASCII = str.maketrans("✗●○→…─│·◌", "x*o>~-|-o")
 
     def __init__(self) -> None:
         import curses
@@ -5789,8 +5845,10 @@ class CursesInterface(Interface):
         self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        if self.node is not None and self.node.undelivered:
-            sys.stderr.write(f"p2pchat: {_count(self.node.undelivered, 'message')} could not be delivered\n")
+        lost = self.view.lost if self.node is not None else []
+        more = [f"and {_count(len(lost) - 5, 'message')} more"] if len(lost) > 5 else []
+        for line in lost[:5] + more:
+            sys.stderr.write(f"p2pchat: {line}\n")
 
     # -- out -------------------------------------------------------------------------------------------
 
@@ -5882,22 +5940,28 @@ class CursesInterface(Interface):
     # -- the form --------------------------------------------------------------------------------------
 
     def _press_in_form(self, form: StartForm, kind: str, value: str) -> None:
-        if kind != PRESS:
-            form.line.insert(clean(value.strip("\r\n")))
-        elif value in ("ctrl-c", "ctrl-d"):
+        if kind == PRESS and value in ("ctrl-c", "ctrl-d"):
             self.leave()
+        elif kind == PRESS and value == "esc":
+            self._submit(form, wait=False)
+        elif form.busy:
+            pass  # until the server has answered
+        elif kind != PRESS:
+            form.line.insert(clean(value.strip("\r\n")))
         elif value == "enter":
             self._submit(form, wait=True)
-        elif value == "esc":
-            self._submit(form, wait=False)
         else:
             form.key(value)
 
     def _submit(self, form: StartForm, wait: bool) -> None:
         """Start with what the form says; with `wait` it stays until the server has answered."""
         try:
-            name = check_username(form.name.text.strip())
-            server = parse_address(form.server.text.strip()) if form.server.text.strip() else None
+            name, server = check_username(form.name.text.strip()), None
+            try:
+                server = parse_address(form.server.text.strip()) if form.server.text.strip() else None
+            except ValueError:
+                if wait:  # else it goes on without
+                    raise
         except ValueError as error:
             form.message = f"{str(error).rstrip('.')}."
             return
@@ -6161,7 +6225,11 @@ class JsonInterface(PlainInterface):
 
     def start_node(self, settings: Settings) -> None:
         super().start_node(settings)
-        self.view.on_answer = lambda text: self._object({"event": "notice", "text": text})
+        self.view.on_answer = self._answered
+
+    def _answered(self, text: str, kind: str) -> None:
+        """The answer to a command; "error" tells bots that it, or a text, could not be done."""
+        self._object({"event": "notice", "text": text, **({"error": True} if kind == "error" else {})})
 
     def show(self, event: Event) -> None:
         sender = event["from"]["id"] if event["event"] == "chat" else None
