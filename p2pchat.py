@@ -448,6 +448,8 @@ MSG_PROBE_RESULT = "MSG_PROBE_RESULT"
 MSG_BEACON = "MSG_BEACON"
 MSG_ERROR = "MSG_ERROR"
 
+Fields = Dict[str, Tuple[Callable[[Any], bool], str]]  # name -> check of the value, what would be right
+
 EVERYONE = "*"  # in `to`: meant for all
 ALIVE, SUSPECT, DEAD, LEFT = "alive", "suspect", "dead", "left"  # a record's status, weakest word first
 RANK = {ALIVE: 0, SUSPECT: 1, DEAD: 2, LEFT: 3}  # at the same incarnation the higher one wins
@@ -606,7 +608,7 @@ def _checked(message: Any) -> Message:
         raise BadMessage("type, sender_id and to must be strings")
     if len(kind) > MAX_ID or len(sender) > MAX_ID or len(to) > MAX_ID:
         raise BadMessage(f"type, sender_id or to longer than {MAX_ID} characters")
-    check = _CONTENT_CHECKS.get(kind)
+    check = _CHECKS.get(kind)
     if check is not None:
         check(message, content)
     return message
@@ -645,18 +647,23 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_int=_short_int, p
 _SCAN: Callable[[str, int], Tuple[Any, int]] = getattr(_DECODER, "scan_once", _DECODER.raw_decode)
 
 
-# What each type's content must be. A check raises BadMessage with the key and what would be right.
+# What each type's content must be: fields, each with the check of its value and, in words, what would be right.
+# A question mark behind a field's name says that it may be missing; fields that are not named here may hold anything.
 
 
-def need(condition: bool, what: str) -> None:
-    """Raise BadMessage, saying what was expected, unless the condition holds."""
-    if not condition:
-        raise BadMessage(what)
+def is_text(value: Any) -> bool:
+    """Whether a JSON value is a text of a length that nobody minds."""
+    return type(value) is str and len(value) <= MAX_TEXT
 
 
-def is_count(value: Any, most: int = MAX_INCARNATION) -> bool:
-    """Whether a JSON value is an integer from 0 to `most` (True is none)."""
-    return type(value) is int and 0 <= value <= most
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is an integer from 0 to MAX_INCARNATION (True is none)."""
+    return type(value) is int and 0 <= value <= MAX_INCARNATION
+
+
+def is_port(value: Any) -> bool:
+    """Whether a JSON value is a TCP port that can be dialled."""
+    return type(value) is int and 0 < value <= 65535
 
 
 def is_status(value: Any) -> bool:
@@ -664,29 +671,24 @@ def is_status(value: Any) -> bool:
     return type(value) is str and value in RANK
 
 
-def is_port(value: Any) -> bool:
-    """Whether a JSON value is a TCP port that can be dialled."""
-    return is_count(value, 65535) and value > 0
+def is_instance(value: Any) -> bool:
+    """Whether a JSON value is an instance: a few letters and digits, or none."""
+    return type(value) is str and len(value) <= 32 and value.isascii() and (not value or value.isalnum())
 
 
-@functools.lru_cache(maxsize=MAX_PEERS)
-def is_username(name: str) -> bool:
-    """Whether a name is one that may be used, in just this spelling."""
-    try:
-        return check_username(name) == name
-    except ValueError:
-        return False
+def is_username(value: Any) -> bool:
+    """Whether a JSON value is a name that may be used, in just this spelling."""
+    return type(value) is str and _is_proper_name(value)
 
 
-@functools.lru_cache(maxsize=MAX_PEERS)
-def is_peer_ip(ip: str) -> bool:
-    """Whether a text is an IPv4 address that one machine can have."""
-    try:
-        address = ipaddress.IPv4Address(ip)
-    except ValueError:
-        return False
-    reserved = address.is_multicast or address.is_unspecified or address.is_reserved
-    return not reserved and str(address) == ip
+def is_peer_ip(value: Any) -> bool:
+    """Whether a JSON value is an IPv4 address that one machine can have."""
+    return type(value) is str and _is_machine_address(value)
+
+
+def is_peer_id(value: Any) -> bool:
+    """Whether a JSON value is username@ip:port."""
+    return type(value) is str and split_id(value) is not None
 
 
 def is_loopback(ip: str) -> bool:
@@ -704,33 +706,58 @@ def split_id(peer_id: str) -> Optional[Tuple[str, str, int]]:
     return (username, ip, int(port)) if valid else None
 
 
-def check_peer(peer: Any) -> None:
-    """A peer on the wire: its id must be made of its own parts; what membership adds may be missing."""
-    need(type(peer) is dict, "a peer must be an object")
-    username, ip, port = peer.get("username"), peer.get("ip"), peer.get("port")
-    need(type(username) is str and is_username(username), "a peer's username must be a proper name")
-    need(type(ip) is str and is_peer_ip(ip), "a peer's ip must be the IPv4 address of one machine")
-    need(is_port(port), "a peer's port must be 1 to 65535")
-    need(peer.get("id") == f"{username}@{ip}:{port}", "a peer's id must be username@ip:port")
-    _check_identity(peer)
-    need(is_status(peer.get("status", ALIVE)), "a peer's status must be alive, suspect, dead or left")
-    need(is_count(peer.get("age", 0)), "a peer's age must be a number of seconds")
+def check_peer(peer: Any) -> bool:
+    """Check a peer on the wire: its id must be made of its own parts. Raises BadMessage, or returns True."""
+    _check_fields("a peer", peer, _PEER)
+    if peer["id"] != f"{peer['username']}@{peer['ip']}:{peer['port']}":
+        raise BadMessage("the id of a peer must be username@ip:port")
+    return True
 
 
-def _check_identity(content: Dict[str, Any]) -> None:
-    instance = content.get("instance", "")
-    need(type(instance) is str and len(instance) <= 32 and instance.isascii() and (not instance or instance.isalnum()),
-         "an instance must be at most 32 letters and digits")
-    need(is_count(content.get("incarnation", 0)), "an incarnation must be an integer from 0 to 2**53 - 1")
+def _is_list(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The check of a list, each item of which passes `check`."""
+    return lambda value: type(value) is list and len(value) <= MAX_PEERS and all(map(check, value))
 
 
-def _check_peers(peers: Any, what: str) -> None:
-    need(type(peers) is list and len(peers) <= MAX_PEERS, f"{what} must be a list of at most {MAX_PEERS} peers")
-    for peer in peers:
-        check_peer(peer)
+def _is_object(fields: Fields) -> Callable[[Any], bool]:
+    """The check of an object with such fields; it raises BadMessage for a wrong one."""
+    return lambda value: _check_fields("an item", value, fields)
+
+
+def _check_fields(what: str, content: Any, fields: Fields) -> bool:
+    """Check the fields of an object. Raises BadMessage, which names the first that is wrong, or returns True."""
+    if type(content) is not dict:
+        raise BadMessage(f"{what} must be an object with {', '.join(fields)}")
+    for name, (check, words) in fields.items():
+        key = name.rstrip("?")
+        if key not in content:
+            if key == name:
+                raise BadMessage(f"{what} must have {name}: {words}")
+        elif not check(content[key]):
+            raise BadMessage(f"{key} of {what} must be {words}")
+    return True
+
+
+@functools.lru_cache(maxsize=MAX_PEERS)
+def _is_proper_name(name: str) -> bool:
+    try:
+        return check_username(name) == name
+    except ValueError:
+        return False
+
+
+@functools.lru_cache(maxsize=MAX_PEERS)
+def _is_machine_address(ip: str) -> bool:
+    try:
+        address = ipaddress.IPv4Address(ip)
+    except ValueError:
+        return False
+    reserved = address.is_multicast or address.is_unspecified or address.is_reserved
+    return not reserved and str(address) == ip
 
 
 def _check_chat(message: Message, text: Any) -> None:
+    """Chat is what comes most: checked by hand."""
     if type(text) is not str:
         raise BadMessage("the content of MSG_CHAT must be a text")
     if len(text) > MAX_TEXT // 4 and len(text.encode("utf-8", "surrogatepass")) > MAX_TEXT:
@@ -739,111 +766,45 @@ def _check_chat(message: Message, text: Any) -> None:
         raise BadMessage("the id of MSG_CHAT must be an integer from 0 to 2**53 - 1")
 
 
-def _check_upto(message: Message, content: Any) -> None:
-    need(type(content) is dict and is_count(content.get("upto")), "content must be {\"upto\": a message's id}")
+def _check_content(message: Message, content: Any) -> None:
+    kind = message["type"]
+    if content is not None or kind != MSG_SYNC_PEERS_REQUEST:
+        _check_fields(f"the content of {kind}", content, _CONTENTS[kind])
 
 
-def _check_refused(message: Message, content: Any) -> None:
-    need(type(content) is dict and is_count(content.get("id")) and is_count(content.get("upto"))
-         and type(content.get("reason")) is str and len(content["reason"]) <= MAX_TEXT,
-         'content must be {"id": first, "upto": last, "reason": words}')
-
-
-def _check_register(message: Message, content: Any) -> None:
-    need(type(content) is dict, 'content must be {"username", "port"}')
-    username = content.get("username")
-    need(type(username) is str, "username must be a text")
-    need(is_username(username), "username must be 1 to 32 characters that can be shown, without @")
-    need(is_port(content.get("port")), "port must be an integer from 1 to 65535")
-    _check_identity(content)
-
-
-def _check_register_ack(message: Message, content: Any) -> None:
-    need(type(content) is dict and type(content.get("peer_id")) is str and split_id(content["peer_id"]) is not None,
-         'content must be {"peer_id": username@ip:port, "peer_list"}')
-    _check_peers(content.get("peer_list"), "peer_list")
-
-
-def _check_update(message: Message, content: Any) -> None:
-    need(type(content) is dict, 'content must be {"joined": [...], "left": [...]}')
-    _check_peers(content.get("joined"), "joined")
-    left = content.get("left")
-    need(type(left) is list and len(left) <= MAX_PEERS, "left must be a list")
-    for gone in left:
-        need(type(gone) is dict and type(gone.get("id")) is str and split_id(gone["id"]) is not None
-             and type(gone.get("reason", "")) is str, 'left must hold {"id", "reason"}')
-        _check_identity(gone)
-
-
-def _check_sync_request(message: Message, content: Any) -> None:
-    need(content is None or type(content) is dict, "content must be null or {\"digest\"}")
-    digest = (content or {}).get("digest", "")
-    need(type(digest) is str and len(digest) <= 64, "digest must be a short text")
-
-
-def _check_sync_response(message: Message, content: Any) -> None:
-    need(type(content) is dict, 'content must be {"peer_list": [...]}')
-    _check_peers(content.get("peer_list"), "peer_list")
-
-
-def _check_news(message: Message, content: Any) -> None:
-    need(type(content) is dict, 'content must be {"peers": [...]}')
-    _check_peers(content.get("peers"), "peers")
-
-
-def _check_hello(message: Message, content: Any) -> None:
-    need(type(content) is dict, 'content must be {"peer": {...}}')
-    check_peer(content.get("peer"))
-    need(bool(content["peer"].get("instance")), "a peer that says hello must have an instance")
-    _check_you(content)
-
-
-def _check_you(content: Dict[str, Any]) -> None:
-    you = content.get("you", {})
-    need(type(you) is dict and type(you.get("ip", "")) is str and len(you.get("ip", "")) <= MAX_ID,
-         "you must be an object with the ip that was seen")
-
-
-def _check_probe(message: Message, content: Any) -> None:
-    need(type(content) is dict and is_count(content.get("number")), 'content must be {"number"}')
-    need(is_count(content.get("incarnation", 0)) and is_status(content.get("status", ALIVE)),
-         "incarnation or status is wrong")
-
-
-def _check_probe_about(message: Message, content: Any) -> None:
-    need(type(content) is dict, 'content must be {"peer": {...}}')
-    check_peer(content.get("peer"))
-
-
-def _check_beacon(message: Message, content: Any) -> None:
-    need(type(content) is dict and is_port(content.get("port")) and content.get("role") in ("peer", "server"),
-         'content must be {"role": "peer" or "server", "port"}')
-    _check_identity(content)
-
-
-def _check_error(message: Message, content: Any) -> None:
-    need(type(content) is dict and type(content.get("reason")) is str, 'content must be {"reason": words}')
-    _check_you(content)
-
-
-_CONTENT_CHECKS: Dict[str, Callable[[Message, Any], None]] = {
-    MSG_REGISTER: _check_register,
-    MSG_REGISTER_ACK: _check_register_ack,
-    MSG_PEER_LIST_UPDATE: _check_update,
-    MSG_CHAT: _check_chat,
-    MSG_CHAT_ACK: _check_upto,
-    MSG_CHAT_REFUSED: _check_refused,
-    MSG_SYNC_PEERS_REQUEST: _check_sync_request,
-    MSG_SYNC_PEERS_RESPONSE: _check_sync_response,
-    MSG_PEER_NEWS: _check_news,
-    MSG_HELLO: _check_hello,
-    MSG_PROBE: _check_probe,
-    MSG_PROBE_ACK: _check_probe,
-    MSG_PROBE_REQUEST: _check_probe_about,
-    MSG_PROBE_RESULT: _check_probe_about,
-    MSG_BEACON: _check_beacon,
-    MSG_ERROR: _check_error,
+_NAME = (is_username, "1 to 32 characters that can be shown, none of @*:, no slash at the start")
+_PORT = (is_port, "an integer from 1 to 65535")
+_COUNT = (is_count, "an integer from 0 to 2**53 - 1")
+_WORDS = (is_text, "a text")
+_INSTANCE = (is_instance, "at most 32 letters and digits")
+_STATUS = (is_status, "alive, suspect, dead or left")
+_ID = (is_peer_id, "username@ip:port")
+_IDENTITY: Fields = {"instance?": _INSTANCE, "incarnation?": _COUNT}
+_PEER: Fields = {"username": _NAME, "ip": (is_peer_ip, "the IPv4 address of one machine"), "port": _PORT, "id": _WORDS,
+                 **_IDENTITY, "status?": _STATUS, "age?": _COUNT}
+_ONE = (check_peer, "a peer")
+_PEERS = (_is_list(check_peer), f"a list of at most {MAX_PEERS} peers")
+_GREETER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
+_LEFT = (_is_list(_is_object({"id": _ID, "reason?": _WORDS, **_IDENTITY})), 'a list of {"id", "reason"}')
+_YOU = (_is_object({"ip?": _WORDS}), "an object with the ip that was seen")
+_CONTENTS: Dict[str, Fields] = {
+    MSG_REGISTER: {"username": _NAME, "port": _PORT, **_IDENTITY},
+    MSG_REGISTER_ACK: {"peer_id": _ID, "peer_list": _PEERS},
+    MSG_PEER_LIST_UPDATE: {"joined": _PEERS, "left": _LEFT},
+    MSG_CHAT_ACK: {"upto": _COUNT},
+    MSG_CHAT_REFUSED: {"id": _COUNT, "upto": _COUNT, "reason": _WORDS},
+    MSG_SYNC_PEERS_REQUEST: {"digest?": _WORDS},
+    MSG_SYNC_PEERS_RESPONSE: {"peer_list": _PEERS},
+    MSG_PEER_NEWS: {"peers": _PEERS},
+    MSG_HELLO: {"peer": _GREETER, "you?": _YOU},
+    MSG_PROBE: {"number": _COUNT, "incarnation?": _COUNT, "status?": _STATUS},
+    MSG_PROBE_ACK: {"number": _COUNT},
+    MSG_PROBE_REQUEST: {"peer": _ONE},
+    MSG_PROBE_RESULT: {"peer": _ONE},
+    MSG_BEACON: {"role": (lambda role: role in ("peer", "server"), "peer or server"), "port": _PORT, **_IDENTITY},
+    MSG_ERROR: {"reason": _WORDS, "you?": _YOU},
 }
+_CHECKS: Dict[str, Callable[[Message, Any], None]] = {**dict.fromkeys(_CONTENTS, _check_content), MSG_CHAT: _check_chat}
 
 
 # ======================================================================================================
@@ -1321,6 +1282,25 @@ class Timer:
         self.cancel()
         if callback is not None:
             callback(*args)
+
+
+class Allowance:
+    """At most so much in so many seconds; when they are over, the count begins anew."""
+
+    __slots__ = ("spent", "_most", "_seconds", "_since")
+
+    def __init__(self, most: int, seconds: float = 60.0) -> None:
+        self.spent = 0
+        self._most = most
+        self._seconds = seconds
+        self._since = float("-inf")
+
+    def take(self, now: float, amount: int = 1) -> bool:
+        """Take so much more; whether that is within the allowance."""
+        if now - self._since >= self._seconds:
+            self._since, self.spent = now, 0
+        self.spent += amount
+        return self.spent <= self._most
 
 
 class Handler:
@@ -2073,32 +2053,20 @@ def port_problem(host: str, port: int, error: OSError) -> str:
     return f"can't listen on {host}, port {port}: {_words(error)}; see --host and --port"
 
 
-class _LogLimiter:
-    """Counts lines of one kind, so that a hostile peer can't fill a disk with them."""
-
-    def __init__(self) -> None:
-        self._counts: Dict[str, Tuple[float, int]] = {}
-
-    def allows(self, kind: str, now: float) -> bool:
-        """Whether another line of this kind may be written; the last one says that the rest is left out."""
-        if len(self._counts) > 1000:  # kinds that name an address
-            self._counts.clear()
-        start, count = self._counts.get(kind, (now, 0))
-        if now - start >= 60:
-            start, count = now, 0
-        self._counts[kind] = (start, count + 1)
-        if count == LOG_REPEATS:
-            log.warning("[P2P] more of this kind (%s) is left out for a minute", kind)
-        return count < LOG_REPEATS
-
-
-_log_limiter = _LogLimiter()
+_lines_of_kind: Dict[str, Allowance] = {}
 
 
 def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
     """Log what somebody else can cause, at most LOG_REPEATS lines of one kind a minute. `kind` is ours."""
-    if log.isEnabledFor(level) and _log_limiter.allows(kind, time.monotonic()):
+    if not log.isEnabledFor(level):
+        return
+    if len(_lines_of_kind) > 1000:  # kinds that name an address
+        _lines_of_kind.clear()
+    allowance = _lines_of_kind.setdefault(kind, Allowance(LOG_REPEATS))
+    if allowance.take(time.monotonic()):
         log.log(level, text, *args)
+    elif allowance.spent == LOG_REPEATS + 1:
+        log.warning("[P2P] more of this kind (%s) is left out for a minute", kind)
 
 
 def _words(error: Exception) -> str:
@@ -2126,8 +2094,8 @@ class Session(Handler):
         self.server = server
         self.connection = connection
         self.peer_id: Optional[str] = None
-        self.registrations = 0  # in the minute that began at...
-        self.since = self.last_heard = server.loop.now()
+        self.registrations = Allowance(MAX_RENAMES)  # each is told to everybody
+        self.last_heard = server.loop.now()
         self.ids: Tuple[str, ...] = ()  # every id that it registered: what is under way may bear an older one
 
     def received(self, messages: List[Message]) -> None:
@@ -2261,7 +2229,7 @@ class DiscoveryServer:
         if peer_id not in self._peers and self._is_full(ip):
             session.refuse(f"the server is full: {MAX_PEERS} peers, {MAX_PER_ADDRESS} from one address")
             return
-        if self._is_too_much(session):
+        if not session.registrations.take(self.loop.now()):
             session.refuse("you register too often")
             return
         former = self._peers.get(peer_id)
@@ -2289,14 +2257,6 @@ class DiscoveryServer:
         if len(self._peers) < MAX_PER_ADDRESS or ip in self.loop.local_addresses():
             return False
         return sum(f"@{ip}:" in peer_id for peer_id in self._peers) >= MAX_PER_ADDRESS
-
-    def _is_too_much(self, session: Session) -> bool:
-        """Every registration is told to everybody: so many a minute are enough."""
-        now = self.loop.now()
-        if now - session.since >= 60:
-            session.since, session.registrations = now, 0
-        session.registrations += 1
-        return session.registrations > MAX_RENAMES
 
     def _reachable_ip(self, connection: Connection, content: Dict[str, Any]) -> str:
         """The address that the server sees; for a peer on the server's own machine one that others can reach."""
@@ -2428,7 +2388,7 @@ class Link(Handler):
 
     __slots__ = ("node", "connection", "dialled", "address", "peer", "ids", "shown", "acknowledge",
                  "refused", "used", "timer", "synced", "asked", "renames", "said", "bound",
-                 "ready", "weight", "since")
+                 "ready", "traffic")
 
     def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
         self.node = node
@@ -2443,12 +2403,11 @@ class Link(Handler):
         self.used = node.loop.now()
         self.synced = 0.0  # when it was last given our list
         self.asked = False  # for its list, and it has not answered yet
-        self.renames = 0  # of its peer, told over it
+        self.renames = Allowance(MAX_RENAMES)
         self.said = ""  # the id under which we last spoke of ourselves
         self.bound = 0.0  # when it was
         self.ready = False  # what had waited for its peer was sent over it: now what is new may follow
-        self.weight = 0  # messages, and records in them, that came since...
-        self.since = node.loop.now()
+        self.traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
         self.timer: Optional[Timer] = None
 
     def send(self, msg_type: str, content: Any) -> None:
@@ -2470,8 +2429,8 @@ class Link(Handler):
     def received(self, messages: List[Message]) -> None:
         node = self.node
         self.used = node.loop.now()
-        self.weight += len(messages)
-        if self.weight > MAX_MESSAGES and node.links.is_flood(self):
+        if not self.traffic.take(self.used, len(messages)) and node.settings.budget:  # lifted, that lifts this as well
+            node.links.ban(self)
             return
         if self.peer is not None or not node.is_own(self.connection.remote[0]):
             node.detector.heard(self.peer)
@@ -2737,15 +2696,6 @@ class Links:
             text = f"{name} sent far too much and was cut off for {BAN_TIME:.0f} s."
             self.node.emit({"event": "notice", "text": text})
         link.refuse("you sent too much; come back later")
-
-    def is_flood(self, link: Link) -> bool:
-        """Whether a link brought too much in too short a time; then it is ended. A lifted budget lifts this, too."""
-        now = self.node.loop.now()
-        if now - link.since >= 60 or not self.node.settings.budget:
-            link.since, link.weight, link.renames = now, 0, 0
-            return False
-        self.ban(link)
-        return True
 
     def _is_banned(self, key: str) -> bool:
         now = self.node.loop.now()
@@ -3527,7 +3477,7 @@ class Gossip:
 
     def hear(self, link: Link, records: List[Dict[str, Any]]) -> None:
         """Take in records that a peer sent; tell it where we know better."""
-        link.weight += len(records)
+        link.traffic.take(self.node.loop.now(), len(records))
         before, new, answers = len(self.node.peers), [], []
         for record in records:
             verdict, peer = self._hear_one(link, record)
@@ -3592,9 +3542,8 @@ class Gossip:
             link.ids = (*link.ids[-7:], record["id"])
         self.node.detector.heard(peer)
         self.node.apply(changes)
-        link.renames += sum(change.kind == RENAMED for change in changes)
-        if link.renames > MAX_RENAMES and self.node.links.is_flood(link):
-            return KNOWN, peer
+        if any(change.kind == RENAMED for change in changes) and not link.renames.take(self.node.loop.now()):
+            self.node.links.ban(link)
         return verdict, peer
 
 
@@ -3604,8 +3553,7 @@ class ServerLink(Handler):
     def __init__(self, discovery: "Discovery") -> None:
         self.discovery = discovery
         self.connection: Connection
-        self.weight = 0  # messages, and records in them, in the minute that began at...
-        self.since = discovery.node.loop.now()
+        self.traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
 
     def send(self, msg_type: str, content: Any) -> None:
         """Send one message to the server."""
@@ -3616,13 +3564,9 @@ class ServerLink(Handler):
         self.discovery.register(self)
 
     def received(self, messages: List[Message]) -> None:
-        self.weight += len(messages)
-        if self.weight > MAX_MESSAGES:
-            now = self.discovery.node.loop.now()
-            if now - self.since < 60:
-                self.connection.abort("the server sends too much")
-                return
-            self.since, self.weight = now, 0
+        if not self.traffic.take(self.discovery.node.loop.now(), len(messages)):
+            self.connection.abort("the server sends too much")
+            return
         for message in messages:
             self.discovery.received(self, message)
 
@@ -3750,7 +3694,7 @@ class Discovery:
 
     def _hear(self, records: List[Dict[str, Any]]) -> None:
         assert self._link is not None
-        self._link.weight += len(records)
+        self._link.traffic.take(self.node.loop.now(), len(records))
         source = self._link.connection.remote[0]
         for record in records:
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
@@ -3826,7 +3770,7 @@ class Finder:
         self.tried: Dict[str, str] = {}  # what was tried, and what came of it
         self._lan: Optional[Lan] = None
         self._timer: Optional[Timer] = None
-        self._answers = (0.0, 0)  # in this second: how many
+        self._answers = Allowance(BEACON_ANSWERS, 1.0)
 
     def start(self) -> None:
         """Begin to look, at once."""
@@ -3875,15 +3819,11 @@ class Finder:
         few = self.node.loop.random.random() * len(self.node.peers) < 10  # a thousand need not all answer
         if (known is None or known.gone) and few:
             self.node.links.look(address)
-        if content.get("alone") is True and content.get("answer") is not True and few and self._may_answer():
+        if content.get("alone") is True and content.get("answer") is not True and few:
+            if not self._answers.take(self.node.loop.now()):
+                return None
             return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
         return None
-
-    def _may_answer(self) -> bool:
-        second, count = self._answers
-        now = self.node.loop.now()
-        self._answers = (now, 1) if now - second >= 1 else (second, count + 1)
-        return self._answers[1] <= BEACON_ANSWERS
 
     def dial_failed(self, address: Address, reason: str) -> None:
         """Remember what became of an address named by hand."""
@@ -6417,13 +6357,13 @@ def _local_ip(text: str) -> str:
 
 def start_logging(options: argparse.Namespace) -> str:
     """Log to the file that was asked for, the server to stderr as well; return what is wrong, if anything."""
-    logging.raiseExceptions = False  # a full disk must not fill the screen
+    logging.raiseExceptions = False  # stderr may be closed: nothing of that is to be shown
     handlers: List[logging.Handler] = []
     if options.command == "server":
         handlers.append(logging.StreamHandler())
     if options.log_file:
         try:
-            handlers.append(logging.FileHandler(options.log_file, encoding="utf-8"))
+            handlers.append(LogFile(options.log_file, encoding="utf-8"))
         except (OSError, ValueError) as error:
             return f"--log-file {clean(options.log_file)}: {_words(error)}; name a file that can be written"
     log.propagate = False
@@ -6433,6 +6373,17 @@ def start_logging(options: argparse.Namespace) -> str:
         handler.setFormatter(LineFormatter("%(asctime)s %(levelname)-7s %(message)s"))
         log.addHandler(handler)
     return ""
+
+
+class LogFile(logging.FileHandler):
+    """A log file; when it can't be written (a full disk), that is said once, wherever else the log goes."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            self._told = True
+            log.error("[P2P] the log file can't be written: %s", sys.exc_info()[1])
 
 
 class LineFormatter(logging.Formatter):
