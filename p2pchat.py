@@ -108,7 +108,7 @@ NEIGHBOURS = 2  # peers that each peer probes; as many others probe it
 QUIET_AFTER = 5.0  # silence after which a neighbour is marked quiet and others are asked to try
 SUSPICION = 6.0  # further silence after which it is gone: 11 s after its last sign of life
 REFUSED_SUSPICION = 3.0  # the same when its address refuses connections: time for others to say it lives
-LEFT_SUSPICION = 0.5  # somebody says so, and its address refuses us: time for a denial to come round
+LEFT_SUSPICION = 1.0  # somebody says that it left: time for its answer to a probe; half of it if it refuses
 HEARSAY_SUSPICION = 2.5  # somebody says that it is gone: time for its own answer to a probe
 PROBE_HELPERS = 3  # peers asked to try one that we cannot reach
 TOMBSTONE_TIME = 3600.0  # how long a removed peer is remembered, so that no old list brings it back
@@ -2546,7 +2546,7 @@ class Links:
                 self.announce(link.said, [link])
         self.node.apply(changes)
         self.node.gossip.met(link, verdict, was_lost, content.get("digest"))
-        if not peer.gone:
+        if not peer.gone and not link.ready:
             self.node.delivery.resume(peer, link)
 
     def _bind(self, link: Link, peer: Peer, peer_id: str) -> None:
@@ -3182,7 +3182,7 @@ class Detector:
             self.heard(None)  # somebody sent the refusal: our own network works
             doubt = self._doubts.get(peer.key)
         if doubt is not None and doubt.hearsay:
-            self.doubt(peer, LEFT_SUSPICION, doubt.reason, hearsay=True)
+            self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=True)
         elif peer.key not in self.node.links.current and self.node.loop.now() - peer.vouched > QUIET_AFTER:
             self.doubt(peer, REFUSED_SUSPICION, "connection refused", hearsay=False)
             self.node.gossip.spread(peer, SUSPECT)
@@ -3199,7 +3199,7 @@ class Detector:
         if known is not None and status != SUSPECT and now - known.since > HEARSAY_SUSPICION:
             self._expired(peer)  # it had its time to answer already
             return
-        fuse = SUSPICION if status == SUSPECT else HEARSAY_SUSPICION
+        fuse = {SUSPECT: SUSPICION, LEFT: LEFT_SUSPICION}.get(status, HEARSAY_SUSPICION)
         if status == SUSPECT and known is None:
             self.node.gossip.spread(peer, SUSPECT)
         self.doubt(peer, fuse, reason or ("left" if status == LEFT else "silent"), hearsay=status != SUSPECT)
@@ -4090,6 +4090,9 @@ class PeerNode:
                 self.emit({"event": "left", "peer": peer.public, "reason": change.reason})
                 self.proceed()
             elif change.kind == JOINED:
+                link = self.links.current.get(peer.key)
+                if link is not None and not link.ready:  # it was thought gone when the link was made
+                    self.delivery.resume(peer, link)
                 self.emit({"event": "joined", "peer": peer.public})
             else:
                 self.emit({"event": "renamed", "peer": peer.public, "old": change.old})
@@ -4816,7 +4819,7 @@ class ChatView:
             raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")
         rest = text[len(name):].strip()
         if rest and found.usage == found.name:
-            raise ChatError(f"{found.name} stands alone: there may be nothing behind it.")
+            raise ChatError(f"{found.name} takes nothing behind it. /help lists the commands.")
         found.run(self, rest)
 
     def _peer(self, text: str) -> Tuple[Peer, str]:
@@ -4939,7 +4942,7 @@ class ChatView:
         count = (rest or "20")[:9]
         if not count.isdecimal():
             raise ChatError("/log wants a number of lines, for example: /log 50.")
-        self.answer("\n".join(list(self.log)[-int(count):]) or "The log is empty.")
+        self.answer("\n".join(list(self.log)[-max(1, int(count)):]) or "The log is empty.")
 
     @command("/search [TEXT]")
     def _find(self, rest: str) -> None:
