@@ -2948,7 +2948,7 @@ class Delivery:
             self._refuse(link, channel, sequence, "it is meant for somebody else")
             return
         text = message["content"]
-        size = (len(text) if text.isascii() else len(text.encode("utf-8", "replace"))) + 128  # and what stands around it
+        size = 128 + (len(text) if text.isascii() else len(text.encode("utf-8", "replace")))  # 128: what is around it
         channel.spent += size
         if channel.spent > self.node.settings.budget > 0 and not self._within_budget(link, channel, size):
             self._refuse(link, channel, sequence, "you send too much: slow down")

@@ -4102,18 +4102,18 @@ def test_node_a_walled_peer_is_not_removed_by_a_rumour():
     assert not [event for name in ("Ann", "Cy") for event in rig.saw(name, "left")]
 
 
-def test_node_a_settled_room_of_a_hundred_dials_little():
+def test_node_a_settled_room_dials_little():
     """Links beyond IDLE_LINKS are closed when they are not needed, and stay closed."""
     rig = NodeRig("p0")
-    for number in range(1, 100):
+    for number in range(1, 75):
         rig.add(f"p{number}")
-    rig.network.run_until(lambda: all(len(node.peers) == 99 for node in rig.nodes.values()), 60)
-    rig.run(120)
+    rig.network.run_until(lambda: all(len(node.peers) == 74 for node in rig.nodes.values()), 60)
+    rig.run(90)
     dials = []
     for node in rig.nodes.values():
         node.loop.connect = functools.partial(lambda connect, *rest: (dials.append(rest[0]), connect(*rest))[1], node.loop.connect)
     rig.run(30)
-    assert len(dials) < 100 * 30 / 3 and not any(rig.saw(name, "left") for name in rig.nodes)
+    assert len(dials) < 75 * 30 / 3 and not any(rig.saw(name, "left") for name in rig.nodes)
 
 
 def test_node_one_peer_and_a_server_silent_at_once_are_our_own_network():
@@ -5333,7 +5333,7 @@ def test_the_terminal_is_restored(how):
 def test_what_was_lost_is_said_when_the_screen_is_gone():
     with PtyPipe("Bob", "--json") as bob:
         port = bob.event("ready")["port"]
-        with PtyProgram(*pty_peer("Alice", "--join", f"127.0.0.1:{port}", "--timeout", "1")) as alice:
+        with PtyProgram(*pty_peer("Alice", "--join", f"127.0.0.1:{port}", "--timeout", "0.3")) as alice:
             alice.expect("+ Bob joined")
             bob.process.send_signal(signal.SIGSTOP)
             alice.type("last words\r/quit\r")
@@ -5462,7 +5462,7 @@ def test_the_form_waits_while_a_server_is_tried():
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        with PtyProgram(*pty_peer(None, "--server", f"127.0.0.1:{silent.getsockname()[1]}")) as alice:
+        with PtyProgram(*pty_peer(None, "--server", f"127.0.0.1:{silent.getsockname()[1]}", "--timeout", "0.7")) as alice:
             alice.expect("Name    login")
             alice.type("\r")
             alice.expect("Trying the server")
@@ -7526,11 +7526,11 @@ def hostile_flood_of_chat(seconds=1.0):
     hostile_flood_of("MSG_CHAT", seconds)
 
 
-def hostile_flood_of_probes(seconds=0.5):
+def hostile_flood_of_probes(seconds=0.25):
     hostile_flood_of("MSG_PROBE", seconds)
 
 
-def hostile_flood_of_lists(seconds=0.5):
+def hostile_flood_of_lists(seconds=0.25):
     hostile_flood_of("MSG_SYNC_PEERS_REQUEST", seconds)
 
 
@@ -7978,7 +7978,7 @@ def test_hostile_revival_under_our_own_id():
 
 def test_fuzz_for_a_while():
     """New seeds in every run would make runs differ: these are always the same."""
-    end, seed = time.monotonic() + 3.0, 0
+    end, seed = time.monotonic() + 2.0, 0
     while seed < 40 or time.monotonic() < end:
         fuzz_one(seed)
         seed += 1
