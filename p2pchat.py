@@ -91,7 +91,7 @@ MAX_INCARNATION = 2**53 - 1  # the largest integer that every JSON parser keeps
 MAX_RAISE = 1 << 20  # how far hearsay may raise a known incarnation: owners raise theirs one by one
 
 # Connections.
-RECEIVE_SIZE = 64 * 1024  # read from a socket at a time: more would be a fresh mapping of memory each time
+RECEIVE_SIZE = 32 * 1024  # read from a socket at a time: some 300 messages, a few ms; a flood must not delay a key
 SEND_SIZE = 256 * 1024  # joined into one send: as much as a socket's buffer takes at once
 MAX_OUTPUT = 8 * 1024 * 1024  # owed to a reader that does not read: past it, it is cut off
 STALL_TIMEOUT = 10.0  # so long may output wait without a byte of it being taken

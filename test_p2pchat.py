@@ -4995,13 +4995,23 @@ def processes(request):
     if not any(item.name.startswith("test_process[") for item in request.session.items):
         yield None
         return
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        yield pool.apply_async(process_outcomes)
+    here, there = multiprocessing.Pipe()
+    player = multiprocessing.get_context("fork").Process(target=lambda: there.send(process_outcomes()))
+    player.start()
+
+    @functools.lru_cache(maxsize=1)
+    def outcomes():
+        assert here.poll(180), "the scripts have not come to an end"
+        return here.recv()
+
+    yield outcomes
+    player.terminate()
+    player.join()
 
 
 @pytest.mark.parametrize("name", list(PROCESS_SCRIPTS))
 def test_process(name, processes):
-    result, value = processes.get(timeout=180)[name]
+    result, value = processes()[name]
     if result == "skipped":
         pytest.skip(value)
     assert result == "passed", value
