@@ -4047,7 +4047,7 @@ class PeerNode:
 
     def who(self) -> List[str]:
         """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
-        rows = [("name", "address", "heard", "ago", "round trip")]
+        rows = [("name", "address", "heard", "ago", "trip")]
         for peer in self.present():
             rows.append((self.peers.label(peer), f"{peer.ip}:{peer.port}", *self._heard_how(peer)))
         widths = [max(width(row[column]) for row in rows) for column in range(5)]
