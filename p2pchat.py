@@ -2570,6 +2570,8 @@ class Links:
         node = self.node
         claimed = (record["ip"], record["port"])
         if record["instance"] == node.me.instance:
+            if len(self._own) >= MAX_DIALS:
+                self._own.clear()  # so many addresses have we not: somebody plays with us
             self._own.add(link.address if link.dialled else link.connection.local)
             return "this is yourself"
         if self._is_banned(record["instance"]):

@@ -3991,6 +3991,16 @@ def test_node_joining_oneself_does_no_harm():
     assert len(node.peers) == 0 and address in node.links._own and len(node.links._all) == 0
 
 
+def test_node_addresses_that_echo_our_instance_are_bounded():
+    """Whoever we dial can answer with our own instance, from as many addresses as it has."""
+    rig = NodeRig("Ann")
+    record = rig.ann.me.wire(0.0)
+    for number in range(3 * p2pchat.MAX_DIALS):
+        link = p2pchat.Link(rig.ann, ("10.9.9.9", number + 1), dialled=True)
+        assert rig.ann.links._objection(link, record) == "this is yourself"
+    assert 0 < len(rig.ann.links._own) <= p2pchat.MAX_DIALS
+
+
 def test_node_leaving_waits_for_what_is_under_way():
     rig = NodeRig("Ann", "Bob", delay=(0.2, 0.4))
     rig.ann.chat("last words")
