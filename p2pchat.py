@@ -2729,7 +2729,8 @@ class Links:
         return len(self.node.peers) > IDLE_LINKS < len(self._all) and not self.node.delivery.is_waiting(link.peer)
 
     def close_all(self) -> None:
-        """Say goodbye to all and close."""
+        """Say goodbye to all and close: our last incarnation first, or late news of it would call us alive again."""
+        self.announce(self.node.me.id)
         for link in list(self._all):
             if link.peer is None and not link.dialled:
                 self.say_hello(link)  # its own hello is under way: then it knows who leaves

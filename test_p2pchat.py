@@ -3778,10 +3778,11 @@ def simulate_one(job):
 
 
 def simulate(arguments):
-    """`simulate [--seeds N] [--seed S] [--jobs J] [NAME...]`: print a table; the exit status."""
+    """`simulate [--seeds N] [--first F] [--seed S] [--jobs J] [NAME...]`: print a table; the exit status."""
     parser = argparse.ArgumentParser(prog="test_p2pchat.py simulate")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"or its beginning: {', '.join(SCENARIOS)}")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=1, help="the first of them")
     parser.add_argument("--seed", type=int, help="just this one")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
@@ -3790,7 +3791,7 @@ def simulate(arguments):
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for name in chosen:
             most = min(options.seeds, SCENARIOS[name][4])
-            seeds = [options.seed] if options.seed is not None else range(1, most + 1)
+            seeds = [options.seed] if options.seed is not None else range(options.first, options.first + most)
             failures += simulate_report(name, pool.map(simulate_one, [(name, seed) for seed in seeds]))
     return 1 if failures else 0
 
@@ -3999,6 +4000,19 @@ def test_node_addresses_that_echo_our_instance_are_bounded():
         link = p2pchat.Link(rig.ann, ("10.9.9.9", number + 1), dialled=True)
         assert rig.ann.links._objection(link, record) == "this is yourself"
     assert 0 < len(rig.ann.links._own) <= p2pchat.MAX_DIALS
+
+
+def test_node_a_late_word_of_its_life_does_not_bring_back_one_that_has_left():
+    """It denied a suspicion just before it left: that news may come behind its goodbye."""
+    rig = NodeRig("Ann", "Bob", "Cy")
+    rig.bob.me.incarnation += 1  # as deny() does; nobody has heard of it yet
+    last_word = rig.bob.me.wire(rig.bob.loop.now())
+    rig.bob.leave()
+    rig.run(1)
+    assert [peer.username for peer in rig.ann.present()] == ["Cy"]
+    rig.ann.loop.enter(rig.ann.gossip.hear_of, last_word, rig.cy.me.ip)
+    rig.run(10)
+    assert [event["peer"]["username"] for event in rig.saw("Ann", "joined")].count("Bob") == 1
 
 
 def test_node_leaving_waits_for_what_is_under_way():
