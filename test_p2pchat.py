@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pty
 import random
+import re
 import resource
 import select
 import selectors
@@ -7579,6 +7580,64 @@ def hostile_flood_of_lists(seconds=0.25):
     hostile_flood_of("MSG_SYNC_PEERS_REQUEST", seconds)
 
 
+def hostile_steady_flooder(pipe, address, seconds, rate=50_000):
+    """A process that sends so many texts a second; whenever it is cut off it comes back as somebody else.
+
+    Answers (texts sent, connections made)."""
+    start, count, lives = time.monotonic(), 0, 0
+    while time.monotonic() < start + seconds:
+        lives += 1
+        record = hostile_record(f"M{lives}", "127.0.0.1", 6, f"m{os.getpid()}x{lives}", int(time.time() * 1000))
+        with contextlib.suppress(OSError), socket.create_connection(address) as sock:
+            sock.sendall(p2pchat.create_message("MSG_HELLO", record["id"], {"peer": record}))
+            for first in range(1, 1_000_000, 500):
+                sock.sendall(b"".join(p2pchat.create_chat(record["id"], "." * 60, "*", first + number) for number in range(500)))
+                count += 500
+                time.sleep(max(0.0, start + count / rate - time.monotonic()))
+                with contextlib.suppress(BlockingIOError):
+                    while sock.recv(1 << 18, socket.MSG_DONTWAIT):
+                        pass
+                if time.monotonic() > start + seconds:
+                    break
+    pipe.send((count, lives))
+
+
+def hostile_key_times(alice, until):
+    """Seconds from each key to its letter in the input line of a screen, one key after another."""
+    times, line = [], ""
+    while not until():
+        if len(line) == 60:
+            alice.type("\x15")
+            alice.wait_for(lambda: "a" not in alice.screen.text().splitlines()[-1], "an empty line")
+            line = ""
+        line += "abcdefghij"[len(line) % 10]
+        started = time.monotonic()
+        alice.type(line[-1])
+        alice.wait_for(lambda: line in alice.screen.text().splitlines()[-1], line)
+        times.append(time.monotonic() - started)
+    return sorted(times)
+
+
+def hostile_flood_on_a_screen(seconds=1.0):
+    """50,000 texts a second at one who types: each key is echoed soon, and what a friend says is delivered."""
+    with PtyProgram(*pty_peer("Alice")) as alice:
+        alice.expect("--join")
+        port = int(re.search(r"--join 127.0.0.1:(\d+)", alice.screen.text()).group(1))
+        with PtyPipe("Bob", "--json", "--join", f"127.0.0.1:{port}") as bob:
+            bob.event("joined")
+            with _Worker(hostile_steady_flooder, ("127.0.0.1", port), seconds) as flooder:
+                bob.write("honest")
+                times = hostile_key_times(alice, lambda: flooder.pipe.poll(0))
+                count, lives = flooder.ask()
+            bob.event("delivered")
+        echo = statistics.median(times), times[int(0.9 * len(times))], times[-1]
+        figures = f"{count / seconds:,.0f} texts/s, {lives} connections; a key " + ", ".join(
+            f"{what} {each * 1e3:.0f} ms" for what, each in zip(("median", "p90", "most"), echo))
+        assert count > 25_000 * seconds and len(times) > 10 * seconds, figures
+        assert echo[1] < 0.05 * HOSTILE_PATIENCE, figures
+    return figures
+
+
 def hostile_descriptors(count=80):
     """A server with 64 descriptors: the established go on, nothing spins, newcomers wait for room."""
     import resource
@@ -7614,6 +7673,7 @@ HOSTILE_HEAVY = {  # what, and its size in full
     hostile_flood_of_chat: 10.0,
     hostile_flood_of_probes: 5.0,
     hostile_flood_of_lists: 5.0,
+    hostile_flood_on_a_screen: 10.0,
     hostile_descriptors: 100,
 }
 
@@ -7641,8 +7701,7 @@ def hostile(names: Sequence[str] = ()) -> int:
             continue
         started = time.monotonic()
         try:
-            what(size)
-            result = "ok"
+            result = f"ok  {what(size) or ''}"
         except Exception as error:
             failures += 1
             result = f"FAILED: {type(error).__name__} {error}"
