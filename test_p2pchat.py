@@ -6476,25 +6476,29 @@ def _bare_memory() -> int:
 
 
 def _bench_start(rounds: int = 11) -> List[_Row]:
-    """Each beside a bare Python that imports the same modules and says so."""
+    """Each beside a bare Python that imports the same modules and says so.
+
+    A script is compiled at every start; the last row is the same program as a module, whose compiled form is kept."""
     peer = ["peer", "--user", "real", "--host", "127.0.0.1", "--no-lan", "--server", "127.0.0.1:1"]
     server = ["server", "--host", "127.0.0.1", "--port", "0", "--no-lan"]
     cases = [
-        ("--help", ["--help"], b"--help", False),
-        ("server until it listens", server, b"listening on", False),
-        ("peer --plain until it listens", [*peer, "--plain"], b"127.0.0.1:", False),
-        ("peer until the first screen", peer, b"real", True),
+        ("--help", [_PROGRAM, "--help"], b"--help", False),
+        ("server until it listens", [_PROGRAM, *server], b"listening on", False),
+        ("peer --plain until it listens", [_PROGRAM, *peer, "--plain"], b"127.0.0.1:", False),
+        ("peer until the first screen", [_PROGRAM, *peer], b"real", True),
+        ("the same, by -m p2pchat", ["-m", "p2pchat", *peer], b"real", True),
     ]
     rows = []
     for name, args, sign, screen in cases:
         bare = ["-c", f"{_imports(screen)}\nprint('ready', flush=True)"]
-        results = _in_turn(
-            rounds,
-            {
-                "ours": lambda: _start_once([_PROGRAM, *args], sign, screen),
-                "bare": lambda: _start_once(bare, b"ready", screen),
-            },
-        )
+        with tempfile.TemporaryDirectory() as kept:
+            results = _in_turn(
+                rounds,
+                {
+                    "ours": lambda: _start_once(kept, args, sign, screen),
+                    "bare": lambda: _start_once(kept, bare, b"ready", screen),
+                },
+            )
         ratio = statistics.median(results["ours"]) / statistics.median(results["bare"])
         rows.append(
             _Row(
@@ -6509,16 +6513,18 @@ def _bench_start(rounds: int = 11) -> List[_Row]:
     return rows
 
 
-def _start_once(args: Sequence[str], sign: bytes, screen: bool) -> float:
-    """Milliseconds from starting a Python until its terminal (or pipe) has shown `sign`."""
+def _start_once(kept: str, args: Sequence[str], sign: bytes, screen: bool) -> float:
+    """Milliseconds from starting a Python until its terminal (or pipe) has shown `sign`; compiled modules are in `kept`."""
     ours, its = _terminal() if screen else os.pipe()
+    environment = dict(os.environ, TERM="xterm", PYTHONPATH=os.path.dirname(_PROGRAM), PYTHONPYCACHEPREFIX=kept)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     seen, started = b"", time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *args],
         stdin=its if screen else subprocess.PIPE,
         stdout=its,
         stderr=its,
-        env=dict(os.environ, TERM="xterm"),
+        env=environment,
         start_new_session=True,
     )
     os.close(its)
