@@ -3330,8 +3330,9 @@ class Detector:
 
     def _try_lost(self) -> None:
         """Dial one of those who were lost: so the halves of a cut network find each other again."""
-        lost = [peer for peer in self.node.peers.tombstones()
-                if peer.status == DEAD and peer.heard and peer.key not in self._hopeless]
+        taken = {peer.route for peer in self.node.peers.present()}
+        lost = [peer for peer in self.node.peers.tombstones() if peer.status == DEAD and peer.heard
+                and peer.route not in taken and peer.key not in self._hopeless]
         if lost:
             peer = self.node.loop.random.choice(lost)
             self.node.links.dial(peer.route, peer)

@@ -2939,7 +2939,7 @@ def test_server_says_why_it_ends():
 
 
 CRASH_KNOWN = 15.0  # seconds in which a crash must be known to all
-LEAVE_KNOWN = 2.0  # and a leave
+LEAVE_KNOWN = 2.0  # and a leave, from its goodbye
 SIM_SERVER = "10.200.0.1"
 
 
@@ -3036,8 +3036,8 @@ class SimPeer:
         self.removed = {}  # instances, and their incarnation when they were removed
         self.log = []  # events
         self.born = world.network.time
-        self.died = None  # when it crashed, or began to leave
-        self.left = False
+        self.died = None  # when it crashed, or said goodbye
+        self.left = False  # it leaves, or has left
         self.loop = world.network.start(machine, username)
         self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings(username=username, **settings), self._event)
         self.instance = self.node.me.instance
@@ -3077,9 +3077,16 @@ class SimPeer:
             how = "left" if gone.left else "crashed"
             assert gone.instance not in self.sees(), f"{self} still sees {gone}, {how} at {gone.died:.2f} s"
 
-    def leave(self):
-        """Go, saying so."""
-        self.died, self.left = self.world.network.time, True
+    def leave(self, after_goodbye=lambda: None):
+        """Go, saying so: once what is under way has arrived, or can wait no longer."""
+        say_goodbye = self.node.links.close_all
+
+        def close_all():
+            self.died = self.world.network.time
+            say_goodbye()
+            after_goodbye()
+
+        self.left, self.node.links.close_all = True, close_all
         self.loop.enter(self.node.leave)
         self.world.network.post(self.node.settings.timeout + 5, self.loop.crash)
 
@@ -3158,7 +3165,7 @@ class SimWorld:
 
     def living(self):
         """Those who have neither crashed nor begun to leave."""
-        return [peer for peer in self.peers if peer.died is None]
+        return [peer for peer in self.peers if peer.died is None and not peer.left]
 
     def agreed(self, peers=None):
         """Whether each of these sees all the others, and nobody else."""
@@ -3277,8 +3284,7 @@ def churn_event(world, event):
     """One peer goes, and perhaps comes again."""
     peer = world.random.choice([each for each in world.living() if world.network.time - each.born > 10])
     if event == "leave":
-        peer.leave()
-        world.network.post(LEAVE_KNOWN, churn_must_be_known, world, peer)
+        peer.leave(lambda: world.network.post(LEAVE_KNOWN, churn_must_be_known, world, peer))
         return
     peer.crash(reset=world.random.random() < 0.5)
     world.network.post(CRASH_KNOWN, churn_must_be_known, world, peer)
@@ -4001,6 +4007,19 @@ def test_node_addresses_that_echo_our_instance_are_bounded():
         link = p2pchat.Link(rig.ann, ("10.9.9.9", number + 1), dialled=True)
         assert rig.ann.links._objection(link, record) == "this is yourself"
     assert 0 < len(rig.ann.links._own) <= p2pchat.MAX_DIALS
+
+
+def test_node_whose_place_is_taken_by_another_process_is_not_tried_again():
+    """Bob's machine crashed and he is back at the same address: nothing is lost there any more."""
+    rig = NodeRig("Ann", "Bob", "Cy")
+    rig.bob.loop.crash(reset=False)
+    rig.run(1)
+    host = rig.network.hosts["Bob"]
+    rig.network.plug(host)
+    rig.add("Bob", host)
+    rig.run(60)
+    assert [peer.username for peer in rig.ann.present()] == ["Bob", "Cy"]
+    assert len(rig.ann.links._all) == 2
 
 
 def test_node_a_late_word_of_its_life_does_not_bring_back_one_that_has_left():
