@@ -455,7 +455,7 @@ ALIVE, SUSPECT, DEAD, LEFT = "alive", "suspect", "dead", "left"  # a record's st
 RANK = {ALIVE: 0, SUSPECT: 1, DEAD: 2, LEFT: 3}  # at the same incarnation the higher one wins
 
 
-class BadMessage(ValueError):
+class BadMessage(Exception):
     """Bytes that are not a valid message; the text says why, in words for the one who sent them."""
 
 
@@ -537,63 +537,46 @@ class MessageReader:
         return len(self._partial)
 
     def feed(self, data: bytes) -> List[Message]:
-        """Take the next piece; return the messages that it completes, those before a bad one included."""
+        """Take the next piece; return the messages that it completes, those before a bad one included.
+
+        The end of the stream ends a message, too: then feed a newline, for an empty line is nothing."""
+        messages: List[Message] = []
         if self.error is not None:
-            return []
-        cut = data.rfind(b"\n") + 1
-        complete = bytes(self._partial) + data[:cut] if cut else b""
-        if cut:
-            self._partial = bytearray(data[cut:])
-        else:
-            self._partial += data
-        messages = self._messages(complete)
-        if len(self._partial) > MAX_LINE:
-            self._spoil(f"longer than {MAX_LINE} bytes")
+            return messages
+        held = len(self._partial)
+        self._partial += data
+        end = self._partial.rfind(b"\n", held) + 1
+        complete = bytes(self._partial[:end])
+        del self._partial[:end]
+        try:
+            self._parse(complete, messages)
+            if len(self._partial) > MAX_LINE:
+                raise BadMessage(f"longer than {MAX_LINE} bytes")
+        except BadMessage as error:
+            self.error = str(error)
+            self._partial.clear()
         return messages
 
-    def finish(self) -> List[Message]:
-        """The stream has ended, which ends a message too."""
-        return self.feed(b"\n") if self._partial else []
-
-    def _messages(self, data: bytes) -> List[Message]:
+    def _parse(self, data: bytes, messages: List[Message]) -> None:
         """Parse whole lines: decoded at once, each message where the one before it ended."""
         try:
             text = data.decode("utf-8")
-        except UnicodeDecodeError:
-            return self._one_by_one(data)
-        messages: List[Message] = []
+        except UnicodeDecodeError as error:  # what comes before the bad line counts
+            bad = data.rfind(b"\n", 0, error.start) + 1
+            self._parse(data[:bad], messages)
+            messages.append(parse_line(data[bad:data.index(b"\n", bad)]))
+            return
         position, length = 0, len(text)
-        try:
-            while position < length:
-                newline = text.find("\n", position)
-                if newline - position > MAX_LINE:
-                    raise BadMessage(f"longer than {MAX_LINE} bytes")
-                if text[position] == "{":
-                    message, end = _decode(text, position)
-                    if end != newline:  # something behind it, or a value that spans lines
-                        message = parse_line(text[position:newline].encode("utf-8"))
-                    messages.append(_checked(message))
-                elif text[position:newline].strip(_BLANKS):  # an empty line is nothing
-                    messages.append(parse_line(text[position:newline].encode("utf-8")))
-                position = newline + 1
-        except BadMessage as error:
-            self._spoil(str(error))
-        return messages
-
-    def _one_by_one(self, data: bytes) -> List[Message]:
-        """The slow way, for a buffer that is not UTF-8 throughout: what comes before the bad line counts."""
-        messages: List[Message] = []
-        try:
-            for line in data.split(b"\n"):
-                if line.strip():
-                    messages.append(parse_line(line))
-        except BadMessage as error:
-            self._spoil(str(error))
-        return messages
-
-    def _spoil(self, reason: str) -> None:
-        self.error = reason
-        self._partial = bytearray()
+        while position < length:
+            newline = text.find("\n", position)
+            if newline - position > MAX_LINE:
+                raise BadMessage(f"longer than {MAX_LINE} bytes")
+            message, end = _decode(text, position) if text[position] == "{" else (None, -1)
+            if end == newline:
+                messages.append(_checked(message))
+            elif text[position:newline].strip(_BLANKS):  # an empty line is nothing
+                messages.append(parse_line(text[position:newline].encode("utf-8")))
+            position = newline + 1
 
 
 def _checked(message: Any) -> Message:
@@ -618,8 +601,6 @@ def _decode(text: str, position: int) -> Tuple[Any, int]:
     """One JSON value of `text` and where it ends. Whatever the parser raises becomes BadMessage."""
     try:
         return _SCAN(text, position)
-    except BadMessage:
-        raise
     except (ValueError, StopIteration, RecursionError, MemoryError) as error:
         raise BadMessage("nested too deep" if isinstance(error, RecursionError) else "not JSON") from None
 
@@ -651,11 +632,6 @@ _SCAN: Callable[[str, int], Tuple[Any, int]] = getattr(_DECODER, "scan_once", _D
 # A question mark behind a field's name says that it may be missing; fields that are not named here may hold anything.
 
 
-def is_text(value: Any) -> bool:
-    """Whether a JSON value is a text of a length that nobody minds."""
-    return type(value) is str and len(value) <= MAX_TEXT
-
-
 def is_count(value: Any) -> bool:
     """Whether a JSON value is an integer from 0 to MAX_INCARNATION (True is none)."""
     return type(value) is int and 0 <= value <= MAX_INCARNATION
@@ -666,29 +642,24 @@ def is_port(value: Any) -> bool:
     return type(value) is int and 0 < value <= 65535
 
 
-def is_status(value: Any) -> bool:
-    """Whether a JSON value is one of the words for a record's status."""
-    return type(value) is str and value in RANK
+@functools.lru_cache(maxsize=MAX_PEERS)
+def is_username(name: str) -> bool:
+    """Whether a name may be used, in just this spelling."""
+    try:
+        return check_username(name) == name
+    except ValueError:
+        return False
 
 
-def is_instance(value: Any) -> bool:
-    """Whether a JSON value is an instance: a few letters and digits, or none."""
-    return type(value) is str and len(value) <= 32 and value.isascii() and (not value or value.isalnum())
-
-
-def is_username(value: Any) -> bool:
-    """Whether a JSON value is a name that may be used, in just this spelling."""
-    return type(value) is str and _is_proper_name(value)
-
-
-def is_peer_ip(value: Any) -> bool:
-    """Whether a JSON value is an IPv4 address that one machine can have."""
-    return type(value) is str and _is_machine_address(value)
-
-
-def is_peer_id(value: Any) -> bool:
-    """Whether a JSON value is username@ip:port."""
-    return type(value) is str and split_id(value) is not None
+@functools.lru_cache(maxsize=MAX_PEERS)
+def is_peer_ip(ip: str) -> bool:
+    """Whether a text is an IPv4 address that one machine can have."""
+    try:
+        address = ipaddress.IPv4Address(ip)
+    except ValueError:
+        return False
+    reserved = address.is_multicast or address.is_unspecified or address.is_reserved
+    return not reserved and str(address) == ip
 
 
 def is_loopback(ip: str) -> bool:
@@ -712,6 +683,11 @@ def check_peer(peer: Any) -> bool:
     if peer["id"] != f"{peer['username']}@{peer['ip']}:{peer['port']}":
         raise BadMessage("the id of a peer must be username@ip:port")
     return True
+
+
+def _is_text(check: Callable[[str], Any] = lambda text: True) -> Callable[[Any], bool]:
+    """The check of a text of a length that nobody minds, which passes `check`."""
+    return lambda value: type(value) is str and len(value) <= MAX_TEXT and bool(check(value))
 
 
 def _is_list(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -738,24 +714,6 @@ def _check_fields(what: str, content: Any, fields: Fields) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=MAX_PEERS)
-def _is_proper_name(name: str) -> bool:
-    try:
-        return check_username(name) == name
-    except ValueError:
-        return False
-
-
-@functools.lru_cache(maxsize=MAX_PEERS)
-def _is_machine_address(ip: str) -> bool:
-    try:
-        address = ipaddress.IPv4Address(ip)
-    except ValueError:
-        return False
-    reserved = address.is_multicast or address.is_unspecified or address.is_reserved
-    return not reserved and str(address) == ip
-
-
 def _check_chat(message: Message, text: Any) -> None:
     """Chat is what comes most: checked by hand."""
     if type(text) is not str:
@@ -772,16 +730,18 @@ def _check_content(message: Message, content: Any) -> None:
         _check_fields(f"the content of {kind}", content, _CONTENTS[kind])
 
 
-_NAME = (is_username, "1 to 32 characters that can be shown, none of @*:, no slash at the start")
+_NAME = (_is_text(is_username), "1 to 32 characters that can be shown, none of @*:, no slash at the start")
 _PORT = (is_port, "an integer from 1 to 65535")
 _COUNT = (is_count, "an integer from 0 to 2**53 - 1")
-_WORDS = (is_text, "a text")
-_INSTANCE = (is_instance, "at most 32 letters and digits")
-_STATUS = (is_status, "alive, suspect, dead or left")
-_ID = (is_peer_id, "username@ip:port")
+_WORDS = (_is_text(), "a text")
+_INSTANCE = (_is_text(lambda text: len(text) <= 32 and text.isascii() and (not text or text.isalnum())),
+             "at most 32 letters and digits")
+_STATUS = (_is_text(RANK.__contains__), "alive, suspect, dead or left")
+_IP = (_is_text(is_peer_ip), "the IPv4 address of one machine")
+_ID = (_is_text(split_id), "username@ip:port")
 _IDENTITY: Fields = {"instance?": _INSTANCE, "incarnation?": _COUNT}
-_PEER: Fields = {"username": _NAME, "ip": (is_peer_ip, "the IPv4 address of one machine"), "port": _PORT, "id": _WORDS,
-                 **_IDENTITY, "status?": _STATUS, "age?": _COUNT}
+_PEER: Fields = {"username": _NAME, "ip": _IP, "port": _PORT, "id": _WORDS, **_IDENTITY, "status?": _STATUS,
+                 "age?": _COUNT}
 _ONE = (check_peer, "a peer")
 _PEERS = (_is_list(check_peer), f"a list of at most {MAX_PEERS} peers")
 _GREETER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
@@ -1365,7 +1325,7 @@ class Connection:
     def end_of_stream(self) -> None:
         """The other side will send no more, which ends its last message; ours still goes out."""
         if self.state == OPEN:
-            self._hand_over(self._reader.finish())
+            self._hand_over(self._reader.feed(b"\n"))
         self.close("closed by the other side")
 
     def _hand_over(self, messages: List[Message]) -> None:
