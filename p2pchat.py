@@ -1210,20 +1210,19 @@ def _names(peer: Peer, text: str) -> bool:
 
 CONNECTING, OPEN, DRAINING, CLOSED = "connecting", "open", "draining", "closed"
 
-_WOULD_BLOCK = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR}
-_IN_PROGRESS = {errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 REFUSED = "refused"  # what `closed` is told when nobody listens at the address; other reasons are only words
 
 
 class Timer:
-    """A call that is to come. A deadline is never changed: cancel the timer and make another."""
+    """A call that is to come; Timer() is one that is over. A deadline is never changed: cancel it, make another."""
 
     __slots__ = ("when", "_callback", "_args")
 
-    def __init__(self, when: float, callback: Callable[..., None], args: Tuple[Any, ...]) -> None:
+    def __init__(self, when: float = 0.0, callback: Optional[Callable[..., None]] = None,
+                 args: Tuple[Any, ...] = ()) -> None:
         self.when = when
-        self._callback: Optional[Callable[..., None]] = callback
+        self._callback = callback
         self._args = args
 
     def cancel(self) -> None:
@@ -1295,19 +1294,56 @@ class Connection:
         self.handler = Handler()
         self._reader = MessageReader()
         self._line_started = 0.0
-        self._line_timer: Optional[Timer] = None
+        self._line_timer = Timer()
+        self._output: Deque[bytes] = collections.deque()
+        self._owed = 0  # bytes in _output
+        self._queued = False  # whether the loop will flush it at the end of this turn
+        self._reason = ""  # why it is draining
+        self._deadline = Timer()  # of the dial, of stalled output, or of draining
+
+    def flush(self) -> None:
+        """Send what is queued, as much as the system takes; for each kind of connection to say how."""
+
+    def hang_up(self) -> None:
+        """Give back what lies below; for each kind of connection to say how."""
 
     def send(self, data: bytes) -> None:
         """Queue bytes; they go out at the end of this turn. Does nothing once it is closing."""
-        raise NotImplementedError
+        if self.state not in (OPEN, CONNECTING):
+            return
+        self._output.append(data)
+        self._owed += len(data)
+        if self._owed > MAX_OUTPUT:
+            self.abort("it does not read what it is sent")
+        elif self.state == OPEN:
+            self._flush_later()
 
     def close(self, reason: str) -> None:
         """Send what is queued, end the stream, wait a little for the other side, close."""
-        raise NotImplementedError
+        if self.state == CONNECTING:
+            self.abort(reason)
+        elif self.state == OPEN:
+            self.state = DRAINING
+            self._reason = reason
+            self.set_deadline(DRAIN_TIMEOUT, reason)
+            self._flush_later()
 
     def abort(self, reason: str) -> None:
         """Close at once; the handler hears of it in the next turn."""
-        raise NotImplementedError
+        if self.state == CLOSED:
+            return
+        self.state = CLOSED
+        self.hang_up()
+        self._output.clear()
+        self._owed = 0
+        self._line_timer.cancel()
+        self._deadline.cancel()
+        self.loop.call_later(0, self.handler.closed, self._reason or reason)
+
+    def set_deadline(self, timeout: float, reason: str) -> None:
+        """Abort in so many seconds, and not when it was to be before."""
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(timeout, self.abort, reason)
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the network and hand on the messages in them."""
@@ -1315,42 +1351,42 @@ class Connection:
             return
         reader = self._reader
         held = reader.partial
-        self._hand_over(reader.feed(data))
-        if reader.partial:
+        messages = reader.feed(data)
+        if messages:
+            self.handler.received(messages)
+        if reader.error is not None:
+            self._spoilt(reader.error)
+        if reader.partial and self.state == OPEN:
             if not held or reader.partial < held + len(data):  # another message has begun
                 self._line_started = self.loop.now()
-            if self._line_timer is None:
+            if not self._line_timer.active:
                 self._line_timer = self.loop.call_later(LINE_TIMEOUT, self._check_line)
 
     def end_of_stream(self) -> None:
         """The other side will send no more, which ends its last message; ours still goes out."""
-        if self.state == OPEN:
-            self._hand_over(self._reader.feed(b"\n"))
+        self.feed(b"\n")
         self.close("closed by the other side")
 
-    def _hand_over(self, messages: List[Message]) -> None:
-        if messages:
-            self.handler.received(messages)
-        if self._reader.error is not None and self.state == OPEN:
-            self.handler.spoilt(self._reader.error)
-            self.close(self._reader.error)
+    def _flush_later(self) -> None:
+        if not self._queued:
+            self._queued = True
+            self.loop.flush_later(self)
 
     def _check_line(self) -> None:
         """A message that was begun must be ended: one byte a second is no way to hold a place."""
-        self._line_timer = None
         if self.state != OPEN or not self._reader.partial:
             return
         patience = LINE_TIMEOUT * (1 + self._reader.partial // 65536)  # a long list on a slow network takes longer
         left = self._line_started + patience - self.loop.now()
         if left > 0:
             self._line_timer = self.loop.call_later(left, self._check_line)
-            return
-        self.handler.spoilt("half a message, and then nothing")
-        self.close("half a message, and then nothing")
+        else:
+            self._spoilt("half a message, and then nothing")
 
-    def _forget_timers(self) -> None:
-        if self._line_timer is not None:
-            self._line_timer.cancel()
+    def _spoilt(self, reason: str) -> None:
+        if self.state == OPEN:
+            self.handler.spoilt(reason)
+            self.close(reason)
 
 
 class SocketConnection(Connection):
@@ -1359,12 +1395,7 @@ class SocketConnection(Connection):
     def __init__(self, loop: "Loop", sock: socket.socket, remote: Address, state: str) -> None:
         super().__init__(loop, remote, state)
         self._socket = sock
-        self._output: Deque[bytes] = collections.deque()
-        self._owed = 0  # bytes in _output
         self._interest = 0
-        self._queued = False  # whether the loop will flush it at the end of this turn
-        self._reason = ""
-        self._deadline: Optional[Timer] = None  # of the dial, of stalled output, or of draining
         sock.setblocking(False)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1374,46 +1405,29 @@ class SocketConnection(Connection):
             self._learn_local()
         self._set_interest(selectors.EVENT_WRITE if state == CONNECTING else selectors.EVENT_READ)
 
-    def dial_within(self, timeout: float) -> None:
-        """Give the dial a time limit, seconds."""
-        self._deadline = self.loop.call_later(timeout, self.abort, f"no answer within {timeout:g} s")
-
-    def send(self, data: bytes) -> None:
-        if self.state not in (OPEN, CONNECTING):
-            return
-        self._output.append(data)
-        self._owed += len(data)
-        if self._owed > MAX_OUTPUT:
-            self.abort("it does not read what it is sent")
-        elif not self._queued and self.state == OPEN:
-            self._queued = True
-            self.loop.flush_later(self)
-
-    def close(self, reason: str) -> None:
-        if self.state == CONNECTING:
-            self.abort(reason)
-        if self.state != OPEN:
-            return
-        self.state = DRAINING
-        self._reason = reason
-        self._replace_deadline(DRAIN_TIMEOUT, reason)
-        self._queued = True
-        self.loop.flush_later(self)
-
-    def abort(self, reason: str) -> None:
-        if self.state == CLOSED:
-            return
-        self.state = CLOSED
+    def hang_up(self) -> None:
         self._set_interest(0)
         self._socket.close()
-        self._output.clear()
-        self._owed = 0
-        self._forget_timers()
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self.loop.call_later(0, self.handler.closed, self._reason or reason)
 
-    def ready(self, events: int) -> None:
+    def flush(self) -> None:
+        self._queued = False
+        before = self._owed
+        while self._output and self._send_some():
+            pass
+        if self._output:
+            if self.state == OPEN and (self._owed < before or not self._deadline.active):
+                self.set_deadline(STALL_TIMEOUT, "it does not read what it is sent")
+        elif self.state == DRAINING:
+            try:
+                self._socket.shutdown(socket.SHUT_WR)  # then read on: a close with input unread is a reset
+            except OSError as error:
+                self.abort(_words(error))
+        else:
+            self._deadline.cancel()
+        if self.state != CLOSED:
+            self._set_interest(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._output else 0))
+
+    def _ready(self, events: int) -> None:
         """The selector says that something can be done."""
         if self.state == CONNECTING:
             self._connected()
@@ -1423,19 +1437,34 @@ class SocketConnection(Connection):
         if events & selectors.EVENT_READ and self.state != CLOSED:
             self._read()
 
-    def flush(self) -> None:
-        """Send what is queued, as much as the system takes; ask to be called again for the rest."""
-        self._queued = False
-        before = self._owed
-        while self._output and self.state != CLOSED:
-            if not self._send_some():
-                break
-        if not self._output:
-            self._all_sent()
-        elif self.state == OPEN and (self._owed < before or self._deadline is None):
-            self._replace_deadline(STALL_TIMEOUT, "it does not read what it is sent")
-        if self.state != CLOSED:
-            self._set_interest(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._output else 0))
+    def _connected(self) -> None:
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self.abort(_words(OSError(code, os.strerror(code))))
+            return
+        self._deadline.cancel()
+        self.state = OPEN
+        self._learn_local()
+        self._set_interest(selectors.EVENT_READ)
+        self.handler.opened()
+        self._flush_later()
+
+    def _read(self) -> None:
+        try:
+            data = self._socket.recv(RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.abort(_words(error))
+            return
+        if data:
+            self.feed(data)
+        elif self.state != DRAINING:
+            self.end_of_stream()
+        elif self._output:
+            self._set_interest(selectors.EVENT_WRITE)
+        else:
+            self.abort(self._reason)  # the other side is done as well: all is said
 
     def _send_some(self) -> bool:
         """One send of many queued pieces; False when the system takes no more for now."""
@@ -1448,61 +1477,16 @@ class SocketConnection(Connection):
             data = b"".join(pieces)
         try:
             sent = self._socket.send(data)
-        except OSError as error:
+        except BlockingIOError:
             sent = 0
-            if error.errno not in _WOULD_BLOCK:
-                self.abort(_words(error))
-                return False
+        except OSError as error:
+            self.abort(_words(error))
+            return False
         self._owed -= sent
         if sent < len(data):
             self._output.appendleft(data[sent:])
             return False
         return True
-
-    def _all_sent(self) -> None:
-        if self.state == DRAINING:
-            try:
-                self._socket.shutdown(socket.SHUT_WR)  # then read on: a close with input unread is a reset
-            except OSError as error:
-                self.abort(_words(error))
-        elif self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _read(self) -> None:
-        try:
-            data = self._socket.recv(RECEIVE_SIZE)
-        except OSError as error:
-            if error.errno not in _WOULD_BLOCK:
-                self.abort(_words(error))
-            return
-        if data:
-            self.feed(data)
-        elif self.state == DRAINING:
-            self._ended_while_draining()
-        else:
-            self.end_of_stream()
-
-    def _ended_while_draining(self) -> None:
-        """The other side is done as well: all is said unless output is still waiting."""
-        if self._output:
-            self._set_interest(selectors.EVENT_WRITE)
-        else:
-            self.abort(self._reason)
-
-    def _connected(self) -> None:
-        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self.abort(_words(OSError(code, os.strerror(code))))
-            return
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        self.state = OPEN
-        self._learn_local()
-        self._set_interest(selectors.EVENT_READ)
-        self.handler.opened()
-        self.loop.flush_later(self)
 
     def _learn_local(self) -> None:
         try:
@@ -1513,19 +1497,14 @@ class SocketConnection(Connection):
     def _set_interest(self, interest: int) -> None:
         """The one place that tells the selector what this connection waits for."""
         if interest != self._interest:
-            self.loop.set_interest(self._socket, self._interest, interest, self.ready, self)
+            self.loop.set_interest(self._socket, interest, self._ready, self)
             self._interest = interest
-
-    def _replace_deadline(self, timeout: float, reason: str) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = self.loop.call_later(timeout, self.abort, reason)
 
 
 class Listener:
-    """Accepts connections. `accept(connection)` returns the handler, or None to turn it away."""
+    """Accepts connections. `accept(connection)` returns the handler."""
 
-    def __init__(self, loop: "Loop", host: str, port: int, accept: Callable[[Connection], Optional[Handler]]) -> None:
+    def __init__(self, loop: "Loop", host: str, port: int, accept: Callable[[Connection], Handler]) -> None:
         """Raises OSError when the address can't be had."""
         self._loop = loop
         self._accept = accept
@@ -1540,49 +1519,36 @@ class Listener:
             self._socket.close()
             raise
         self.address: Address = self._socket.getsockname()[:2]
-        self._watching = False
         self._watch()
 
     def close(self) -> None:
         """Stop listening."""
-        self._unwatch()
+        self._loop.set_interest(self._socket, 0)
         self._socket.close()
 
     def _ready(self, events: int) -> None:
         for _ in range(ACCEPT_BATCH):
-            if self._loop.is_full():
-                self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
-                return
             try:
+                self._loop.check_room()
                 sock, remote = self._socket.accept()
             except OSError as error:
+                if error.errno in (errno.ECONNABORTED, errno.EPROTO):
+                    continue
                 if error.errno in _NO_ROOM:
                     self._pause(error)
-                if error.errno not in (errno.ECONNABORTED, errno.EPROTO):
-                    return
-                continue
+                return
             connection = SocketConnection(self._loop, sock, remote[:2], OPEN)
-            handler = self._accept(connection)
-            if handler is None:
-                connection.abort("turned away")
-            else:
-                connection.handler = handler
+            connection.handler = self._accept(connection)
 
     def _pause(self, error: OSError) -> None:
         """No descriptors: those who are here go on, newcomers wait in the backlog; spinning helps nobody."""
         limited_log("descriptors", logging.WARNING, "[P2P] accepting pauses: %s", _words(error))
-        self._unwatch()
+        self._loop.set_interest(self._socket, 0)
         self._loop.call_later(ACCEPT_PAUSE, self._watch)
 
     def _watch(self) -> None:
-        if not self._watching and self._socket.fileno() >= 0:
-            self._loop.set_interest(self._socket, 0, selectors.EVENT_READ, self._ready, None)
-            self._watching = True
-
-    def _unwatch(self) -> None:
-        if self._watching:
-            self._loop.set_interest(self._socket, selectors.EVENT_READ, 0, self._ready, None)
-            self._watching = False
+        if self._socket.fileno() >= 0:  # else it was closed while it paused
+            self._loop.set_interest(self._socket, selectors.EVENT_READ, self._ready)
 
 
 class Strangers:
@@ -1697,11 +1663,11 @@ class Lan:
         except OSError:
             sock.close()
             raise
-        self._loop.set_interest(sock, 0, selectors.EVENT_READ, functools.partial(self._ready, sock), None)
+        self._loop.set_interest(sock, selectors.EVENT_READ, functools.partial(self._ready, sock))
         return sock
 
     def _close(self, sock: socket.socket) -> None:
-        self._loop.set_interest(sock, selectors.EVENT_READ, 0, None, None)
+        self._loop.set_interest(sock, 0)
         sock.close()
 
     def _ready(self, sock: socket.socket, events: int) -> None:
@@ -1728,9 +1694,6 @@ class Lan:
             log.debug("[P2P] no answer to %s: %s", to[0], _words(error))
 
 
-Ready = Callable[[int], None]
-
-
 class Loop:
     """The real loop: the system's clock, randomness and sockets."""
 
@@ -1739,7 +1702,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._timers: List[Tuple[float, int, Timer]] = []
         self._count = itertools.count()
-        self._unflushed: List[SocketConnection] = []
+        self._unflushed: List[Connection] = []
         self._stopped = False
         self._addresses = ["127.0.0.1"]
         self._most = max(24, raise_descriptor_limit() - 32)  # files waited for: some are needed for other things
@@ -1760,29 +1723,25 @@ class Loop:
         heapq.heappush(self._timers, (timer.when, next(self._count), timer))
         return timer
 
-    def listen(self, host: str, port: int, accept: Callable[[Connection], Optional[Handler]]) -> Listener:
+    def listen(self, host: str, port: int, accept: Callable[[Connection], Handler]) -> Listener:
         """Listen on an address. Raises OSError."""
         return Listener(self, host, port, accept)
 
     def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
         """Dial an IPv4 address; `handler` hears `opened`, or `closed` with the reason within `timeout` s."""
-        try:
-            if self.is_full():
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        except OSError as error:
-            return self._stillborn(address, handler, error)
-        connection = SocketConnection(self, sock, address, CONNECTING)
+        connection = Connection(self, address, CONNECTING)  # which stays, if there is no descriptor for a real one
         connection.handler = handler
         try:
-            code = sock.connect_ex(address)
-        except (OSError, OverflowError) as error:  # not an address at all
+            self.check_room()
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            connection = SocketConnection(self, sock, address, CONNECTING)
+            connection.handler = handler
+            connection.set_deadline(timeout, f"no answer within {timeout:g} s")
+            sock.connect(address)
+        except BlockingIOError:
+            pass  # it is under way
+        except (OSError, OverflowError) as error:  # no descriptor, no way there, or not an address at all
             connection.abort(_words(error))
-            return connection
-        if code and code not in _IN_PROGRESS:
-            connection.abort(_words(OSError(code, os.strerror(code))))
-        else:
-            connection.dial_within(timeout)
         return connection
 
     def lan(self, host: str, port: int, heard: Callable[[bytes, Address], Optional[bytes]]) -> Lan:
@@ -1850,24 +1809,30 @@ class Loop:
             due.append(heapq.heappop(self._timers)[2])
         for timer in due:  # what these schedule waits for the next turn
             self._call_out(timer.fire, None)
-        self._flush()
+        queued, self._unflushed = self._unflushed, []
+        for connection in queued:
+            if connection.state != CLOSED:
+                self._call_out(connection.flush, connection)
 
-    def flush_later(self, connection: SocketConnection) -> None:
+    def flush_later(self, connection: Connection) -> None:
         """Send what a connection has queued at the end of this turn."""
         self._unflushed.append(connection)
 
-    def set_interest(self, sock: Any, old: int, new: int, ready: Optional[Ready], owner: Optional[Connection]) -> None:
+    def set_interest(self, sock: Any, interest: int, ready: Optional[Callable[[int], None]] = None,
+                     owner: Optional[Connection] = None) -> None:
         """Change what the selector waits for on a socket; 0 is nothing."""
-        if new and old:
-            self._selector.modify(sock, new, (ready, owner))
-        elif new:
-            self._selector.register(sock, new, (ready, owner))
-        elif old:
+        known = sock in self._selector.get_map()
+        if interest and known:
+            self._selector.modify(sock, interest, (ready, owner))
+        elif interest:
+            self._selector.register(sock, interest, (ready, owner))
+        elif known:
             self._selector.unregister(sock)
 
-    def is_full(self) -> bool:
-        """Whether no more files can be waited for; select() on Windows takes 512, and fails as a whole beyond."""
-        return len(self._selector.get_map()) >= self._most
+    def check_room(self) -> None:
+        """Raises OSError when no more files can be waited for; select() on Windows fails as a whole beyond 512."""
+        if len(self._selector.get_map()) >= self._most:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def failed(self, connection: Optional[Connection]) -> None:
         """An exception that nobody caught: our bug. It costs the connection, not the loop."""
@@ -1892,12 +1857,6 @@ class Loop:
         wait = max(0.0, self._timers[0][0] - self.now())
         return wait if longest is None else min(wait, longest)
 
-    def _flush(self) -> None:
-        queued, self._unflushed = self._unflushed, []
-        for connection in queued:
-            if connection.state != CLOSED:
-                self._call_out(connection.flush, connection)
-
     def _signalled(self) -> None:
         assert self._wake is not None
         try:
@@ -1908,12 +1867,6 @@ class Loop:
             callback = self._signals.get(signum)
             if callback is not None:
                 callback()
-
-    def _stillborn(self, address: Address, handler: Handler, error: OSError) -> Connection:
-        """A connection for which there was no descriptor: closed from the start."""
-        connection = Connection(self, address, CLOSED)
-        self.call_later(0, handler.closed, _words(error))
-        return connection
 
 
 class Ticker:
@@ -2158,7 +2111,7 @@ class DiscoveryServer:
 
     # -- connections -----------------------------------------------------------------------------------
 
-    def _accept(self, connection: Connection) -> Optional[Handler]:
+    def _accept(self, connection: Connection) -> Handler:
         session = Session(self, connection)
         self._sessions[session] = None
         self._strangers.add(connection)
@@ -2438,7 +2391,7 @@ class Links:
         self._looked: Dict[Address, float] = {}  # addresses that others named, and when they were dialled
         self._own: Set[Address] = set()  # addresses at which we met ourselves
 
-    def accept(self, connection: Connection) -> Optional[Handler]:
+    def accept(self, connection: Connection) -> Handler:
         """Somebody dialled us."""
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
@@ -6036,7 +5989,7 @@ class LineWriter:
         write = selectors.EVENT_WRITE
         stdout: Any = 1
         if more != (self._state == "waiting"):
-            self._loop.set_interest(stdout, 0 if more else write, write if more else 0, self._flush, None)
+            self._loop.set_interest(stdout, write if more else 0, self._flush)
         self._state = "waiting" if more else "idle"
         if not more and self._emptied is not None:
             self._emptied()

@@ -1737,11 +1737,6 @@ class SimConnection(p2pchat.Connection):
         self.listener = None  # of an end that was accepted
         self.broken = False  # nothing passes any more, for good
         self.stranded = False  # its address is not ours any more
-        self._output = []
-        self._owed = 0
-        self._queued = False
-        self._reason = ""
-        self._deadline = None
         self._in_flight = 0  # bytes that the far end has not read
         self._arrives = 0.0  # when the last segment arrives: none overtakes another
         self._held = []
@@ -1755,39 +1750,30 @@ class SimConnection(p2pchat.Connection):
 
     # -- what p2pchat.Connection promises --------------------------------------------------------------
 
-    def send(self, data):
-        if self.state not in (p2pchat.OPEN, p2pchat.CONNECTING):
-            return
-        self._output.append(data)
-        self._owed += len(data)
-        if self._owed > p2pchat.MAX_OUTPUT:
-            self.abort("it does not read what it is sent")
-        elif self.state == p2pchat.OPEN:
-            self._flush_later()
-
-    def close(self, reason):
-        if self.state == p2pchat.CONNECTING:
-            self.abort(reason)
-        if self.state != p2pchat.OPEN:
-            return
-        self.state = p2pchat.DRAINING
-        self._reason = reason
-        self.set_deadline(p2pchat.DRAIN_TIMEOUT, reason)
-        self._flush_later()
-
-    def abort(self, reason):
-        if self.state == p2pchat.CLOSED:
-            return
+    def hang_up(self):
         if self.far is not None and not self._end_sent:
             self._end_sent = True
             self.transmit(SEG_END)  # behind what the kernel has taken already
-        self.state = p2pchat.CLOSED
-        self._output.clear()
-        self._owed = 0
-        self._forget_timers()
-        self.set_deadline(None, "")
         self.loop.connections.pop(self, None)
-        self.loop.call_later(0, self.handler.closed, self._reason or reason)
+
+    def flush(self):
+        """The end of a turn: all that is queued goes as one segment, if the kernels have room for it."""
+        self._queued = False
+        if self.state not in (p2pchat.OPEN, p2pchat.DRAINING):
+            return
+        if self._output and (not self._in_flight or self._in_flight + self._owed <= SIM_KERNEL_BUFFER):
+            data = b"".join(self._output)
+            self._output.clear()
+            self._owed = 0
+            self._in_flight += len(data)
+            self.transmit(data)
+            if self.state == p2pchat.OPEN:
+                self._deadline.cancel()
+        if self._output:
+            if not self._deadline.active:
+                self.set_deadline(p2pchat.STALL_TIMEOUT, "it does not read what it is sent")
+        elif self.state == p2pchat.DRAINING:
+            self._all_sent()
 
     # -- turns of its process --------------------------------------------------------------------------
 
@@ -1795,7 +1781,7 @@ class SimConnection(p2pchat.Connection):
         """The dial has succeeded."""
         if self.state != p2pchat.CONNECTING:
             return
-        self.set_deadline(None, "")
+        self._deadline.cancel()
         self.state = p2pchat.OPEN
         self.handler.opened()
         self._flush_later()
@@ -1805,11 +1791,7 @@ class SimConnection(p2pchat.Connection):
         if self.listener.loop.host.listeners.get(self.listener.address[1]) is not self.listener:
             self._reset_far()
             return
-        handler = self.listener.accept(self)
-        if handler is None:
-            self.abort("turned away")
-        else:
-            self.handler = handler
+        self.handler = self.listener.accept(self)
 
     def read(self, data):
         """Bytes have come."""
@@ -1837,36 +1819,6 @@ class SimConnection(p2pchat.Connection):
         self._in_flight -= size
         if self._output and self.state != p2pchat.CLOSED:
             self.loop.network.post(0, self.loop.enter, self.flush)
-
-    def flush(self):
-        """The end of a turn: all that is queued goes as one segment, if the kernels have room for it."""
-        self._queued = False
-        if self.state not in (p2pchat.OPEN, p2pchat.DRAINING):
-            return
-        if self._output and (not self._in_flight or self._in_flight + self._owed <= SIM_KERNEL_BUFFER):
-            data = b"".join(self._output)
-            self._output.clear()
-            self._owed = 0
-            self._in_flight += len(data)
-            self.transmit(data)
-            if self.state == p2pchat.OPEN and self._deadline is not None:
-                self.set_deadline(None, "")
-        if self._output:
-            if self._deadline is None:
-                self.set_deadline(p2pchat.STALL_TIMEOUT, "it does not read what it is sent")
-        elif self.state == p2pchat.DRAINING:
-            self._all_sent()
-
-    def set_deadline(self, timeout, reason):
-        """So long, and it is aborted; None takes the deadline away."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = None if timeout is None else self.loop.call_later(timeout, self.abort, reason)
-
-    def _flush_later(self):
-        if not self._queued:
-            self._queued = True
-            self.loop.flush_later(self)
 
     def _all_sent(self):
         if not self._end_sent:
@@ -7677,12 +7629,8 @@ class FuzzConnection(p2pchat.Connection):
     def close(self, reason):
         self.abort(reason)
 
-    def abort(self, reason):
-        if self.state != p2pchat.CLOSED:
-            self.state = p2pchat.CLOSED
-            self.loop.open.pop(self, None)
-            self._forget_timers()
-            self.loop.call_later(0, self.handler.closed, reason)
+    def hang_up(self):
+        self.loop.open.pop(self, None)
 
 
 class FuzzLoop:
