@@ -1315,7 +1315,7 @@ class Connection:
         self._owed += len(data)
         if self._owed > MAX_OUTPUT:
             self.abort("it does not read what it is sent")
-        elif self.state == OPEN:
+        elif not self._queued and self.state == OPEN:  # asked here, too: a burst need not make the call
             self._flush_later()
 
     def close(self, reason: str) -> None:
