@@ -525,16 +525,11 @@ def parse_line(line: bytes) -> Message:
 class MessageReader:
     """Cuts a stream of bytes into messages, however the stream was cut into pieces."""
 
-    __slots__ = ("_partial", "error")
+    __slots__ = ("partial", "error")
 
     def __init__(self) -> None:
-        self._partial = bytearray()
+        self.partial = bytearray()  # an unfinished message
         self.error: Optional[str] = None  # once set, the stream is spoilt and nothing more comes out
-
-    @property
-    def partial(self) -> int:
-        """How many bytes of an unfinished message are held."""
-        return len(self._partial)
 
     def feed(self, data: bytes) -> List[Message]:
         """Take the next piece; return the messages that it completes, those before a bad one included.
@@ -543,18 +538,18 @@ class MessageReader:
         messages: List[Message] = []
         if self.error is not None:
             return messages
-        held = len(self._partial)
-        self._partial += data
-        end = self._partial.rfind(b"\n", held) + 1
-        complete = bytes(self._partial[:end])
-        del self._partial[:end]
+        held = len(self.partial)
+        self.partial += data
+        end = self.partial.rfind(b"\n", held) + 1
+        complete = bytes(self.partial[:end])
+        del self.partial[:end]
         try:
             self._parse(complete, messages)
-            if len(self._partial) > MAX_LINE:
+            if len(self.partial) > MAX_LINE:
                 raise BadMessage(f"longer than {MAX_LINE} bytes")
         except BadMessage as error:
             self.error = str(error)
-            self._partial.clear()
+            self.partial.clear()
         return messages
 
     def _parse(self, data: bytes, messages: List[Message]) -> None:
@@ -1350,14 +1345,14 @@ class Connection:
         if self.state != OPEN:
             return
         reader = self._reader
-        held = reader.partial
+        held = len(reader.partial)
         messages = reader.feed(data)
         if messages:
             self.handler.received(messages)
         if reader.error is not None:
             self._spoilt(reader.error)
         if reader.partial and self.state == OPEN:
-            if not held or reader.partial < held + len(data):  # another message has begun
+            if not held or len(reader.partial) < held + len(data):  # another message has begun
                 self._line_started = self.loop.now()
             if not self._line_timer.active:
                 self._line_timer = self.loop.call_later(LINE_TIMEOUT, self._check_line)
@@ -1376,7 +1371,7 @@ class Connection:
         """A message that was begun must be ended: one byte a second is no way to hold a place."""
         if self.state != OPEN or not self._reader.partial:
             return
-        patience = LINE_TIMEOUT * (1 + self._reader.partial // 65536)  # a long list on a slow network takes longer
+        patience = LINE_TIMEOUT * (1 + len(self._reader.partial) // 65536)  # a long list on a slow network takes longer
         left = self._line_started + patience - self.loop.now()
         if left > 0:
             self._line_timer = self.loop.call_later(left, self._check_line)
@@ -1878,7 +1873,7 @@ class Ticker:
         self._callback = callback
         self._timer = loop.call_later(interval * loop.random.random(), self._tick)
 
-    def cancel(self) -> None:
+    def close(self) -> None:
         """Stop it."""
         self._timer.cancel()
 
@@ -1984,8 +1979,7 @@ def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
 
 def _words(error: Exception) -> str:
     """An error of the system in words; REFUSED for the one that proves that nobody is there."""
-    code = getattr(error, "errno", None)
-    if code in (errno.ECONNREFUSED, getattr(errno, "WSAECONNREFUSED", errno.ECONNREFUSED)):
+    if isinstance(error, ConnectionRefusedError):
         return REFUSED
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
@@ -2010,6 +2004,8 @@ class Session(Handler):
         self.registrations = Allowance(MAX_RENAMES)  # each is told to everybody
         self.last_heard = server.loop.now()
         self.ids: Tuple[str, ...] = ()  # every id that it registered: what is under way may bear an older one
+        self.identity: Dict[str, Any] = {}  # its instance and incarnation, if it told them
+        self.encoded = ""  # its record as JSON
 
     def received(self, messages: List[Message]) -> None:
         self.last_heard = self.server.loop.now()
@@ -2053,8 +2049,8 @@ class DiscoveryServer:
             MSG_HEARTBEAT: self._heartbeat,
             MSG_UNREGISTER: self._unregister,
             MSG_SYNC_PEERS_REQUEST: self._sync_request,
-            MSG_HELLO: self._hello,
-            MSG_CHAT: self._chat,
+            MSG_HELLO: lambda session, _: session.error("this is a discovery server: say MSG_REGISTER"),
+            MSG_CHAT: lambda session, _: session.error("this is a discovery server: chat goes from peer to peer"),
         }
         self._listener: Optional[Listener] = None
         self._lan: Optional[Lan] = None
@@ -2062,10 +2058,9 @@ class DiscoveryServer:
         self._sessions: Dict[Session, None] = {}
         self._strangers = Strangers()  # not registered
         self._peers: Dict[str, Session] = {}
-        self._encoded: Dict[str, str] = {}  # each registered peer's record as JSON
         self._joined: Dict[str, None] = {}  # ids, since the last broadcast
         self._left: Dict[str, Dict[str, Any]] = {}
-        self._gathering: Optional[Timer] = None
+        self._gathering = Timer()
         self._stopping = False
 
     # -- starting and stopping -------------------------------------------------------------------------
@@ -2096,9 +2091,7 @@ class DiscoveryServer:
         log.info("[Server] goodbye: telling %d peers", len(self._peers))
         self._stopping = True
         for closable in (self._listener, self._lan, self._monitor):
-            if isinstance(closable, Ticker):
-                closable.cancel()
-            elif closable is not None:
+            if closable is not None:
                 closable.close()
         for session in list(self._sessions):
             session.error("the server stops")
@@ -2126,11 +2119,10 @@ class DiscoveryServer:
 
     def _drop_silent(self) -> None:
         limit = self.loop.now() - self.settings.heartbeat_timeout
-        silent = [each for each in self._sessions if each.last_heard < limit]
-        for session in [each for each in silent if each.peer_id is not None]:
-            limited_log("timeout", logging.INFO, "[Monitor] timeout: %s", session.peer_id)
-            self._drop(session, "timed out")
-        for session in silent:
+        for session in [each for each in self._sessions if each.last_heard < limit]:
+            if session.peer_id is not None:
+                limited_log("timeout", logging.INFO, "[Monitor] timeout: %s", session.peer_id)
+                self._drop(session, "timed out")
             session.refuse(f"nothing heard for {self.settings.heartbeat_timeout:g} s")
 
     # -- what peers say --------------------------------------------------------------------------------
@@ -2156,9 +2148,9 @@ class DiscoveryServer:
         session.peer_id = peer_id
         session.ids = (*session.ids[-7:], peer_id)
         self._peers[peer_id] = session
+        session.identity = {key: content[key] for key in ("instance", "incarnation") if key in content}
         record = {"id": peer_id, "ip": ip, "port": content["port"], "username": content["username"]}
-        record.update((key, content[key]) for key in ("instance", "incarnation") if key in content)
-        self._encoded[peer_id] = json.dumps(record, separators=(",", ":"))
+        session.encoded = _ENCODER.encode({**record, **session.identity})
         self._joined[peer_id] = None
         limited_log(f"registered from {ip}", logging.INFO, "[Server] registered %s", peer_id)
         self._gather()
@@ -2202,15 +2194,9 @@ class DiscoveryServer:
         return False
 
     def _sync_request(self, session: Session, message: Message) -> None:
-        for peers in in_lists(self._encoded.values()):
+        for peers in in_lists(each.encoded for each in self._peers.values()):
             content = f'{{"peer_list":[{peers}]}}'
             session.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, self.id, message["sender_id"], content))
-
-    def _hello(self, session: Session, message: Message) -> None:
-        session.error("this is a discovery server: say MSG_REGISTER")
-
-    def _chat(self, session: Session, message: Message) -> None:
-        session.error("this is a discovery server: chat goes from peer to peer")
 
     def _beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
         """Somebody looks for a server: here is one. Never longer than the question."""
@@ -2226,25 +2212,21 @@ class DiscoveryServer:
         assert peer_id is not None
         session.peer_id = None
         del self._peers[peer_id]
-        record = json.loads(self._encoded.pop(peer_id))
         self._joined.pop(peer_id, None)
-        gone = {"id": peer_id, "reason": clean(reason)}
-        gone.update((key, record[key]) for key in ("instance", "incarnation") if key in record)
-        self._left[peer_id] = gone
+        self._left[peer_id] = {"id": peer_id, "reason": clean(reason), **session.identity}
         limited_log("dropped", logging.INFO, "[Server] dropped %s: %s", peer_id, reason)
         self._gather()
 
     def _gather(self) -> None:
-        if self._gathering is None:
+        if not self._gathering.active:
             self._gathering = self.loop.call_later(NEWS_GATHER, self._broadcast)
 
     def _broadcast(self) -> None:
         """Tell the newcomers who is there, and everybody else who came and went."""
-        self._gathering = None
         newcomers = [self._peers[peer_id] for peer_id in self._joined]
         others = [session for peer_id, session in self._peers.items() if peer_id not in self._joined]
-        gone = json.dumps(list(self._left.values()), separators=(",", ":"))
-        for joined in in_lists(self._encoded[peer_id] for peer_id in self._joined):
+        gone = _ENCODER.encode(list(self._left.values()))
+        for joined in in_lists(each.encoded for each in newcomers):
             update = create_raw(MSG_PEER_LIST_UPDATE, self.id, EVERYONE, f'{{"joined":[{joined}],"left":{gone}}}')
             gone = "[]"
             for session in others:
@@ -2259,7 +2241,7 @@ class DiscoveryServer:
         """Answer those who have registered. The list is encoded once; only the first bytes differ."""
         if not newcomers:
             return
-        first, *rest = in_lists(self._encoded.values())
+        first, *rest = in_lists(each.encoded for each in self._peers.values())
         tail = f'"peer_list":[{first}]}}}}\n'.encode("ascii")
         more = [create_raw(MSG_PEER_LIST_UPDATE, self.id, EVERYONE, f'{{"joined":[{peers}],"left":[]}}')
                 for peers in rest]
@@ -3890,7 +3872,7 @@ class PeerNode:
         self.delivery.fail_all("you left before it was delivered")
         self.stopping = True
         for ticker in self._tickers:
-            ticker.cancel()
+            ticker.close()
         self.finder.stop()
         self.discovery.leave()
         self.links.close_all()
