@@ -463,8 +463,7 @@ def create_message(msg_type: str, sender_id: str, content: Any, to: str = EVERYO
     """Return one message as the bytes that go on the wire, its newline included.
 
     Raises ValueError for what JSON cannot hold or what is longer than MAX_LINE."""
-    message = {"type": msg_type, "sender_id": sender_id, "to": to, "content": content}
-    message.update(extra)
+    message = {"type": msg_type, "sender_id": sender_id, "to": to, "content": content, **extra}
     data = _ENCODER.encode(message).encode("ascii") + b"\n"
     if len(data) > MAX_LINE:
         raise ValueError(f"a message of {len(data)} bytes is longer than {MAX_LINE}")
@@ -1567,11 +1566,10 @@ class Strangers:
     def discard(self, connection: Connection) -> None:
         """It has said who it is, or is gone."""
         ip = connection.remote[0]
-        waiting = self._by_ip.get(ip)
-        if waiting is not None:
-            waiting.pop(connection, None)
-            if not waiting:
-                del self._by_ip[ip]
+        waiting = self._by_ip.get(ip, {})
+        waiting.pop(connection, None)
+        if not waiting:
+            self._by_ip.pop(ip, None)
 
 
 class Lan:
@@ -1805,9 +1803,8 @@ class Loop:
         for timer in due:  # what these schedule waits for the next turn
             self._call_out(timer.fire, None)
         queued, self._unflushed = self._unflushed, []
-        for connection in queued:
-            if connection.state != CLOSED:
-                self._call_out(connection.flush, connection)
+        for connection in queued:  # where it has closed meanwhile, nothing is queued
+            self._call_out(connection.flush, connection)
 
     def flush_later(self, connection: Connection) -> None:
         """Send what a connection has queued at the end of this turn."""
@@ -1858,10 +1855,8 @@ class Loop:
             signums = self._wake[0].recv(64)
         except OSError:
             return
-        for signum in sorted(set(signums)):
-            callback = self._signals.get(signum)
-            if callback is not None:
-                callback()
+        for signum in sorted(set(signums) & set(self._signals)):
+            self._signals[signum]()
 
 
 class Ticker:
@@ -1894,8 +1889,8 @@ def find_local_addresses() -> List[str]:
         except OSError:
             pass  # no default route
         found += _interface_addresses(probe)
-    unique = list(dict.fromkeys(ip for ip in found if is_peer_ip(ip)))
-    return [ip for ip in unique if not is_loopback(ip)] + [ip for ip in unique if is_loopback(ip)] or ["127.0.0.1"]
+    unique = dict.fromkeys(ip for ip in found if is_peer_ip(ip))
+    return sorted(unique, key=is_loopback) or ["127.0.0.1"]
 
 
 def _interface_addresses(sock: socket.socket) -> List[str]:
