@@ -455,7 +455,7 @@ ALIVE, SUSPECT, DEAD, LEFT = "alive", "suspect", "dead", "left"  # a record's st
 RANK = {ALIVE: 0, SUSPECT: 1, DEAD: 2, LEFT: 3}  # at the same incarnation the higher one wins
 
 
-class BadMessage(ValueError):
+class BadMessage(Exception):
     """Bytes that are not a valid message; the text says why, in words for the one who sent them."""
 
 
@@ -463,8 +463,7 @@ def create_message(msg_type: str, sender_id: str, content: Any, to: str = EVERYO
     """Return one message as the bytes that go on the wire, its newline included.
 
     Raises ValueError for what JSON cannot hold or what is longer than MAX_LINE."""
-    message = {"type": msg_type, "sender_id": sender_id, "to": to, "content": content}
-    message.update(extra)
+    message = {"type": msg_type, "sender_id": sender_id, "to": to, "content": content, **extra}
     data = _ENCODER.encode(message).encode("ascii") + b"\n"
     if len(data) > MAX_LINE:
         raise ValueError(f"a message of {len(data)} bytes is longer than {MAX_LINE}")
@@ -525,75 +524,53 @@ def parse_line(line: bytes) -> Message:
 class MessageReader:
     """Cuts a stream of bytes into messages, however the stream was cut into pieces."""
 
-    __slots__ = ("_partial", "error")
+    __slots__ = ("partial", "error")
 
     def __init__(self) -> None:
-        self._partial = bytearray()
+        self.partial = bytearray()  # an unfinished message
         self.error: Optional[str] = None  # once set, the stream is spoilt and nothing more comes out
 
-    @property
-    def partial(self) -> int:
-        """How many bytes of an unfinished message are held."""
-        return len(self._partial)
-
     def feed(self, data: bytes) -> List[Message]:
-        """Take the next piece; return the messages that it completes, those before a bad one included."""
+        """Take the next piece; return the messages that it completes, those before a bad one included.
+
+        The end of the stream ends a message, too: then feed a newline, for an empty line is nothing."""
+        messages: List[Message] = []
         if self.error is not None:
-            return []
-        cut = data.rfind(b"\n") + 1
-        complete = bytes(self._partial) + data[:cut] if cut else b""
-        if cut:
-            self._partial = bytearray(data[cut:])
-        else:
-            self._partial += data
-        messages = self._messages(complete)
-        if len(self._partial) > MAX_LINE:
-            self._spoil(f"longer than {MAX_LINE} bytes")
+            return messages
+        held = len(self.partial)
+        self.partial += data
+        end = self.partial.rfind(b"\n", held) + 1
+        complete = bytes(self.partial[:end])
+        del self.partial[:end]
+        try:
+            self._parse(complete, messages)
+            if len(self.partial) > MAX_LINE:
+                raise BadMessage(f"longer than {MAX_LINE} bytes")
+        except BadMessage as error:
+            self.error = str(error)
+            self.partial.clear()
         return messages
 
-    def finish(self) -> List[Message]:
-        """The stream has ended, which ends a message too."""
-        return self.feed(b"\n") if self._partial else []
-
-    def _messages(self, data: bytes) -> List[Message]:
+    def _parse(self, data: bytes, messages: List[Message]) -> None:
         """Parse whole lines: decoded at once, each message where the one before it ended."""
         try:
             text = data.decode("utf-8")
-        except UnicodeDecodeError:
-            return self._one_by_one(data)
-        messages: List[Message] = []
+        except UnicodeDecodeError as error:  # what comes before the bad line counts
+            bad = data.rfind(b"\n", 0, error.start) + 1
+            self._parse(data[:bad], messages)
+            messages.append(parse_line(data[bad:data.index(b"\n", bad)]))
+            return
         position, length = 0, len(text)
-        try:
-            while position < length:
-                newline = text.find("\n", position)
-                if newline - position > MAX_LINE:
-                    raise BadMessage(f"longer than {MAX_LINE} bytes")
-                if text[position] == "{":
-                    message, end = _decode(text, position)
-                    if end != newline:  # something behind it, or a value that spans lines
-                        message = parse_line(text[position:newline].encode("utf-8"))
-                    messages.append(_checked(message))
-                elif text[position:newline].strip(_BLANKS):  # an empty line is nothing
-                    messages.append(parse_line(text[position:newline].encode("utf-8")))
-                position = newline + 1
-        except BadMessage as error:
-            self._spoil(str(error))
-        return messages
-
-    def _one_by_one(self, data: bytes) -> List[Message]:
-        """The slow way, for a buffer that is not UTF-8 throughout: what comes before the bad line counts."""
-        messages: List[Message] = []
-        try:
-            for line in data.split(b"\n"):
-                if line.strip():
-                    messages.append(parse_line(line))
-        except BadMessage as error:
-            self._spoil(str(error))
-        return messages
-
-    def _spoil(self, reason: str) -> None:
-        self.error = reason
-        self._partial = bytearray()
+        while position < length:
+            newline = text.find("\n", position)
+            if newline - position > MAX_LINE:
+                raise BadMessage(f"longer than {MAX_LINE} bytes")
+            message, end = _decode(text, position) if text[position] == "{" else (None, -1)
+            if end == newline:
+                messages.append(_checked(message))
+            elif text[position:newline].strip(_BLANKS):  # an empty line is nothing
+                messages.append(parse_line(text[position:newline].encode("utf-8")))
+            position = newline + 1
 
 
 def _checked(message: Any) -> Message:
@@ -618,8 +595,6 @@ def _decode(text: str, position: int) -> Tuple[Any, int]:
     """One JSON value of `text` and where it ends. Whatever the parser raises becomes BadMessage."""
     try:
         return _SCAN(text, position)
-    except BadMessage:
-        raise
     except (ValueError, StopIteration, RecursionError, MemoryError) as error:
         raise BadMessage("nested too deep" if isinstance(error, RecursionError) else "not JSON") from None
 
@@ -651,11 +626,6 @@ _SCAN: Callable[[str, int], Tuple[Any, int]] = getattr(_DECODER, "scan_once", _D
 # A question mark behind a field's name says that it may be missing; fields that are not named here may hold anything.
 
 
-def is_text(value: Any) -> bool:
-    """Whether a JSON value is a text of a length that nobody minds."""
-    return type(value) is str and len(value) <= MAX_TEXT
-
-
 def is_count(value: Any) -> bool:
     """Whether a JSON value is an integer from 0 to MAX_INCARNATION (True is none)."""
     return type(value) is int and 0 <= value <= MAX_INCARNATION
@@ -666,29 +636,24 @@ def is_port(value: Any) -> bool:
     return type(value) is int and 0 < value <= 65535
 
 
-def is_status(value: Any) -> bool:
-    """Whether a JSON value is one of the words for a record's status."""
-    return type(value) is str and value in RANK
+@functools.lru_cache(maxsize=MAX_PEERS)
+def is_username(name: str) -> bool:
+    """Whether a name may be used, in just this spelling."""
+    try:
+        return check_username(name) == name
+    except ValueError:
+        return False
 
 
-def is_instance(value: Any) -> bool:
-    """Whether a JSON value is an instance: a few letters and digits, or none."""
-    return type(value) is str and len(value) <= 32 and value.isascii() and (not value or value.isalnum())
-
-
-def is_username(value: Any) -> bool:
-    """Whether a JSON value is a name that may be used, in just this spelling."""
-    return type(value) is str and _is_proper_name(value)
-
-
-def is_peer_ip(value: Any) -> bool:
-    """Whether a JSON value is an IPv4 address that one machine can have."""
-    return type(value) is str and _is_machine_address(value)
-
-
-def is_peer_id(value: Any) -> bool:
-    """Whether a JSON value is username@ip:port."""
-    return type(value) is str and split_id(value) is not None
+@functools.lru_cache(maxsize=MAX_PEERS)
+def is_peer_ip(ip: str) -> bool:
+    """Whether a text is an IPv4 address that one machine can have."""
+    try:
+        address = ipaddress.IPv4Address(ip)
+    except ValueError:
+        return False
+    reserved = address.is_multicast or address.is_unspecified or address.is_reserved
+    return not reserved and str(address) == ip
 
 
 def is_loopback(ip: str) -> bool:
@@ -712,6 +677,11 @@ def check_peer(peer: Any) -> bool:
     if peer["id"] != f"{peer['username']}@{peer['ip']}:{peer['port']}":
         raise BadMessage("the id of a peer must be username@ip:port")
     return True
+
+
+def _is_text(check: Callable[[str], Any] = lambda text: True) -> Callable[[Any], bool]:
+    """The check of a text of a length that nobody minds, which passes `check`."""
+    return lambda value: type(value) is str and len(value) <= MAX_TEXT and bool(check(value))
 
 
 def _is_list(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -738,24 +708,6 @@ def _check_fields(what: str, content: Any, fields: Fields) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=MAX_PEERS)
-def _is_proper_name(name: str) -> bool:
-    try:
-        return check_username(name) == name
-    except ValueError:
-        return False
-
-
-@functools.lru_cache(maxsize=MAX_PEERS)
-def _is_machine_address(ip: str) -> bool:
-    try:
-        address = ipaddress.IPv4Address(ip)
-    except ValueError:
-        return False
-    reserved = address.is_multicast or address.is_unspecified or address.is_reserved
-    return not reserved and str(address) == ip
-
-
 def _check_chat(message: Message, text: Any) -> None:
     """Chat is what comes most: checked by hand."""
     if type(text) is not str:
@@ -772,16 +724,18 @@ def _check_content(message: Message, content: Any) -> None:
         _check_fields(f"the content of {kind}", content, _CONTENTS[kind])
 
 
-_NAME = (is_username, "1 to 32 characters that can be shown, none of @*:, no slash at the start")
+_NAME = (_is_text(is_username), "1 to 32 characters that can be shown, none of @*:, no slash at the start")
 _PORT = (is_port, "an integer from 1 to 65535")
 _COUNT = (is_count, "an integer from 0 to 2**53 - 1")
-_WORDS = (is_text, "a text")
-_INSTANCE = (is_instance, "at most 32 letters and digits")
-_STATUS = (is_status, "alive, suspect, dead or left")
-_ID = (is_peer_id, "username@ip:port")
+_WORDS = (_is_text(), "a text")
+_INSTANCE = (_is_text(lambda text: len(text) <= 32 and text.isascii() and (not text or text.isalnum())),
+             "at most 32 letters and digits")
+_STATUS = (_is_text(RANK.__contains__), "alive, suspect, dead or left")
+_IP = (_is_text(is_peer_ip), "the IPv4 address of one machine")
+_ID = (_is_text(split_id), "username@ip:port")
 _IDENTITY: Fields = {"instance?": _INSTANCE, "incarnation?": _COUNT}
-_PEER: Fields = {"username": _NAME, "ip": (is_peer_ip, "the IPv4 address of one machine"), "port": _PORT, "id": _WORDS,
-                 **_IDENTITY, "status?": _STATUS, "age?": _COUNT}
+_PEER: Fields = {"username": _NAME, "ip": _IP, "port": _PORT, "id": _WORDS, **_IDENTITY, "status?": _STATUS,
+                 "age?": _COUNT}
 _ONE = (check_peer, "a peer")
 _PEERS = (_is_list(check_peer), f"a list of at most {MAX_PEERS} peers")
 _GREETER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
@@ -1250,20 +1204,19 @@ def _names(peer: Peer, text: str) -> bool:
 
 CONNECTING, OPEN, DRAINING, CLOSED = "connecting", "open", "draining", "closed"
 
-_WOULD_BLOCK = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR}
-_IN_PROGRESS = {errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 REFUSED = "refused"  # what `closed` is told when nobody listens at the address; other reasons are only words
 
 
 class Timer:
-    """A call that is to come. A deadline is never changed: cancel the timer and make another."""
+    """A call that is to come; Timer() is one that is over. A deadline is never changed: cancel it, make another."""
 
     __slots__ = ("when", "_callback", "_args")
 
-    def __init__(self, when: float, callback: Callable[..., None], args: Tuple[Any, ...]) -> None:
+    def __init__(self, when: float = 0.0, callback: Optional[Callable[..., None]] = None,
+                 args: Tuple[Any, ...] = ()) -> None:
         self.when = when
-        self._callback: Optional[Callable[..., None]] = callback
+        self._callback = callback
         self._args = args
 
     def cancel(self) -> None:
@@ -1335,62 +1288,99 @@ class Connection:
         self.handler = Handler()
         self._reader = MessageReader()
         self._line_started = 0.0
-        self._line_timer: Optional[Timer] = None
+        self._line_timer = Timer()
+        self._output: Deque[bytes] = collections.deque()
+        self._owed = 0  # bytes in _output
+        self._queued = False  # whether the loop will flush it at the end of this turn
+        self._reason = ""  # why it is draining
+        self._deadline = Timer()  # of the dial, of stalled output, or of draining
+
+    def flush(self) -> None:
+        """Send what is queued, as much as the system takes; for each kind of connection to say how."""
+
+    def hang_up(self) -> None:
+        """Give back what lies below; for each kind of connection to say how."""
 
     def send(self, data: bytes) -> None:
         """Queue bytes; they go out at the end of this turn. Does nothing once it is closing."""
-        raise NotImplementedError
+        if self.state not in (OPEN, CONNECTING):
+            return
+        self._output.append(data)
+        self._owed += len(data)
+        if self._owed > MAX_OUTPUT:
+            self.abort("it does not read what it is sent")
+        elif not self._queued and self.state == OPEN:  # asked here, too: a burst need not make the call
+            self._flush_later()
 
     def close(self, reason: str) -> None:
         """Send what is queued, end the stream, wait a little for the other side, close."""
-        raise NotImplementedError
+        if self.state == CONNECTING:
+            self.abort(reason)
+        elif self.state == OPEN:
+            self.state = DRAINING
+            self._reason = reason
+            self.set_deadline(DRAIN_TIMEOUT, reason)
+            self._flush_later()
 
     def abort(self, reason: str) -> None:
         """Close at once; the handler hears of it in the next turn."""
-        raise NotImplementedError
+        if self.state == CLOSED:
+            return
+        self.state = CLOSED
+        self.hang_up()
+        self._output.clear()
+        self._owed = 0
+        self._line_timer.cancel()
+        self._deadline.cancel()
+        self.loop.call_later(0, self.handler.closed, self._reason or reason)
+
+    def set_deadline(self, timeout: float, reason: str) -> None:
+        """Abort in so many seconds, and not when it was to be before."""
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(timeout, self.abort, reason)
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the network and hand on the messages in them."""
         if self.state != OPEN:
             return
         reader = self._reader
-        held = reader.partial
-        self._hand_over(reader.feed(data))
-        if reader.partial:
-            if not held or reader.partial < held + len(data):  # another message has begun
+        held = len(reader.partial)
+        messages = reader.feed(data)
+        if messages:
+            self.handler.received(messages)
+        if reader.error is not None:
+            self._spoilt(reader.error)
+        if reader.partial and self.state == OPEN:
+            if not held or len(reader.partial) < held + len(data):  # another message has begun
                 self._line_started = self.loop.now()
-            if self._line_timer is None:
+            if not self._line_timer.active:
                 self._line_timer = self.loop.call_later(LINE_TIMEOUT, self._check_line)
 
     def end_of_stream(self) -> None:
         """The other side will send no more, which ends its last message; ours still goes out."""
-        if self.state == OPEN:
-            self._hand_over(self._reader.finish())
+        self.feed(b"\n")
         self.close("closed by the other side")
 
-    def _hand_over(self, messages: List[Message]) -> None:
-        if messages:
-            self.handler.received(messages)
-        if self._reader.error is not None and self.state == OPEN:
-            self.handler.spoilt(self._reader.error)
-            self.close(self._reader.error)
+    def _flush_later(self) -> None:
+        if not self._queued:
+            self._queued = True
+            self.loop.flush_later(self)
 
     def _check_line(self) -> None:
         """A message that was begun must be ended: one byte a second is no way to hold a place."""
-        self._line_timer = None
         if self.state != OPEN or not self._reader.partial:
             return
-        patience = LINE_TIMEOUT * (1 + self._reader.partial // 65536)  # a long list on a slow network takes longer
+        patience = LINE_TIMEOUT * (1 + len(self._reader.partial) // 65536)  # a long list on a slow network takes longer
         left = self._line_started + patience - self.loop.now()
         if left > 0:
             self._line_timer = self.loop.call_later(left, self._check_line)
-            return
-        self.handler.spoilt("half a message, and then nothing")
-        self.close("half a message, and then nothing")
+        else:
+            self._spoilt("half a message, and then nothing")
 
-    def _forget_timers(self) -> None:
-        if self._line_timer is not None:
-            self._line_timer.cancel()
+    def _spoilt(self, reason: str) -> None:
+        if self.state == OPEN:
+            self.handler.spoilt(reason)
+            self.close(reason)
 
 
 class SocketConnection(Connection):
@@ -1399,12 +1389,7 @@ class SocketConnection(Connection):
     def __init__(self, loop: "Loop", sock: socket.socket, remote: Address, state: str) -> None:
         super().__init__(loop, remote, state)
         self._socket = sock
-        self._output: Deque[bytes] = collections.deque()
-        self._owed = 0  # bytes in _output
         self._interest = 0
-        self._queued = False  # whether the loop will flush it at the end of this turn
-        self._reason = ""
-        self._deadline: Optional[Timer] = None  # of the dial, of stalled output, or of draining
         sock.setblocking(False)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1414,46 +1399,29 @@ class SocketConnection(Connection):
             self._learn_local()
         self._set_interest(selectors.EVENT_WRITE if state == CONNECTING else selectors.EVENT_READ)
 
-    def dial_within(self, timeout: float) -> None:
-        """Give the dial a time limit, seconds."""
-        self._deadline = self.loop.call_later(timeout, self.abort, f"no answer within {timeout:g} s")
-
-    def send(self, data: bytes) -> None:
-        if self.state not in (OPEN, CONNECTING):
-            return
-        self._output.append(data)
-        self._owed += len(data)
-        if self._owed > MAX_OUTPUT:
-            self.abort("it does not read what it is sent")
-        elif not self._queued and self.state == OPEN:
-            self._queued = True
-            self.loop.flush_later(self)
-
-    def close(self, reason: str) -> None:
-        if self.state == CONNECTING:
-            self.abort(reason)
-        if self.state != OPEN:
-            return
-        self.state = DRAINING
-        self._reason = reason
-        self._replace_deadline(DRAIN_TIMEOUT, reason)
-        self._queued = True
-        self.loop.flush_later(self)
-
-    def abort(self, reason: str) -> None:
-        if self.state == CLOSED:
-            return
-        self.state = CLOSED
+    def hang_up(self) -> None:
         self._set_interest(0)
         self._socket.close()
-        self._output.clear()
-        self._owed = 0
-        self._forget_timers()
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self.loop.call_later(0, self.handler.closed, self._reason or reason)
 
-    def ready(self, events: int) -> None:
+    def flush(self) -> None:
+        self._queued = False
+        before = self._owed
+        while self._output and self._send_some():
+            pass
+        if self._output:
+            if self.state == OPEN and (self._owed < before or not self._deadline.active):
+                self.set_deadline(STALL_TIMEOUT, "it does not read what it is sent")
+        elif self.state == DRAINING:
+            try:
+                self._socket.shutdown(socket.SHUT_WR)  # then read on: a close with input unread is a reset
+            except OSError as error:
+                self.abort(_words(error))
+        else:
+            self._deadline.cancel()
+        if self.state != CLOSED:
+            self._set_interest(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._output else 0))
+
+    def _ready(self, events: int) -> None:
         """The selector says that something can be done."""
         if self.state == CONNECTING:
             self._connected()
@@ -1463,19 +1431,34 @@ class SocketConnection(Connection):
         if events & selectors.EVENT_READ and self.state != CLOSED:
             self._read()
 
-    def flush(self) -> None:
-        """Send what is queued, as much as the system takes; ask to be called again for the rest."""
-        self._queued = False
-        before = self._owed
-        while self._output and self.state != CLOSED:
-            if not self._send_some():
-                break
-        if not self._output:
-            self._all_sent()
-        elif self.state == OPEN and (self._owed < before or self._deadline is None):
-            self._replace_deadline(STALL_TIMEOUT, "it does not read what it is sent")
-        if self.state != CLOSED:
-            self._set_interest(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._output else 0))
+    def _connected(self) -> None:
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self.abort(_words(OSError(code, os.strerror(code))))
+            return
+        self._deadline.cancel()
+        self.state = OPEN
+        self._learn_local()
+        self._set_interest(selectors.EVENT_READ)
+        self.handler.opened()
+        self._flush_later()
+
+    def _read(self) -> None:
+        try:
+            data = self._socket.recv(RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.abort(_words(error))
+            return
+        if data:
+            self.feed(data)
+        elif self.state != DRAINING:
+            self.end_of_stream()
+        elif self._output:
+            self._set_interest(selectors.EVENT_WRITE)
+        else:
+            self.abort(self._reason)  # the other side is done as well: all is said
 
     def _send_some(self) -> bool:
         """One send of many queued pieces; False when the system takes no more for now."""
@@ -1488,61 +1471,16 @@ class SocketConnection(Connection):
             data = b"".join(pieces)
         try:
             sent = self._socket.send(data)
-        except OSError as error:
+        except BlockingIOError:
             sent = 0
-            if error.errno not in _WOULD_BLOCK:
-                self.abort(_words(error))
-                return False
+        except OSError as error:
+            self.abort(_words(error))
+            return False
         self._owed -= sent
         if sent < len(data):
             self._output.appendleft(data[sent:])
             return False
         return True
-
-    def _all_sent(self) -> None:
-        if self.state == DRAINING:
-            try:
-                self._socket.shutdown(socket.SHUT_WR)  # then read on: a close with input unread is a reset
-            except OSError as error:
-                self.abort(_words(error))
-        elif self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _read(self) -> None:
-        try:
-            data = self._socket.recv(RECEIVE_SIZE)
-        except OSError as error:
-            if error.errno not in _WOULD_BLOCK:
-                self.abort(_words(error))
-            return
-        if data:
-            self.feed(data)
-        elif self.state == DRAINING:
-            self._ended_while_draining()
-        else:
-            self.end_of_stream()
-
-    def _ended_while_draining(self) -> None:
-        """The other side is done as well: all is said unless output is still waiting."""
-        if self._output:
-            self._set_interest(selectors.EVENT_WRITE)
-        else:
-            self.abort(self._reason)
-
-    def _connected(self) -> None:
-        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self.abort(_words(OSError(code, os.strerror(code))))
-            return
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        self.state = OPEN
-        self._learn_local()
-        self._set_interest(selectors.EVENT_READ)
-        self.handler.opened()
-        self.loop.flush_later(self)
 
     def _learn_local(self) -> None:
         try:
@@ -1553,19 +1491,14 @@ class SocketConnection(Connection):
     def _set_interest(self, interest: int) -> None:
         """The one place that tells the selector what this connection waits for."""
         if interest != self._interest:
-            self.loop.set_interest(self._socket, self._interest, interest, self.ready, self)
+            self.loop.set_interest(self._socket, interest, self._ready, self)
             self._interest = interest
-
-    def _replace_deadline(self, timeout: float, reason: str) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = self.loop.call_later(timeout, self.abort, reason)
 
 
 class Listener:
-    """Accepts connections. `accept(connection)` returns the handler, or None to turn it away."""
+    """Accepts connections. `accept(connection)` returns the handler."""
 
-    def __init__(self, loop: "Loop", host: str, port: int, accept: Callable[[Connection], Optional[Handler]]) -> None:
+    def __init__(self, loop: "Loop", host: str, port: int, accept: Callable[[Connection], Handler]) -> None:
         """Raises OSError when the address can't be had."""
         self._loop = loop
         self._accept = accept
@@ -1580,49 +1513,36 @@ class Listener:
             self._socket.close()
             raise
         self.address: Address = self._socket.getsockname()[:2]
-        self._watching = False
         self._watch()
 
     def close(self) -> None:
         """Stop listening."""
-        self._unwatch()
+        self._loop.set_interest(self._socket, 0)
         self._socket.close()
 
     def _ready(self, events: int) -> None:
         for _ in range(ACCEPT_BATCH):
-            if self._loop.is_full():
-                self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
-                return
             try:
+                self._loop.check_room()
                 sock, remote = self._socket.accept()
             except OSError as error:
+                if error.errno in (errno.ECONNABORTED, errno.EPROTO):
+                    continue
                 if error.errno in _NO_ROOM:
                     self._pause(error)
-                if error.errno not in (errno.ECONNABORTED, errno.EPROTO):
-                    return
-                continue
+                return
             connection = SocketConnection(self._loop, sock, remote[:2], OPEN)
-            handler = self._accept(connection)
-            if handler is None:
-                connection.abort("turned away")
-            else:
-                connection.handler = handler
+            connection.handler = self._accept(connection)
 
     def _pause(self, error: OSError) -> None:
         """No descriptors: those who are here go on, newcomers wait in the backlog; spinning helps nobody."""
         limited_log("descriptors", logging.WARNING, "[P2P] accepting pauses: %s", _words(error))
-        self._unwatch()
+        self._loop.set_interest(self._socket, 0)
         self._loop.call_later(ACCEPT_PAUSE, self._watch)
 
     def _watch(self) -> None:
-        if not self._watching and self._socket.fileno() >= 0:
-            self._loop.set_interest(self._socket, 0, selectors.EVENT_READ, self._ready, None)
-            self._watching = True
-
-    def _unwatch(self) -> None:
-        if self._watching:
-            self._loop.set_interest(self._socket, selectors.EVENT_READ, 0, self._ready, None)
-            self._watching = False
+        if self._socket.fileno() >= 0:  # else it was closed while it paused
+            self._loop.set_interest(self._socket, selectors.EVENT_READ, self._ready)
 
 
 class Strangers:
@@ -1646,11 +1566,10 @@ class Strangers:
     def discard(self, connection: Connection) -> None:
         """It has said who it is, or is gone."""
         ip = connection.remote[0]
-        waiting = self._by_ip.get(ip)
-        if waiting is not None:
-            waiting.pop(connection, None)
-            if not waiting:
-                del self._by_ip[ip]
+        waiting = self._by_ip.get(ip, {})
+        waiting.pop(connection, None)
+        if not waiting:
+            self._by_ip.pop(ip, None)
 
 
 class Lan:
@@ -1737,11 +1656,11 @@ class Lan:
         except OSError:
             sock.close()
             raise
-        self._loop.set_interest(sock, 0, selectors.EVENT_READ, functools.partial(self._ready, sock), None)
+        self._loop.set_interest(sock, selectors.EVENT_READ, functools.partial(self._ready, sock))
         return sock
 
     def _close(self, sock: socket.socket) -> None:
-        self._loop.set_interest(sock, selectors.EVENT_READ, 0, None, None)
+        self._loop.set_interest(sock, 0)
         sock.close()
 
     def _ready(self, sock: socket.socket, events: int) -> None:
@@ -1768,9 +1687,6 @@ class Lan:
             log.debug("[P2P] no answer to %s: %s", to[0], _words(error))
 
 
-Ready = Callable[[int], None]
-
-
 class Loop:
     """The real loop: the system's clock, randomness and sockets."""
 
@@ -1779,7 +1695,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._timers: List[Tuple[float, int, Timer]] = []
         self._count = itertools.count()
-        self._unflushed: List[SocketConnection] = []
+        self._unflushed: List[Connection] = []
         self._stopped = False
         self._addresses = ["127.0.0.1"]
         self._most = max(24, raise_descriptor_limit() - 32)  # files waited for: some are needed for other things
@@ -1800,29 +1716,25 @@ class Loop:
         heapq.heappush(self._timers, (timer.when, next(self._count), timer))
         return timer
 
-    def listen(self, host: str, port: int, accept: Callable[[Connection], Optional[Handler]]) -> Listener:
+    def listen(self, host: str, port: int, accept: Callable[[Connection], Handler]) -> Listener:
         """Listen on an address. Raises OSError."""
         return Listener(self, host, port, accept)
 
     def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
         """Dial an IPv4 address; `handler` hears `opened`, or `closed` with the reason within `timeout` s."""
-        try:
-            if self.is_full():
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        except OSError as error:
-            return self._stillborn(address, handler, error)
-        connection = SocketConnection(self, sock, address, CONNECTING)
+        connection = Connection(self, address, CONNECTING)  # which stays, if there is no descriptor for a real one
         connection.handler = handler
         try:
-            code = sock.connect_ex(address)
-        except (OSError, OverflowError) as error:  # not an address at all
+            self.check_room()
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            connection = SocketConnection(self, sock, address, CONNECTING)
+            connection.handler = handler
+            connection.set_deadline(timeout, f"no answer within {timeout:g} s")
+            sock.connect(address)
+        except BlockingIOError:
+            pass  # it is under way
+        except (OSError, OverflowError) as error:  # no descriptor, no way there, or not an address at all
             connection.abort(_words(error))
-            return connection
-        if code and code not in _IN_PROGRESS:
-            connection.abort(_words(OSError(code, os.strerror(code))))
-        else:
-            connection.dial_within(timeout)
         return connection
 
     def lan(self, host: str, port: int, heard: Callable[[bytes, Address], Optional[bytes]]) -> Lan:
@@ -1890,24 +1802,29 @@ class Loop:
             due.append(heapq.heappop(self._timers)[2])
         for timer in due:  # what these schedule waits for the next turn
             self._call_out(timer.fire, None)
-        self._flush()
+        queued, self._unflushed = self._unflushed, []
+        for connection in queued:  # where it has closed meanwhile, nothing is queued
+            self._call_out(connection.flush, connection)
 
-    def flush_later(self, connection: SocketConnection) -> None:
+    def flush_later(self, connection: Connection) -> None:
         """Send what a connection has queued at the end of this turn."""
         self._unflushed.append(connection)
 
-    def set_interest(self, sock: Any, old: int, new: int, ready: Optional[Ready], owner: Optional[Connection]) -> None:
+    def set_interest(self, sock: Any, interest: int, ready: Optional[Callable[[int], None]] = None,
+                     owner: Optional[Connection] = None) -> None:
         """Change what the selector waits for on a socket; 0 is nothing."""
-        if new and old:
-            self._selector.modify(sock, new, (ready, owner))
-        elif new:
-            self._selector.register(sock, new, (ready, owner))
-        elif old:
+        known = sock in self._selector.get_map()
+        if interest and known:
+            self._selector.modify(sock, interest, (ready, owner))
+        elif interest:
+            self._selector.register(sock, interest, (ready, owner))
+        elif known:
             self._selector.unregister(sock)
 
-    def is_full(self) -> bool:
-        """Whether no more files can be waited for; select() on Windows takes 512, and fails as a whole beyond."""
-        return len(self._selector.get_map()) >= self._most
+    def check_room(self) -> None:
+        """Raises OSError when no more files can be waited for; select() on Windows fails as a whole beyond 512."""
+        if len(self._selector.get_map()) >= self._most:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def failed(self, connection: Optional[Connection]) -> None:
         """An exception that nobody caught: our bug. It costs the connection, not the loop."""
@@ -1932,28 +1849,14 @@ class Loop:
         wait = max(0.0, self._timers[0][0] - self.now())
         return wait if longest is None else min(wait, longest)
 
-    def _flush(self) -> None:
-        queued, self._unflushed = self._unflushed, []
-        for connection in queued:
-            if connection.state != CLOSED:
-                self._call_out(connection.flush, connection)
-
     def _signalled(self) -> None:
         assert self._wake is not None
         try:
             signums = self._wake[0].recv(64)
         except OSError:
             return
-        for signum in sorted(set(signums)):
-            callback = self._signals.get(signum)
-            if callback is not None:
-                callback()
-
-    def _stillborn(self, address: Address, handler: Handler, error: OSError) -> Connection:
-        """A connection for which there was no descriptor: closed from the start."""
-        connection = Connection(self, address, CLOSED)
-        self.call_later(0, handler.closed, _words(error))
-        return connection
+        for signum in sorted(set(signums) & set(self._signals)):
+            self._signals[signum]()
 
 
 class Ticker:
@@ -1965,7 +1868,7 @@ class Ticker:
         self._callback = callback
         self._timer = loop.call_later(interval * loop.random.random(), self._tick)
 
-    def cancel(self) -> None:
+    def close(self) -> None:
         """Stop it."""
         self._timer.cancel()
 
@@ -1986,8 +1889,8 @@ def find_local_addresses() -> List[str]:
         except OSError:
             pass  # no default route
         found += _interface_addresses(probe)
-    unique = list(dict.fromkeys(ip for ip in found if is_peer_ip(ip)))
-    return [ip for ip in unique if not is_loopback(ip)] + [ip for ip in unique if is_loopback(ip)] or ["127.0.0.1"]
+    unique = dict.fromkeys(ip for ip in found if is_peer_ip(ip))
+    return sorted(unique, key=is_loopback) or ["127.0.0.1"]
 
 
 def _interface_addresses(sock: socket.socket) -> List[str]:
@@ -2071,8 +1974,7 @@ def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
 
 def _words(error: Exception) -> str:
     """An error of the system in words; REFUSED for the one that proves that nobody is there."""
-    code = getattr(error, "errno", None)
-    if code in (errno.ECONNREFUSED, getattr(errno, "WSAECONNREFUSED", errno.ECONNREFUSED)):
+    if isinstance(error, ConnectionRefusedError):
         return REFUSED
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
@@ -2097,6 +1999,8 @@ class Session(Handler):
         self.registrations = Allowance(MAX_RENAMES)  # each is told to everybody
         self.last_heard = server.loop.now()
         self.ids: Tuple[str, ...] = ()  # every id that it registered: what is under way may bear an older one
+        self.identity: Dict[str, Any] = {}  # its instance and incarnation, if it told them
+        self.encoded = ""  # its record as JSON
 
     def received(self, messages: List[Message]) -> None:
         self.last_heard = self.server.loop.now()
@@ -2140,8 +2044,8 @@ class DiscoveryServer:
             MSG_HEARTBEAT: self._heartbeat,
             MSG_UNREGISTER: self._unregister,
             MSG_SYNC_PEERS_REQUEST: self._sync_request,
-            MSG_HELLO: self._hello,
-            MSG_CHAT: self._chat,
+            MSG_HELLO: lambda session, _: session.error("this is a discovery server: say MSG_REGISTER"),
+            MSG_CHAT: lambda session, _: session.error("this is a discovery server: chat goes from peer to peer"),
         }
         self._listener: Optional[Listener] = None
         self._lan: Optional[Lan] = None
@@ -2149,10 +2053,9 @@ class DiscoveryServer:
         self._sessions: Dict[Session, None] = {}
         self._strangers = Strangers()  # not registered
         self._peers: Dict[str, Session] = {}
-        self._encoded: Dict[str, str] = {}  # each registered peer's record as JSON
         self._joined: Dict[str, None] = {}  # ids, since the last broadcast
         self._left: Dict[str, Dict[str, Any]] = {}
-        self._gathering: Optional[Timer] = None
+        self._gathering = Timer()
         self._stopping = False
 
     # -- starting and stopping -------------------------------------------------------------------------
@@ -2183,9 +2086,7 @@ class DiscoveryServer:
         log.info("[Server] goodbye: telling %d peers", len(self._peers))
         self._stopping = True
         for closable in (self._listener, self._lan, self._monitor):
-            if isinstance(closable, Ticker):
-                closable.cancel()
-            elif closable is not None:
+            if closable is not None:
                 closable.close()
         for session in list(self._sessions):
             session.error("the server stops")
@@ -2198,7 +2099,7 @@ class DiscoveryServer:
 
     # -- connections -----------------------------------------------------------------------------------
 
-    def _accept(self, connection: Connection) -> Optional[Handler]:
+    def _accept(self, connection: Connection) -> Handler:
         session = Session(self, connection)
         self._sessions[session] = None
         self._strangers.add(connection)
@@ -2213,11 +2114,10 @@ class DiscoveryServer:
 
     def _drop_silent(self) -> None:
         limit = self.loop.now() - self.settings.heartbeat_timeout
-        silent = [each for each in self._sessions if each.last_heard < limit]
-        for session in [each for each in silent if each.peer_id is not None]:
-            limited_log("timeout", logging.INFO, "[Monitor] timeout: %s", session.peer_id)
-            self._drop(session, "timed out")
-        for session in silent:
+        for session in [each for each in self._sessions if each.last_heard < limit]:
+            if session.peer_id is not None:
+                limited_log("timeout", logging.INFO, "[Monitor] timeout: %s", session.peer_id)
+                self._drop(session, "timed out")
             session.refuse(f"nothing heard for {self.settings.heartbeat_timeout:g} s")
 
     # -- what peers say --------------------------------------------------------------------------------
@@ -2243,9 +2143,9 @@ class DiscoveryServer:
         session.peer_id = peer_id
         session.ids = (*session.ids[-7:], peer_id)
         self._peers[peer_id] = session
+        session.identity = {key: content[key] for key in ("instance", "incarnation") if key in content}
         record = {"id": peer_id, "ip": ip, "port": content["port"], "username": content["username"]}
-        record.update((key, content[key]) for key in ("instance", "incarnation") if key in content)
-        self._encoded[peer_id] = json.dumps(record, separators=(",", ":"))
+        session.encoded = _ENCODER.encode({**record, **session.identity})
         self._joined[peer_id] = None
         limited_log(f"registered from {ip}", logging.INFO, "[Server] registered %s", peer_id)
         self._gather()
@@ -2289,15 +2189,9 @@ class DiscoveryServer:
         return False
 
     def _sync_request(self, session: Session, message: Message) -> None:
-        for peers in in_lists(self._encoded.values()):
+        for peers in in_lists(each.encoded for each in self._peers.values()):
             content = f'{{"peer_list":[{peers}]}}'
             session.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, self.id, message["sender_id"], content))
-
-    def _hello(self, session: Session, message: Message) -> None:
-        session.error("this is a discovery server: say MSG_REGISTER")
-
-    def _chat(self, session: Session, message: Message) -> None:
-        session.error("this is a discovery server: chat goes from peer to peer")
 
     def _beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
         """Somebody looks for a server: here is one. Never longer than the question."""
@@ -2313,25 +2207,21 @@ class DiscoveryServer:
         assert peer_id is not None
         session.peer_id = None
         del self._peers[peer_id]
-        record = json.loads(self._encoded.pop(peer_id))
         self._joined.pop(peer_id, None)
-        gone = {"id": peer_id, "reason": clean(reason)}
-        gone.update((key, record[key]) for key in ("instance", "incarnation") if key in record)
-        self._left[peer_id] = gone
+        self._left[peer_id] = {"id": peer_id, "reason": clean(reason), **session.identity}
         limited_log("dropped", logging.INFO, "[Server] dropped %s: %s", peer_id, reason)
         self._gather()
 
     def _gather(self) -> None:
-        if self._gathering is None:
+        if not self._gathering.active:
             self._gathering = self.loop.call_later(NEWS_GATHER, self._broadcast)
 
     def _broadcast(self) -> None:
         """Tell the newcomers who is there, and everybody else who came and went."""
-        self._gathering = None
         newcomers = [self._peers[peer_id] for peer_id in self._joined]
         others = [session for peer_id, session in self._peers.items() if peer_id not in self._joined]
-        gone = json.dumps(list(self._left.values()), separators=(",", ":"))
-        for joined in in_lists(self._encoded[peer_id] for peer_id in self._joined):
+        gone = _ENCODER.encode(list(self._left.values()))
+        for joined in in_lists(each.encoded for each in newcomers):
             update = create_raw(MSG_PEER_LIST_UPDATE, self.id, EVERYONE, f'{{"joined":[{joined}],"left":{gone}}}')
             gone = "[]"
             for session in others:
@@ -2346,7 +2236,7 @@ class DiscoveryServer:
         """Answer those who have registered. The list is encoded once; only the first bytes differ."""
         if not newcomers:
             return
-        first, *rest = in_lists(self._encoded.values())
+        first, *rest = in_lists(each.encoded for each in self._peers.values())
         tail = f'"peer_list":[{first}]}}}}\n'.encode("ascii")
         more = [create_raw(MSG_PEER_LIST_UPDATE, self.id, EVERYONE, f'{{"joined":[{peers}],"left":[]}}')
                 for peers in rest]
@@ -2478,7 +2368,7 @@ class Links:
         self._looked: Dict[Address, float] = {}  # addresses that others named, and when they were dialled
         self._own: Set[Address] = set()  # addresses at which we met ourselves
 
-    def accept(self, connection: Connection) -> Optional[Handler]:
+    def accept(self, connection: Connection) -> Handler:
         """Somebody dialled us."""
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
@@ -3978,7 +3868,7 @@ class PeerNode:
         self.delivery.fail_all("you left before it was delivered")
         self.stopping = True
         for ticker in self._tickers:
-            ticker.cancel()
+            ticker.close()
         self.finder.stop()
         self.discovery.leave()
         self.links.close_all()
@@ -6077,7 +5967,7 @@ class LineWriter:
         write = selectors.EVENT_WRITE
         stdout: Any = 1
         if more != (self._state == "waiting"):
-            self._loop.set_interest(stdout, 0 if more else write, write if more else 0, self._flush, None)
+            self._loop.set_interest(stdout, write if more else 0, self._flush)
         self._state = "waiting" if more else "idle"
         if not more and self._emptied is not None:
             self._emptied()
