@@ -6213,15 +6213,6 @@ def has_screen() -> bool:
         return False
 
 
-def run_peer(settings: Settings, kind: str) -> int:
-    """Chat, in one of the three ways; return the exit status."""
-    interfaces: Dict[str, Callable[[Loop, Settings], Interface]] = {
-        "curses": CursesInterface, "plain": PlainInterface, "json": JsonInterface}
-    if kind == "curses" and not has_screen():
-        kind = "plain"
-    return interfaces[kind](Loop(), settings).run()
-
-
 # ======================================================================================================
 # Command line
 #
@@ -6263,102 +6254,79 @@ def _open_standard_files() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
+def _option(convert: Callable[[str], Any], right: str = "", valid: Callable[[Any], bool] = lambda value: True
+            ) -> Callable[[str], Any]:
+    """A converter of an option's value; where it can't, it says what would be right, `right` or the error itself."""
+    def converted(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {right}" if right else str(error)) from None
+        if not valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {right}")
+        return value
+    return converted
+
+
+_port = _option(int, "a port: 0 to 65535", lambda port: 0 <= port <= 65535)
+_seconds = _option(float, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400)
+_bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
+_username, _address = _option(check_username), _option(parse_address)
+_local_ip = _option(lambda text: text if text == "0.0.0.0" else parse_address(f"{text}:1")[0],
+                    "an IPv4 address or the name of this machine")
+
+Row = Tuple[str, Callable[[str], Any], str, str]  # of an option that has a value: name, converter, value, help
+_HOST: Row = ("host", _local_ip, "IP", "address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")
+SERVER_OPTIONS: Tuple[Row, ...] = (
+    _HOST,
+    ("port", _port, "N", f"TCP port to listen on ({DEFAULT_PORT})"),
+    ("heartbeat-timeout", _seconds, "S", "drop a peer that is silent for so long (30 s)"),
+    ("check-interval", _seconds, "S", "look for silent peers so often (10 s)"),
+)
+PEER_OPTIONS: Tuple[Row, ...] = (
+    ("user", _username, "NAME", "your name (without it, a form asks)"),
+    ("server", _address, "HOST[:PORT]", "discovery server (127.0.0.1:9999, and any found on the local network)"),
+    ("join", _address, "HOST:PORT", "a peer or server to connect to; may be given several times"),
+    _HOST,
+    ("port", _port, "N", "TCP port to listen on (0: chosen by the system)"),
+    ("heartbeat-interval", _seconds, "S", "between heartbeats to the server (10 s)"),
+    ("gossip-interval", _seconds, "S", "between two comparisons of the list with a random peer (5 s)"),
+    ("timeout", _seconds, "S", "for a connection to a peer to answer, and for leaving (5 s)"),
+    ("budget", _bytes, "BYTES", "of chat accepted from one sender a minute (1048576; 0: no limit)"),
+)
+
+
 def make_parser() -> Parser:
-    """The command line: two subcommands and their options."""
+    """The command line: two subcommands and their options, whose defaults are those of the settings."""
     parser = Parser(prog="p2pchat.py", description="Chat for a room full of machines on one network.")
     parser.add_argument("--version", action="version", version=f"p2pchat {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="server|peer")
-    _add_server_options(commands.add_parser("server", help="introduce peers to one another"))
-    _add_peer_options(commands.add_parser("peer", help="chat"))
+    server = commands.add_parser("server", help="introduce peers to one another")
+    _add_options(server, SERVER_OPTIONS, ServerSettings(), run_server)
+    server.add_argument("-v", "--verbose", action="store_true", help="log more")
+    server.add_argument("-q", "--quiet", action="store_true", help="log only what is wrong")
+    peer = commands.add_parser("peer", help="chat")
+    _add_options(peer, PEER_OPTIONS, Settings(), run_peer)
+    kind = peer.add_mutually_exclusive_group()
+    kind.add_argument("--plain", dest="kind", action="store_const", const=PlainInterface, help="lines in, lines out")
+    kind.add_argument("--json", dest="kind", action="store_const", const=JsonInterface,
+                      help="lines in, JSON out: for programs")
+    peer.set_defaults(verbose=False, quiet=False)
     return parser
 
 
-def _add_common_options(parser: argparse.ArgumentParser, port: int, port_help: str) -> None:
-    parser.add_argument("--host", type=_local_ip, default="0.0.0.0", metavar="IP",
-                        help="address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=_port, default=port, metavar="N", help=port_help)
+def _add_options(parser: argparse.ArgumentParser, rows: Sequence[Row], defaults: Any,
+                 run: Callable[[argparse.Namespace], int]) -> None:
+    parser.set_defaults(run=run)
+    for name, convert, metavar, text in rows:
+        field = "username" if name == "user" else name.replace("-", "_")
+        default = getattr(defaults, field)
+        parser.add_argument(f"--{name}", dest=field, type=convert, metavar=metavar, help=text,
+                            default=list(default) if name == "join" else default,
+                            action="append" if name == "join" else "store")
     parser.add_argument("--no-lan", dest="lan", action="store_false",
                         help=f"send and answer no beacons on the local network (UDP port {DEFAULT_PORT})")
     parser.add_argument("--log-file", metavar="FILE", help="write a log there")
-
-
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    defaults = ServerSettings()
-    _add_common_options(parser, DEFAULT_PORT, f"TCP port to listen on ({DEFAULT_PORT})")
-    parser.add_argument("--heartbeat-timeout", type=_seconds, default=defaults.heartbeat_timeout, metavar="S",
-                        help="drop a peer that is silent for so long (30 s)")
-    parser.add_argument("--check-interval", type=_seconds, default=defaults.check_interval, metavar="S",
-                        help="look for silent peers so often (10 s)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
-    parser.add_argument("-q", "--quiet", action="store_true", help="log only what is wrong")
-    parser.set_defaults(run=run_server)
-
-
-def _add_peer_options(parser: argparse.ArgumentParser) -> None:
-    defaults = Settings()
-    parser.add_argument("--user", type=_username, metavar="NAME", help="your name (without it, a form asks)")
-    parser.add_argument("--server", type=_address, metavar="HOST[:PORT]",
-                        help="discovery server (127.0.0.1:9999, and any found on the local network)")
-    parser.add_argument("--join", type=_address, action="append", default=[], metavar="HOST:PORT",
-                        help="a peer or server to connect to; may be given several times")
-    _add_common_options(parser, 0, "TCP port to listen on (0: chosen by the system)")
-    parser.add_argument("--heartbeat-interval", type=_seconds, default=defaults.heartbeat_interval, metavar="S",
-                        help="between heartbeats to the server (10 s)")
-    parser.add_argument("--gossip-interval", type=_seconds, default=defaults.gossip_interval, metavar="S",
-                        help="between two comparisons of the list with a random peer (5 s)")
-    parser.add_argument("--timeout", type=_seconds, default=defaults.timeout, metavar="S",
-                        help="for a connection to a peer to answer, and for leaving (5 s)")
-    parser.add_argument("--budget", type=_bytes, default=defaults.budget, metavar="BYTES",
-                        help="of chat accepted from one sender a minute (1048576; 0: no limit)")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--plain", dest="kind", action="store_const", const="plain", help="lines in, lines out")
-    kind.add_argument("--json", dest="kind", action="store_const", const="json",
-                      help="lines in, JSON out: for programs")
-    parser.set_defaults(run=run_peer_command, kind="curses", verbose=False, quiet=False)
-
-
-def _value(convert: Callable[[str], Any], text: str, right: str, valid: Callable[[Any], bool]) -> Any:
-    """A converted option value; ArgumentTypeError says what would be right."""
-    try:
-        value = convert(text)
-    except (ValueError, OverflowError):
-        value = None
-    if value is None or not valid(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {right}")
-    return value
-
-
-def _port(text: str) -> int:
-    return int(_value(int, text, "a port: 0 to 65535", lambda port: 0 <= port <= 65535))
-
-
-def _seconds(text: str) -> float:
-    return float(_value(float, text, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400))
-
-
-def _bytes(text: str) -> int:
-    return int(_value(int, text, "a number of bytes: 0 or more", lambda value: value >= 0))
-
-
-def _username(text: str) -> str:
-    try:
-        return check_username(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _address(text: str) -> Address:
-    try:
-        return parse_address(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _local_ip(text: str) -> str:
-    try:
-        return text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an IPv4 address or the name of this machine") from None
 
 
 def start_logging(options: argparse.Namespace) -> str:
@@ -6401,10 +6369,13 @@ class LineFormatter(logging.Formatter):
 
 def run_server(options: argparse.Namespace) -> int:
     """The server, until a signal ends it."""
-    settings = ServerSettings(options.host, options.port, options.heartbeat_timeout, options.check_interval,
-                              options.lan)
     loop = Loop()
-    server = DiscoveryServer(loop, settings)
+    server = DiscoveryServer(loop, ServerSettings(**_chosen(options, ServerSettings._fields)))
+
+    def stop() -> None:
+        server.stop()
+        loop.call_later(0.5, loop.stop)  # time for the last words
+
     try:
         server.start()
     except OSError as error:
@@ -6412,23 +6383,21 @@ def run_server(options: argparse.Namespace) -> int:
         return 1
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
-            loop.on_signal(getattr(signal, name), functools.partial(_stop_server, loop, server))
+            loop.on_signal(getattr(signal, name), stop)
     loop.run()
     loop.close()
     return 0
 
 
-def _stop_server(loop: Loop, server: DiscoveryServer) -> None:
-    server.stop()
-    loop.call_later(0.5, loop.stop)  # time for the last words
+def run_peer(options: argparse.Namespace) -> int:
+    """The chat, in one of the three ways."""
+    settings = Settings(**_chosen(options, Settings._fields))._replace(join=tuple(options.join))
+    kind: Callable[[Loop, Settings], Interface] = options.kind or (CursesInterface if has_screen() else PlainInterface)
+    return kind(Loop(), settings).run()
 
 
-def run_peer_command(options: argparse.Namespace) -> int:
-    """The chat."""
-    settings = Settings(options.user, options.server, options.host, options.port, options.heartbeat_interval,
-                        options.gossip_interval, options.timeout, tuple(options.join), options.lan, options.budget,
-                        options.log_file)
-    return run_peer(settings, options.kind)
+def _chosen(options: argparse.Namespace, names: Iterable[str]) -> Dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
 
 
 if __name__ == "__main__":
