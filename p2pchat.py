@@ -45,6 +45,7 @@ import json
 import logging
 import os
 import random
+import re
 import selectors
 import signal
 import socket
@@ -218,7 +219,7 @@ def check_username(name: str) -> str:
         raise ValueError(f"A name is needed: 1 to {MAX_NAME} characters.")
     if name != name.strip():
         raise ValueError("A name may not begin or end with a space.")
-    name = unicodedata.normalize("NFC", name) if not _has_surrogates(name) else name
+    name = unicodedata.normalize("NFC", name)
     if len(name) > MAX_NAME:
         raise ValueError(f"A name may have at most {MAX_NAME} characters; this one has {len(name)}.")
     for character in "@*:→":  # they part names from what stands beside them
@@ -393,10 +394,6 @@ def _extends(cluster: str, character: str) -> bool:
         return _is_pictograph(character)
     korean = "\u1160" <= character <= "\u11ff"  # the vowel or the end of a syllable
     return korean and "\u1100" <= cluster[0] <= "\u11ff"
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -5089,14 +5086,7 @@ def _in_word(character: str) -> bool:
 
 def _mentions(text: str, name: str) -> bool:
     """Whether a text holds a name as a word of its own."""
-    text, name = text.casefold(), name.casefold()
-    at = text.find(name)
-    while at >= 0:
-        end = at + len(name)
-        if not (text[at - 1:at].isalnum() or text[end:end + 1].isalnum()):
-            return True
-        at = text.find(name, at + 1)
-    return False
+    return bool(re.search(rf"(?<![^\W_]){re.escape(name.casefold())}(?![^\W_])", text.casefold()))
 
 
 def _nearest(name: str, choices: List[str]) -> str:
@@ -5641,7 +5631,6 @@ class Terminal:
                 continue
         self._utf8 = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
         self._window: Any = None
-        self._shown: Dict[int, Line] = {}
         self._styles: Dict[str, int] = {}
 
     def __enter__(self) -> "Terminal":
@@ -5684,7 +5673,6 @@ class Terminal:
             cols = rows = 0
         if rows and cols:
             self._quietly(self._curses.resizeterm, rows, cols)
-        self._shown.clear()
         self._window.clear()
 
     def _quietly(self, call: Callable[..., Any], *args: Any) -> None:
@@ -5709,26 +5697,17 @@ class Terminal:
         self._curses.beep()
 
     def draw(self, screen: Screen) -> None:
-        """Show a screen: the rows that changed, then the cursor."""
+        """Show a screen; what of it is new to the terminal is curses' business."""
+        self._window.erase()
         for row, line in enumerate(screen.lines):
-            if self._shown.get(row) != line:
-                self._shown[row] = line
-                self._draw_row(row, line)
-        try:
-            self._window.move(*screen.cursor)
-            self._window.refresh()
-        except self._curses.error:
-            pass  # smaller by now than it was
+            self._quietly(self._draw_row, row, line)  # behind the last cell is no place for the cursor: it is drawn
+        self._quietly(self._window.move, *screen.cursor)  # the screen may be smaller by now than it was
+        self._window.refresh()
 
     def _draw_row(self, row: int, line: Line) -> None:
-        try:
-            self._window.move(row, 0)
-            self._window.clrtoeol()
-            for span in line:
-                if span.text:
-                    self._window.addstr(self._drawable(span.text), self._styles.get(span.style, 0))
-        except self._curses.error:
-            pass  # behind the last cell of the screen there is no place for the cursor: the cell is drawn
+        self._window.move(row, 0)
+        for text, style in line:
+            self._window.addstr(self._drawable(text), self._styles.get(style, 0))
 
     def _drawable(self, text: str) -> str:
         """A text in what the locale can show, at the same width."""
@@ -5769,7 +5748,6 @@ class CursesInterface(Interface):
         self._frame: Optional[Timer] = None
         self._drawn = 0.0
         self._escape: Optional[Timer] = None
-        self._watching = False
 
     def chat(self) -> None:
         if self.settings.username is None:
@@ -5785,12 +5763,8 @@ class CursesInterface(Interface):
             self.loop.on_signal(signal.SIGTSTP, self._suspend)
             self.loop.on_signal(signal.SIGCONT, self._continued)
             self.loop.watch(0, self._readable)
-            self._watching = True
             self.changed()
             self.loop.run()
-        self._say_goodbye()
-
-    def _say_goodbye(self) -> None:
         lost = self.view.lost if self.node is not None else []
         more = [f"and {_count(len(lost) - 5, 'message')} more"] if len(lost) > 5 else []
         for line in lost[:5] + more:
@@ -5834,7 +5808,6 @@ class CursesInterface(Interface):
         except OSError:
             data = b""
         if not data:  # the terminal is gone
-            self._watching = False
             self.loop.unwatch(0)
             self.leave()
             return
@@ -5859,12 +5832,8 @@ class CursesInterface(Interface):
                 self._press_in_form(self.form, kind, value)
             elif kind == PRESS and value == "ctrl-c" and self.node is not None and self.node.leaving:
                 self.interrupt()
-            elif kind == PRESS:
-                self.view.key(value)
-            elif kind == PASTE:
-                self.view.paste(value)
             else:
-                self.view.type(value)
+                {PRESS: self.view.key, TEXT: self.view.type, PASTE: self.view.paste}[kind](value)
         self.changed()
 
     def _resized(self) -> None:
@@ -6186,10 +6155,7 @@ class JsonInterface(PlainInterface):
         """on_answer has said it."""
 
     def _object(self, event: Event) -> None:
-        self.print(_to_json({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
-
-
-_to_json = json.JSONEncoder(ensure_ascii=True).encode
+        self.print(json.dumps({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
 
 
 def login_name() -> str:
