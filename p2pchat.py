@@ -5342,28 +5342,21 @@ class StartForm:
 
 def render_form(form: StartForm, rows: int, cols: int) -> Screen:
     """The form; on a small screen the field being written, then the message, then the rest."""
-    title: Line = [Span(" p2pchat: chat for everyone on this network", "bold")]
-    blocks: List[Tuple[int, List[Line]]] = [(6, [title, []])]  # each with a rank: the highest goes first
-    cursor = (0, 0)
+    ranked: List[Tuple[int, Line]] = [(6, [Span(" p2pchat: chat for everyone on this network", "bold")]), (6, [])]
+    column = 0
     for at, (label, line) in enumerate(form.fields):
-        prompt = f" {label.ljust(8)}" if cols >= 16 else ""
-        typed, (row, column) = flow(prompt, line, cols)
+        typed, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line, cols)
         none = "" if line.text or line is form.name else "(none: whoever is found on this network)"
-        blocks.append((0 if at == form.at else 2, [[Span(typed[row]), Span(none, "dim")]]))
-        cursor = (at, column) if at == form.at else cursor
-    blocks.append((5, [[Span(f" Port    {form.port}", "dim")], []]))
-    texts = wrap(form.message, max(1, cols - 1)) if form.message else []
-    blocks.append((1, [[Span(f" {text}", "error")] for text in texts]))
+        ranked.append((0 if at == form.at else 2, [Span(typed[row]), Span(none, "dim")]))
+        column = place if at == form.at else column
     keys = "Enter starts, Ctrl-C leaves, Esc goes on without a server, Tab goes to the other field."
-    blocks += [(7, [[]]), (4, [[Span(f" {text}", "dim")] for text in wrap(keys, max(1, cols - 1))])]
-    while sum(len(lines) for _, lines in blocks) > rows:
-        worst = max((block for block in blocks if block[1]), key=lambda block: block[0])
-        worst[1].pop()
-    start = sum(len(lines) for rank, lines in blocks[:form.at + 1])
-    shown = [line for _, lines in blocks for line in lines]
+    ranked += [(5, [Span(f" Port    {form.port}", "dim")]), (5, [])]
+    ranked += [(1, [Span(f" {text}", "error")]) for text in wrap(form.message, max(1, cols - 1)) if form.message]
+    ranked += [(7, [])] + [(4, [Span(f" {text}", "dim")]) for text in wrap(keys, max(1, cols - 1))]
+    shown = sorted(sorted(range(len(ranked)), key=lambda at: ranked[at][0])[:rows])  # the highest ranks go first
+    lines = [clip(ranked[at][1], cols) for at in shown]
     blank: Line = []
-    lines = shown + [blank] * (rows - len(shown))
-    return Screen([clip(line, cols) for line in lines], (start, cursor[1]))
+    return Screen(lines + [blank] * (rows - len(lines)), (shown.index(2 + form.at), column))
 
 
 # ======================================================================================================
@@ -5386,14 +5379,23 @@ PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe takes
 PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
 Press = Tuple[str, str]
 
-_FINAL_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter",
-               "I": "focus-in", "O": "focus-out", "Z": "shift-tab"}
-_TILDE_KEYS = {"1": "home", "3": "delete", "4": "end", "5": "pgup", "6": "pgdn", "7": "home", "8": "end"}
+# What follows ESC: an escape sequence's last character, for ~ with its number.
+_SEQUENCES = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter",
+              "I": "focus-in", "O": "focus-out", "Z": "shift-tab", "1~": "home", "3~": "delete", "4~": "end",
+              "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end", "200~": "paste"}
 _MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
 _CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
 _TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home",
                   "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "delete", "kcbt": "shift-tab"}
-_PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"
+_PASTE_END = "\x1b[201~"
+_PRESS = re.compile(r"""
+    (?P<text> [^\x00-\x1f\x7f]+ )
+  | \x1b? \x1b\[\[ .  # a function key of the Linux console
+  | (?P<alt> \x1b? ) \x1b (?: O | (?!\[\[) \[ (?P<number> [\x20-:<-?]* ) ;? (?P<held> [\x20-?]* ) (?= [^\x20-?] ) )
+    (?P<final> . )
+  | (?P<meta> \x1b? ) (?P<one> [^\x1b\[O] )
+  | (?P<esc> \x1b ) (?= \x1b [^\[O] )
+""", re.DOTALL | re.VERBOSE)  # some terminals send another ESC before a key for Alt
 
 
 class KeyReader:
@@ -5440,54 +5442,29 @@ class KeyReader:
 
     def _press(self, presses: List[Press]) -> int:
         """One key, or a run of text; 0 if it is not complete."""
-        text = self._rest
-        if text[0] == "\x1b":
-            size, name = self._escape(text)
-        elif text[0] in _CONTROLS:
-            size, name = 1, _CONTROLS[text[0]]
-        elif text[0] < " ":
-            size, name = 1, "ctrl-" + chr(ord(text[0]) + 96)
-        else:
-            size = next((at for at, each in enumerate(text) if each < " " or each == "\x7f"), len(text))
-            presses.append((TEXT, text[:size]))
-            return size
+        for sequence, name in self._known.items():
+            if self._rest.startswith(sequence):
+                presses.append((PRESS, name))
+                return len(sequence)
+        found = _PRESS.match(self._rest)
+        if found is None:
+            return len(self._rest) if len(self._rest) > 64 else 0  # no key is that long
+        text, number, final, one = found.group("text", "number", "final", "one")
+        name = ""
+        if text:
+            presses.append((TEXT, text))
+        elif final:
+            name = _SEQUENCES.get((number or "") + final if final == "~" else final, "")
+            name = name and _MODIFIERS.get(found["held"], "") + name
+        elif one:
+            name = _CONTROLS.get(one) or (one.lower() if one >= " " else "ctrl-" + chr(ord(one) + 96))
+        elif found["esc"]:
+            name = "esc"
         if name == "paste":
             self._pasted, self.brackets = "", True
         elif name:
-            presses.append((PRESS, name))
-        return size
-
-    def _escape(self, text: str) -> Tuple[int, str]:
-        """A sequence that begins with ESC: (its length or 0, its name or "" if it has none)."""
-        for sequence, name in self._known.items():
-            if text.startswith(sequence):
-                return len(sequence), name
-        if text.startswith(_PASTE_START):
-            return len(_PASTE_START), "paste"
-        kind = text[1:2]
-        if kind == "[":
-            return self._csi(text)
-        if kind == "O":
-            return (3, _FINAL_KEYS.get(text[2], "")) if len(text) > 2 else (0, "")
-        if kind == "\x1b":  # some terminals send another ESC before a key for Alt
-            size, name = self._escape(text[1:]) if text[2:3] in ("", "[", "O") else (0, "esc")
-            if name == "esc":
-                return 1, name
-            return (size + 1, name and "alt-" + name) if size else (0, "")
-        if kind and kind in _CONTROLS:
-            return 2, "alt-" + _CONTROLS[kind]
-        return (2, "alt-" + kind.lower()) if kind else (0, "")
-
-    def _csi(self, text: str) -> Tuple[int, str]:
-        """ESC [ parameters final: the second parameter tells which keys were held."""
-        end = next((at for at in range(2, len(text)) if not " " <= text[at] <= "?"), 0)
-        if not end or len(text) > 64:
-            return len(text) if len(text) > 64 else 0, ""
-        if text[2:4].startswith("[") and end == 2:  # a function key of the Linux console
-            return (4, "") if len(text) > 3 else (0, "")
-        first, _, modifier = text[2:end].partition(";")
-        name = _TILDE_KEYS.get(first, "") if text[end] == "~" else _FINAL_KEYS.get(text[end], "")
-        return end + 1, name and _MODIFIERS.get(modifier, "") + name
+            presses.append((PRESS, "alt-" + name if found["alt"] or found["meta"] else name))
+        return found.end()
 
 
 def without_burst(presses: List[Press]) -> List[Press]:
