@@ -5914,13 +5914,13 @@ class LineReader:
         self._rest = b""
         self._source: Any = 0
         self._read: Callable[[int], bytes] = functools.partial(os.read, 0)
-        self._state = "new"  # new, watching, polling (a file, which can always be read), paused, ended
+        self._state = "paused"  # watching, polling (a file, which can always be read), paused, ended
+        if sys.platform == "win32":
+            self._start_thread()
 
     def resume(self) -> None:
         """Read, from now on or again."""
-        if self._state == "new" and sys.platform == "win32":
-            self._start_thread()
-        if self._state in ("new", "paused"):
+        if self._state == "paused":
             try:
                 self._loop.watch(self._source, self._readable)
                 self._state = "watching"
@@ -5974,8 +5974,7 @@ class LineWriter:
     def __init__(self, loop: Loop, broken: Callable[[str], None]) -> None:
         self._loop = loop
         self._broken = broken  # is told why; "" if whoever read is gone, as is their right
-        self._lines: Deque[bytes] = collections.deque()
-        self._size = 0
+        self._output = bytearray()
         self._state = "idle"  # idle, scheduled, waiting, broken
         self._emptied: Optional[Callable[[], None]] = None
 
@@ -5983,9 +5982,7 @@ class LineWriter:
         """Write a line, soon."""
         if self._state == "broken":
             return
-        data = line.encode("utf-8", "replace") + b"\n"
-        self._lines.append(data)
-        self._size += len(data)
+        self._output += line.encode("utf-8", "replace") + b"\n"
         if self._state == "idle":
             self._state = "scheduled"
             self._loop.call_later(0, self._flush)
@@ -5998,24 +5995,18 @@ class LineWriter:
 
     def _flush(self, events: int = 0) -> None:
         """Write as much as is taken at once. A pipe that can be written to takes PIPE_CHUNK bytes."""
-        data = b"".join(self._lines)
-        self._lines.clear()
-        at = 0
         try:
-            while at < len(data) and self._is_writable():
-                at += os.write(1, data[at:at + PIPE_CHUNK])
+            while self._output and self._is_writable():
+                del self._output[:os.write(1, self._output[:PIPE_CHUNK])]
         except BlockingIOError:
             pass  # shared with a program that made it so
         except OSError as error:
             self._break("" if isinstance(error, BrokenPipeError) else _words(error))
             return
-        self._size = len(data) - at
-        if self._size > MAX_UNREAD:
+        if len(self._output) > MAX_UNREAD:
             self._break("nobody reads it")
-            return
-        if at < len(data):
-            self._lines.append(data[at:])
-        self._await(at < len(data))
+        else:
+            self._await(bool(self._output))
 
     def _await(self, more: bool) -> None:
         """Wait until it can be written to, if there is more to write."""
@@ -6085,31 +6076,20 @@ class PlainInterface(Interface):
             self._busy = False
             self._reader.resume()
 
-    def show(self, event: Event) -> None:
-        """Print what an event changed."""
-        self._print_new(skip_own=self._by_hand and event["event"] == "sent")
-
-    def _print_new(self, skip_own: bool = False) -> None:
+    def show(self, event: Optional[Event] = None) -> None:
+        """Print what an event, or else a line that was entered, led to."""
         unprinted = min(self.view.next - self._printed, len(self.view.entries))
-        for entry in self.view.entries[len(self.view.entries) - unprinted:]:
-            if not skip_own:
-                self.print(plain_text(self.view, entry))
+        if not (event is not None and event["event"] == "sent" and self._by_hand):
+            for entry in self.view.entries[len(self.view.entries) - unprinted:]:
+                self._writer.write(plain_text(self.view, entry))
         self._printed = self.view.next
-
-    def print(self, line: str) -> None:
-        """Write one line."""
-        self._writer.write(line)
 
     def _typed(self, line: str) -> None:
         self.view.enter(line)
-        self.answered()
+        self.show()
         if len(self.view.mine) >= MAX_MINE:
             self._busy = True
             self._reader.pause()
-
-    def answered(self) -> None:
-        """Print what a line that was entered led to."""
-        self._print_new()
 
 
 class JsonInterface(PlainInterface):
@@ -6121,18 +6101,12 @@ class JsonInterface(PlainInterface):
 
     def _answered(self, text: str, kind: str) -> None:
         """The answer to a command; "error" tells bots that it, or a text, could not be done."""
-        self._object({"event": "notice", "text": text, **({"error": True} if kind == "error" else {})})
+        self.show({"event": "notice", "text": text, **({"error": True} if kind == "error" else {})})
 
-    def show(self, event: Event) -> None:
-        sender = event["from"]["id"] if event["event"] == "chat" else None
-        if sender not in self.view.ignored:
-            self._object(event)
-
-    def answered(self) -> None:
-        """on_answer has said it."""
-
-    def _object(self, event: Event) -> None:
-        self.print(json.dumps({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
+    def show(self, event: Optional[Event] = None) -> None:
+        if event is None or event["event"] == "chat" and event["from"]["id"] in self.view.ignored:
+            return  # what was entered led to events, or to an answer
+        self._writer.write(json.dumps({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
 
 
 def login_name() -> str:
