@@ -4266,21 +4266,11 @@ class LineEditor:
 
     def word_before(self) -> int:
         """Where the word left of the cursor begins."""
-        end = len(self.left)
-        while end and not self.left[end - 1].isalnum():
-            end -= 1
-        while end and _in_word(self.left[end - 1]):
-            end -= 1
-        return end
+        return len(self.left) - _first_word(self.left[::-1])
 
     def word_behind(self) -> int:
         """Where the word right of the cursor ends."""
-        at, text = len(self.left), self.text
-        while at < len(text) and not text[at].isalnum():
-            at += 1
-        while at < len(text) and _in_word(text[at]):
-            at += 1
-        return at
+        return len(self.left) + _first_word(self.right)
 
     def blank_before(self) -> int:
         """Where the word left of the cursor begins, if only blanks part words."""
@@ -4414,11 +4404,11 @@ class ChatView:
         self._last_mine: Optional[Entry] = None
         self.lost: List[str] = []  # what could not be delivered any more while leaving
         self._search = ""
-        self._key = ""  # the last one
+        self._key = self._before = ""  # the last one, and the one before it
         self._asked = False  # Enter was pressed for a long text
         self._namesake = ""  # one's own name, once it was said that another has it, too
         self.refused = 0  # lines that could not be done
-        self._completion: Tuple[str, str, List[str], int] = ("", "", [], 0)
+        self._completion: Tuple[str, List[str], int] = ("", [], 0)  # what stands before, candidates, which one
         self.on_answer: Callable[[str, str], None] = lambda text, kind: None
 
     # -- what was said ---------------------------------------------------------------------------------
@@ -4432,8 +4422,7 @@ class ChatView:
     def answer(self, text: str, kind: str = "answer") -> None:
         """Say something in answer to the user."""
         self._notice(text, kind)
-        if self.on_screen and self.bottom()[1] >= self._height():  # longer than the screen: from its beginning
-            self._look_away()
+        if self.on_screen:  # what is longer than the screen: from its beginning
             self._go((self.next - 1, self._height() - 1))
         self.on_answer(text, kind)
 
@@ -4462,7 +4451,7 @@ class ChatView:
     def name(self, peer_id: str) -> Span:
         """A peer's label, in its colour. One's own name needs no address: it is the others' that have one."""
         label = self.node.me.username if peer_id == self.node.me.id else self.node.label(peer_id)
-        return Span(label, _nick_style(label.partition("@")[0]))
+        return Span(label, f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}")
 
     def _head(self, sender: str, to: str, action: bool) -> Line:
         """Who speaks, and to whom if not to all."""
@@ -4608,13 +4597,11 @@ class ChatView:
     def type(self, text: str) -> None:
         """Text was typed."""
         self._begin("")
-        self._key = ""
         self.line.insert(text)
 
     def paste(self, text: str) -> None:
         """Text was pasted: it is one message, however many lines it has."""
         self._begin("")
-        self._key = ""
         text = clean(text, newlines=True).rstrip("\n")
         lines = text.count("\n") + 1
         if len(text.encode("utf-8")) > MAX_TEXT:
@@ -4630,10 +4617,10 @@ class ChatView:
             return
         self._begin(name)
         key.run(self.line if key in EDIT_KEYS else self)
-        self._key = name
 
     def _begin(self, name: str) -> None:
-        """Before each key: what was only said until then goes. Its handler sees in _key which came before."""
+        """Before each key: what was only said until then goes. Its handler sees in _before which came before."""
+        self._before, self._key = self._key, name
         if name not in _CUTTING:
             self.line.joining = False
         if name not in ("focus-in", "focus-out"):
@@ -4655,7 +4642,7 @@ class ChatView:
 
     def press_interrupt(self) -> None:
         """Ctrl-C: drop the line; the second one leaves."""
-        if self._key == "ctrl-c":
+        if self._before == "ctrl-c":
             self.node.leave()
         elif self.line.text:
             self.line.move(len(self.line.text))
@@ -4687,18 +4674,8 @@ class ChatView:
 
     def scroll(self, by: int) -> None:
         """Go down, or up if negative, by rows. What comes in below moves nothing of what is being read."""
-        if not self.entries:
-            return
-        if by < 0:
-            self._look_away()
-        self._go(self.moved(self.anchor or self.bottom(), by, self._cols()))
-
-    def _look_away(self) -> None:
-        """What comes from now on is new. The mark says so, unless there is one further up that is looked for."""
-        if self.anchor is None:
-            self.away = self.next - 1
-            if not self._missed or self._is_seen(self.unread or 0):
-                self.unread, self._missed = self.away, False
+        if self.entries:
+            self._go(self.moved(self.anchor or self.bottom(), by, self._cols()))
 
     def _is_seen(self, seq: int) -> bool:
         """Whether an entry is on screen, or at least its end."""
@@ -4710,6 +4687,10 @@ class ChatView:
     def _go(self, place: Tuple[int, int]) -> None:
         """Scroll so that a place is the lowest on screen, as far as that can be."""
         place = self.clamped(place, self._height(), self._cols())
+        if self.anchor is None and place < self.bottom():
+            self.away = self.next - 1  # what comes from now on is new: a mark says so, unless
+            if not self._missed or self._is_seen(self.unread or 0):  # there is one further up that is looked for
+                self.unread, self._missed = self.away, False
         self.anchor = place if place < self.bottom() else None
 
     def page(self, pages: int) -> None:
@@ -4719,7 +4700,6 @@ class ChatView:
     def to_top(self) -> None:
         """To the oldest."""
         if self.entries:
-            self._look_away()
             self._go((self.entries[0].seq, 0))
 
     def to_bottom(self) -> None:
@@ -4751,12 +4731,6 @@ class ChatView:
         """A place with as much above it as fills the screen."""
         return max(place, self.moved((self.entries[0].seq, 0), height - 1, cols))
 
-    def below(self) -> int:
-        """How many messages came since the reader scrolled away."""
-        first = self.entries[0].seq if self.entries else 0
-        start = max(0, self.away + 1 - first)
-        return sum(entry.kind == "chat" for entry in self.entries[start:])
-
     def _height(self) -> int:
         return max(1, layout(self, self.rows, self.cols).messages)
 
@@ -4767,16 +4741,15 @@ class ChatView:
 
     def complete(self, step: int) -> None:
         """Tab: complete the word before the cursor; again: the next candidate."""
-        if self._key not in ("tab", "shift-tab") or not self._completion[2]:
+        base, candidates, at = self._completion
+        if self._before in ("tab", "shift-tab") and candidates:
+            at = (at + step) % len(candidates)
+        else:
             start = self.line.blank_before() if self.line.left[-1:].strip() else len(self.line.left)
-            self._completion = (self.line.left[:start], self.line.left[start:], self._candidates(start), -1)
-            step = max(step, 0)
-        base, word, candidates, at = self._completion
-        if not candidates:
-            return
-        at = (at + step) % len(candidates) if at >= 0 else 0
-        self._completion = (base, word, candidates, at)
-        self.line.left = base + candidates[at]
+            base, candidates, at = self.line.left[:start], self._candidates(start), 0
+        self._completion = base, candidates, at
+        if candidates:
+            self.line.left = base + candidates[at]
 
     def _candidates(self, start: int) -> List[str]:
         """What the word that begins at `start` can become: commands, or names, the latest speakers' first."""
@@ -4854,16 +4827,13 @@ class ChatView:
     def _labels(self, peers: Iterable[Peer]) -> List[str]:
         return [self.node.label(peer.id) for peer in peers]
 
-    def _send(self, peer_id: str, text: str) -> None:
-        if not text:
-            raise ChatError("There is nothing to send: say the text behind the name.")
-        self.node.chat(text, peer_id)
-
     @command("/msg NAME TEXT")
     def _msg(self, rest: str) -> None:
         """send a private message."""
         peer, text = self._peer(rest)
-        self._send(peer.id, text)
+        if not text:
+            raise ChatError("There is nothing to send: say the text behind the name.")
+        self.node.chat(text, peer.id)
 
     @command("/reply TEXT")
     def _reply(self, rest: str) -> None:
@@ -4872,7 +4842,7 @@ class ChatView:
             raise ChatError("Nobody has written to you privately yet.")
         if not rest:
             raise ChatError("/reply wants a text, for example: /reply yes.")
-        self._send(self._private, rest)
+        self.node.chat(rest, self._private)
 
     @command("/query [NAME [TEXT]]")
     def _query(self, rest: str) -> None:
@@ -4959,14 +4929,9 @@ class ChatView:
         if not self.on_screen:
             self.answer("\n".join(plain_text(self, entry) for entry in hits[-10:]))
             return
-        self._show(hits[-1])
+        self.found = hits[-1].seq
+        self._go(self.moved((self.found, 0), self._height() // 2, self._cols()))  # somewhat below the middle
         self.hint = f"{len(hits) - 1} more above: /search goes on, End comes back."
-
-    def _show(self, entry: Entry) -> None:
-        """Scroll to an entry, some rows below the middle."""
-        self._look_away()
-        self.found = entry.seq
-        self._go(self.moved((entry.seq, 0), self._height() // 2, self._cols()))
 
     @command("/ignore [NAME]")
     def _ignore(self, rest: str) -> None:
@@ -5075,13 +5040,14 @@ _KEYS["focus-out"] = Key("", "", lambda view: view.look(False))
 _CUTTING = frozenset(("ctrl-w", "ctrl-u", "ctrl-k", "alt-d", "alt-backspace"))
 
 
-@functools.lru_cache(maxsize=1024)
-def _nick_style(name: str) -> str:
-    return f"nick{hash64(name) % NICK_STYLES}"
-
-
-def _in_word(character: str) -> bool:
-    return character.isalnum() or unicodedata.category(character)[0] == "M" or character in _JOINERS
+def _first_word(text: str) -> int:
+    """Where the first word of a text ends."""
+    at = 0
+    while at < len(text) and not text[at].isalnum():
+        at += 1
+    while at < len(text) and (text[at].isalnum() or unicodedata.category(text[at])[0] == "M" or text[at] in _JOINERS):
+        at += 1
+    return at
 
 
 def _mentions(text: str, name: str) -> bool:
@@ -5217,7 +5183,8 @@ def _hint(view: ChatView) -> str:
         return "Leaving, once what is under way has arrived. Ctrl-C leaves at once."
     if view.hint or view.anchor is None:
         return view.hint
-    count = view.below()
+    since = view.entries[max(0, view.away + 1 - view.entries[0].seq):]
+    count = sum(entry.kind == "chat" for entry in since)
     return f"{count} new below: End goes there." if count else "Scrolled back: End goes down."
 
 
@@ -5243,13 +5210,13 @@ def _bar(view: ChatView, cols: int) -> Line:
 def _side_cols(view: ChatView, cols: int, rows: int) -> int:
     """As wide as the list asks for, up to three eighths of the screen."""
     peers = view.node.present()[:rows]
-    wanted = max((width(_peer_text(view, peer)) for peer in peers), default=0)
+    wanted = max((width("".join(_label_and_address(view, peer))) for peer in peers), default=0)
     return min(max(wanted + 4, 16), cols * 3 // 8)
 
 
-def _peer_text(view: ChatView, peer: Peer) -> str:
+def _label_and_address(view: ChatView, peer: Peer) -> Tuple[str, str]:
     label = view.node.label(peer.id)
-    return label if "@" in label else f"{label} {peer.ip}:{peer.port}"
+    return label, "" if "@" in label else f" {peer.ip}:{peer.port}"
 
 
 def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
@@ -5259,11 +5226,10 @@ def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
     rows: List[Line] = []
     for peer in shown:
         mark = "○ " if peer.quiet else "+ " if peer.id in view.fresh else "● "
-        name = view.name(peer.id)
-        label = cut(name.text, cols - 2, "…")
-        address = f" {peer.ip}:{peer.port}" if "@" not in name.text else ""
-        room = width(label) + width(address) <= cols - 2
-        style = "dim" if peer.quiet else name.style
+        label, address = _label_and_address(view, peer)
+        room = width(label + address) <= cols - 2
+        label = cut(label, cols - 2, "…")
+        style = "dim" if peer.quiet else view.name(peer.id).style
         rows.append([Span(mark, "dim"), Span(label, style), Span(address if room else "", "dim")])
     if len(shown) < len(peers):
         rows.append([Span(f"+ {len(peers) - len(shown)} more", "dim")])
@@ -5509,12 +5475,10 @@ class Interface:
             log.setLevel(logging.INFO)
         try:
             self.chat()
-        except OSError as error:
-            if self.node is not None and not self.node.me.port:  # it did not get as far as listening
-                sys.stderr.write(f"p2pchat: {port_problem(self.settings.host, self.settings.port, error)}\n")
-                return 1
-            self.failure = error
         except Exception as error:
+            if isinstance(error, OSError) and self.node is not None and not self.node.me.port:
+                sys.stderr.write(f"p2pchat: {port_problem(self.settings.host, self.settings.port, error)}\n")
+                return 1  # it did not get as far as listening
             self.failure = error
         finally:
             log.removeHandler(tail)
@@ -5679,7 +5643,7 @@ class Terminal:
         for row, line in enumerate(screen.lines):
             self._quietly(self._draw_row, row, line)  # behind the last cell is no place for the cursor: it is drawn
         self._quietly(self._window.move, *screen.cursor)  # the screen may be smaller by now than it was
-        self._window.refresh()
+        self._quietly(self._window.refresh)
 
     def _draw_row(self, row: int, line: Line) -> None:
         self._window.move(row, 0)
@@ -5750,12 +5714,15 @@ class CursesInterface(Interface):
     # -- out -------------------------------------------------------------------------------------------
 
     def heard(self, node: PeerNode, event: Event) -> None:
-        if node is not self.node or event["event"] == "stopped":
-            self._stopped(node)
-            return
+        if node is not self.node:
+            return  # it has made room for another one
         self.view.handle(event)
         if event["event"] == "server" and self.form is not None and self.form.busy:
-            self._server_tried(event)
+            self._server_tried(self.form, event)
+        elif event["event"] == "stopped" and self._next is None:
+            self.loop.stop()
+        elif event["event"] == "stopped":
+            self._launch()
         self.changed()
 
     def changed(self) -> None:
@@ -5860,16 +5827,19 @@ class CursesInterface(Interface):
         form.busy = wait and server is not None
         form.message = f"Trying the server at {form.server.text.strip()} ..." if form.busy else ""
         settings = self.settings._replace(username=name, server=server)
-        if self.node is None:
-            self._launch(settings)
-        elif not form.busy and self.node.settings == settings:
+        if self.node is not None and self.node.settings == settings and not form.busy:
             self.form = None
+            return
+        self._next = settings
+        if self.node is None:
+            self._launch()
         else:  # another name or server, or the same once more: another node
-            self._next = settings
             self.node.leave()
 
-    def _launch(self, settings: Settings) -> None:
-        assert self.form is not None
+    def _launch(self) -> None:
+        """Begin to chat with what was submitted last."""
+        assert self.form is not None and self._next is not None
+        settings, self._next = self._next, None
         try:
             self.start_node(settings)
         except OSError as error:
@@ -5880,25 +5850,14 @@ class CursesInterface(Interface):
         self.form.port = str(self.node.me.port)
         if not self.form.busy:
             self.form = None
-        self.changed()
 
-    def _server_tried(self, event: Event) -> None:
-        assert self.form is not None
+    def _server_tried(self, form: StartForm, event: Event) -> None:
         if event["online"]:
             self.form = None
         else:
-            self.form.busy = False
-            self.form.message = (f"No server at {event['address']}: {event['reason']}. Enter tries again, "
-                                 "Esc goes on without it.")
-
-    def _stopped(self, node: PeerNode) -> None:
-        """A node has left: that was all, or it makes room for another one."""
-        if node is self.node:
-            settings, self._next = self._next, None
-            if settings is None:
-                self.loop.stop()
-            else:
-                self._launch(settings)
+            form.busy = False
+            form.message = (f"No server at {event['address']}: {event['reason']}. Enter tries again, "
+                            "Esc goes on without it.")
 
 
 # -- lines ----------------------------------------------------------------------------------------------
