@@ -4453,14 +4453,12 @@ class ChatView:
         label = self.node.me.username if peer_id == self.node.me.id else self.node.label(peer_id)
         return Span(label, f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}")
 
-    def _head(self, sender: str, to: str, action: bool) -> Line:
-        """Who speaks, and to whom if not to all."""
-        aside = [Span(" → ", "private"), self.name(to)] if to != EVERYONE else []
-        return [Span("* " if action else "", "dim"), self.name(sender), *aside, Span(" " if action else ": ")]
-
     def _say(self, sender: str, to: str, text: str, style: str) -> Entry:
+        """Who speaks, to whom if not to all, and what."""
         action = text.startswith("/me ")
-        return self.add("chat", self._head(sender, to, action), text[4:] if action else text, style)
+        aside = [Span(" → ", "private"), self.name(to)] if to != EVERYONE else []
+        head = [Span("* " if action else "", "dim"), self.name(sender), *aside, Span(" " if action else ": ")]
+        return self.add("chat", head, text[4:] if action else text, style)
 
     def _on_chat(self, event: Event) -> None:
         sender, to, text = event["from"]["id"], event["to"], event["text"]
@@ -4544,10 +4542,8 @@ class ChatView:
     def _on_left(self, event: Event) -> None:
         peer_id, reason = event["peer"]["id"], event["reason"]
         self.fresh.discard(peer_id)
-        if reason == "left":
-            self._came_or_went("left", peer_id, "")
-        else:
-            self._came_or_went("gone", peer_id, f" ({reason})")
+        kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
+        self._came_or_went(kind, peer_id, why)
 
     def _came_or_went(self, kind: str, peer_id: str, reason: str) -> None:
         """Those who come or go one after the other share a line."""
@@ -5105,7 +5101,10 @@ def layout(view: ChatView, rows: int, cols: int) -> Layout:
     bar, rule = int(rows >= 3), int(rows >= 6)
     wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
     lines = max(1, min(wanted, (rows - bar - rule) // 3))
-    side = _side_cols(view, cols, rows) if view.side and cols >= SIDE_COLS and rows >= 4 else 0
+    side = 0
+    if view.side and cols >= SIDE_COLS and rows >= 4:  # as wide as the list asks for, up to three eighths
+        texts = ["".join(_label_and_address(view, peer)) for peer in view.node.present()[:rows]]
+        side = min(max(max(map(width, texts), default=0) + 4, 16), cols * 3 // 8)
     return Layout(bar, rows - bar - rule - lines, rule, lines, side)
 
 
@@ -5205,13 +5204,6 @@ def _bar(view: ChatView, cols: int) -> Line:
         if width(left) + width(right) + 2 <= cols:
             return [Span(pad(left, cols - width(right)) + right, "bar")]
     return [Span(pad(f" {name}", cols), "bar")]
-
-
-def _side_cols(view: ChatView, cols: int, rows: int) -> int:
-    """As wide as the list asks for, up to three eighths of the screen."""
-    peers = view.node.present()[:rows]
-    wanted = max((width("".join(_label_and_address(view, peer))) for peer in peers), default=0)
-    return min(max(wanted + 4, 16), cols * 3 // 8)
 
 
 def _label_and_address(view: ChatView, peer: Peer) -> Tuple[str, str]:
@@ -5954,8 +5946,10 @@ class LineWriter:
 
     def _flush(self, events: int = 0) -> None:
         """Write as much as is taken at once. A pipe that can be written to takes PIPE_CHUNK bytes."""
+        import select
+        any_time = sys.platform == "win32"  # there only sockets can be asked
         try:
-            while self._output and self._is_writable():
+            while self._output and (any_time or select.select([], [1], [], 0)[1]):
                 del self._output[:os.write(1, self._output[:PIPE_CHUNK])]
         except BlockingIOError:
             pass  # shared with a program that made it so
@@ -5976,12 +5970,6 @@ class LineWriter:
         self._state = "waiting" if more else "idle"
         if not more and self._emptied is not None:
             self._emptied()
-
-    def _is_writable(self) -> bool:
-        if sys.platform == "win32":
-            return True  # there only sockets can be asked
-        import select
-        return bool(select.select([], [1], [], 0)[1])
 
     def _break(self, why: str) -> None:
         """Nothing can be written any more."""
