@@ -5024,12 +5024,10 @@ VIEW_KEYS: Tuple[Key, ...] = (
     Key("End", "to the newest message, and to the end of the line", lambda view: view.press_end()),
     Key("Ctrl-C", "drop the line; twice: leave", lambda view: view.press_interrupt()),
     Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda view: view.press_eof()),
-)
-SHELL_KEYS: Tuple[Key, ...] = (
-    Key("Ctrl-L", "draw the screen anew", lambda view: None),
+    Key("Ctrl-L", "draw the screen anew", lambda view: None),  # the screen's own, like the next
     Key("Ctrl-Z", "suspend; fg comes back", lambda view: None),
 )
-KEYS = EDIT_KEYS + VIEW_KEYS + SHELL_KEYS
+KEYS = EDIT_KEYS + VIEW_KEYS
 _KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
 _KEYS["focus-in"] = Key("", "", lambda view: view.look(True))
 _KEYS["focus-out"] = Key("", "", lambda view: view.look(False))
@@ -5332,6 +5330,7 @@ ESCAPE_TIME = 0.025  # an ESC that nothing follows within so many seconds is the
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are looked at
 MAX_MINE = 1000  # own messages under way: beyond, plain and JSON read no further input
 MAX_UNREAD = 64 * 1024 * 1024  # bytes of output that wait for a program that does not read them
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe takes if it takes any
 
 PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
@@ -5340,12 +5339,12 @@ Press = Tuple[str, str]
 # What follows ESC: an escape sequence's last character, for ~ with its number.
 _SEQUENCES = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter",
               "I": "focus-in", "O": "focus-out", "Z": "shift-tab", "1~": "home", "3~": "delete", "4~": "end",
-              "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end", "200~": "paste"}
+              "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end"}
 _MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
 _CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
 _TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home",
                   "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "delete", "kcbt": "shift-tab"}
-_PASTE_END = "\x1b[201~"
+_PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"
 _PRESS = re.compile(r"""
     (?P<text> [^\x00-\x1f\x7f]+ )
   | \x1b? \x1b\[\[ .  # a function key of the Linux console
@@ -5363,20 +5362,19 @@ class KeyReader:
         self._known = known or {}  # sequences of this terminal, beside those that all have
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._rest = ""
-        self._pasted: Optional[str] = None
         self.brackets = False  # the terminal says what was pasted
 
     @property
     def waiting(self) -> bool:
         """Whether it depends on what comes next what the last bytes were."""
-        return bool(self._rest) and self._pasted is None
+        return bool(self._rest) and not self._rest.startswith(_PASTE_START)
 
     def feed(self, data: bytes) -> List[Press]:
         """Take bytes; return what they are."""
         self._rest += self._decode(data)
         presses: List[Press] = []
         while self._rest:
-            size = self._paste(presses) if self._pasted is not None else self._press(presses)
+            size = self._paste(presses) if self._rest.startswith(_PASTE_START) else self._press(presses)
             if not size:
                 break
             self._rest = self._rest[size:]
@@ -5388,15 +5386,15 @@ class KeyReader:
         return [(PRESS, "esc")] + ([(TEXT, rest[1:])] if rest[1:].isprintable() and rest[1:] else [])
 
     def _paste(self, presses: List[Press]) -> int:
-        """Collect a paste up to its end; what may be half of the end waits."""
-        end = self._rest.find(_PASTE_END)
-        size = end if end >= 0 else max(0, len(self._rest) - len(_PASTE_END) + 1)
-        self._pasted = ((self._pasted or "") + self._rest[:size])[:MAX_PASTE]
-        if end < 0:
-            return size
-        presses.append((PASTE, self._pasted))
-        self._pasted = None
-        return end + len(_PASTE_END)
+        """A paste; 0 if its end has not come. What is too much goes, but for what may be half of the end."""
+        self.brackets = True
+        text, end, _ = self._rest[len(_PASTE_START):].partition(_PASTE_END)
+        if end:
+            presses.append((PASTE, text[:MAX_PASTE]))
+            return len(_PASTE_START) + len(text) + len(end)
+        most = len(_PASTE_START) + MAX_PASTE
+        self._rest = self._rest[:most] + self._rest[most:][1 - len(_PASTE_END):]
+        return 0
 
     def _press(self, presses: List[Press]) -> int:
         """One key, or a run of text; 0 if it is not complete."""
@@ -5418,9 +5416,7 @@ class KeyReader:
             name = _CONTROLS.get(one) or (one.lower() if one >= " " else "ctrl-" + chr(ord(one) + 96))
         elif found["esc"]:
             name = "esc"
-        if name == "paste":
-            self._pasted, self.brackets = "", True
-        elif name:
+        if name:
             presses.append((PRESS, "alt-" + name if found["alt"] or found["meta"] else name))
         return found.end()
 
@@ -5509,10 +5505,8 @@ class Interface:
 
     def listen_for_signals(self) -> None:
         """Leave when asked to."""
-        self.loop.on_signal(signal.SIGINT, self.interrupt)
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                self.loop.on_signal(getattr(signal, name), self.leave)
+        for number in _ENDING:
+            self.loop.on_signal(number, self.interrupt if number == signal.SIGINT else self.leave)
 
     def leave(self) -> None:
         """Tell everybody, and end when that is done."""
@@ -6245,9 +6239,8 @@ def run_server(options: argparse.Namespace) -> int:
     except OSError as error:
         sys.stderr.write(f"p2pchat: {port_problem(options.host, options.port, error)}\n")
         return 1
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            loop.on_signal(getattr(signal, name), stop)
+    for number in _ENDING:
+        loop.on_signal(number, stop)
     loop.run()
     loop.close()
     return 0
