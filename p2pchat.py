@@ -5345,14 +5345,14 @@ _CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\
 _TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home",
                   "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "delete", "kcbt": "shift-tab"}
 _PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"
-_PRESS = re.compile(r"""
+_PRESS = re.compile(r"""  # what is complete; what matches none of these has to wait for more
     (?P<text> [^\x00-\x1f\x7f]+ )
   | \x1b? \x1b\[\[ .  # a function key of the Linux console
   | (?P<alt> \x1b? ) \x1b (?: O | (?!\[\[) \[ (?P<number> [\x20-:<-?]* ) ;? (?P<held> [\x20-?]* ) (?= [^\x20-?] ) )
-    (?P<final> . )
-  | (?P<meta> \x1b? ) (?P<one> [^\x1b\[O] )
+    (?P<final> . )  # a key's sequence; some terminals send another ESC before it for Alt
+  | (?P<meta> \x1b? ) (?P<one> [^\x1b\[O] )  # a control character, or a character with Alt
   | (?P<esc> \x1b ) (?= \x1b [^\[O] )
-""", re.DOTALL | re.VERBOSE)  # some terminals send another ESC before a key for Alt
+""", re.DOTALL | re.VERBOSE)
 
 
 class KeyReader:
