@@ -6118,11 +6118,11 @@ def _option(convert: Callable[[str], Any], right: str = "", valid: Callable[[Any
     def converted(text: str) -> Any:
         try:
             value = convert(text)
+            if not valid(value):
+                raise ValueError
+            return value
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is not {right}" if right else str(error)) from None
-        if not valid(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {right}")
-        return value
     return converted
 
 
