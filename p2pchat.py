@@ -45,6 +45,7 @@ import json
 import logging
 import os
 import random
+import re
 import selectors
 import signal
 import socket
@@ -218,7 +219,7 @@ def check_username(name: str) -> str:
         raise ValueError(f"A name is needed: 1 to {MAX_NAME} characters.")
     if name != name.strip():
         raise ValueError("A name may not begin or end with a space.")
-    name = unicodedata.normalize("NFC", name) if not _has_surrogates(name) else name
+    name = unicodedata.normalize("NFC", name)
     if len(name) > MAX_NAME:
         raise ValueError(f"A name may have at most {MAX_NAME} characters; this one has {len(name)}.")
     for character in "@*:→":  # they part names from what stands beside them
@@ -393,10 +394,6 @@ def _extends(cluster: str, character: str) -> bool:
         return _is_pictograph(character)
     korean = "\u1160" <= character <= "\u11ff"  # the vowel or the end of a syllable
     return korean and "\u1100" <= cluster[0] <= "\u11ff"
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -4160,21 +4157,11 @@ class LineEditor:
 
     def word_before(self) -> int:
         """Where the word left of the cursor begins."""
-        end = len(self.left)
-        while end and not self.left[end - 1].isalnum():
-            end -= 1
-        while end and _in_word(self.left[end - 1]):
-            end -= 1
-        return end
+        return len(self.left) - _first_word(self.left[::-1])
 
     def word_behind(self) -> int:
         """Where the word right of the cursor ends."""
-        at, text = len(self.left), self.text
-        while at < len(text) and not text[at].isalnum():
-            at += 1
-        while at < len(text) and _in_word(text[at]):
-            at += 1
-        return at
+        return len(self.left) + _first_word(self.right)
 
     def blank_before(self) -> int:
         """Where the word left of the cursor begins, if only blanks part words."""
@@ -4308,11 +4295,11 @@ class ChatView:
         self._last_mine: Optional[Entry] = None
         self.lost: List[str] = []  # what could not be delivered any more while leaving
         self._search = ""
-        self._key = ""  # the last one
+        self._key = self._before = ""  # the last one, and the one before it
         self._asked = False  # Enter was pressed for a long text
         self._namesake = ""  # one's own name, once it was said that another has it, too
         self.refused = 0  # lines that could not be done
-        self._completion: Tuple[str, str, List[str], int] = ("", "", [], 0)
+        self._completion: Tuple[str, List[str], int] = ("", [], 0)  # what stands before, candidates, which one
         self.on_answer: Callable[[str, str], None] = lambda text, kind: None
 
     # -- what was said ---------------------------------------------------------------------------------
@@ -4326,8 +4313,7 @@ class ChatView:
     def answer(self, text: str, kind: str = "answer") -> None:
         """Say something in answer to the user."""
         self._notice(text, kind)
-        if self.on_screen and self.bottom()[1] >= self._height():  # longer than the screen: from its beginning
-            self._look_away()
+        if self.on_screen:  # what is longer than the screen: from its beginning
             self._go((self.next - 1, self._height() - 1))
         self.on_answer(text, kind)
 
@@ -4356,16 +4342,14 @@ class ChatView:
     def name(self, peer_id: str) -> Span:
         """A peer's label, in its colour. One's own name needs no address: it is the others' that have one."""
         label = self.node.me.username if peer_id == self.node.me.id else self.node.label(peer_id)
-        return Span(label, _nick_style(label.partition("@")[0]))
-
-    def _head(self, sender: str, to: str, action: bool) -> Line:
-        """Who speaks, and to whom if not to all."""
-        aside = [Span(" → ", "private"), self.name(to)] if to != EVERYONE else []
-        return [Span("* " if action else "", "dim"), self.name(sender), *aside, Span(" " if action else ": ")]
+        return Span(label, f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}")
 
     def _say(self, sender: str, to: str, text: str, style: str) -> Entry:
+        """Who speaks, to whom if not to all, and what."""
         action = text.startswith("/me ")
-        return self.add("chat", self._head(sender, to, action), text[4:] if action else text, style)
+        aside = [Span(" → ", "private"), self.name(to)] if to != EVERYONE else []
+        head = [Span("* " if action else "", "dim"), self.name(sender), *aside, Span(" " if action else ": ")]
+        return self.add("chat", head, text[4:] if action else text, style)
 
     def _on_chat(self, event: Event) -> None:
         sender, to, text = event["from"]["id"], event["to"], event["text"]
@@ -4449,10 +4433,8 @@ class ChatView:
     def _on_left(self, event: Event) -> None:
         peer_id, reason = event["peer"]["id"], event["reason"]
         self.fresh.discard(peer_id)
-        if reason == "left":
-            self._came_or_went("left", peer_id, "")
-        else:
-            self._came_or_went("gone", peer_id, f" ({reason})")
+        kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
+        self._came_or_went(kind, peer_id, why)
 
     def _came_or_went(self, kind: str, peer_id: str, reason: str) -> None:
         """Those who come or go one after the other share a line."""
@@ -4502,13 +4484,11 @@ class ChatView:
     def type(self, text: str) -> None:
         """Text was typed."""
         self._begin("")
-        self._key = ""
         self.line.insert(text)
 
     def paste(self, text: str) -> None:
         """Text was pasted: it is one message, however many lines it has."""
         self._begin("")
-        self._key = ""
         text = clean(text, newlines=True).rstrip("\n")
         lines = text.count("\n") + 1
         if len(text.encode("utf-8")) > MAX_TEXT:
@@ -4524,10 +4504,10 @@ class ChatView:
             return
         self._begin(name)
         key.run(self.line if key in EDIT_KEYS else self)
-        self._key = name
 
     def _begin(self, name: str) -> None:
-        """Before each key: what was only said until then goes. Its handler sees in _key which came before."""
+        """Before each key: what was only said until then goes. Its handler sees in _before which came before."""
+        self._before, self._key = self._key, name
         if name not in _CUTTING:
             self.line.joining = False
         if name not in ("focus-in", "focus-out"):
@@ -4549,7 +4529,7 @@ class ChatView:
 
     def press_interrupt(self) -> None:
         """Ctrl-C: drop the line; the second one leaves."""
-        if self._key == "ctrl-c":
+        if self._before == "ctrl-c":
             self.node.leave()
         elif self.line.text:
             self.line.move(len(self.line.text))
@@ -4581,18 +4561,8 @@ class ChatView:
 
     def scroll(self, by: int) -> None:
         """Go down, or up if negative, by rows. What comes in below moves nothing of what is being read."""
-        if not self.entries:
-            return
-        if by < 0:
-            self._look_away()
-        self._go(self.moved(self.anchor or self.bottom(), by, self._cols()))
-
-    def _look_away(self) -> None:
-        """What comes from now on is new. The mark says so, unless there is one further up that is looked for."""
-        if self.anchor is None:
-            self.away = self.next - 1
-            if not self._missed or self._is_seen(self.unread or 0):
-                self.unread, self._missed = self.away, False
+        if self.entries:
+            self._go(self.moved(self.anchor or self.bottom(), by, self._cols()))
 
     def _is_seen(self, seq: int) -> bool:
         """Whether an entry is on screen, or at least its end."""
@@ -4604,6 +4574,10 @@ class ChatView:
     def _go(self, place: Tuple[int, int]) -> None:
         """Scroll so that a place is the lowest on screen, as far as that can be."""
         place = self.clamped(place, self._height(), self._cols())
+        if self.anchor is None and place < self.bottom():
+            self.away = self.next - 1  # what comes from now on is new: a mark says so, unless
+            if not self._missed or self._is_seen(self.unread or 0):  # there is one further up that is looked for
+                self.unread, self._missed = self.away, False
         self.anchor = place if place < self.bottom() else None
 
     def page(self, pages: int) -> None:
@@ -4613,7 +4587,6 @@ class ChatView:
     def to_top(self) -> None:
         """To the oldest."""
         if self.entries:
-            self._look_away()
             self._go((self.entries[0].seq, 0))
 
     def to_bottom(self) -> None:
@@ -4645,12 +4618,6 @@ class ChatView:
         """A place with as much above it as fills the screen."""
         return max(place, self.moved((self.entries[0].seq, 0), height - 1, cols))
 
-    def below(self) -> int:
-        """How many messages came since the reader scrolled away."""
-        first = self.entries[0].seq if self.entries else 0
-        start = max(0, self.away + 1 - first)
-        return sum(entry.kind == "chat" for entry in self.entries[start:])
-
     def _height(self) -> int:
         return max(1, layout(self, self.rows, self.cols).messages)
 
@@ -4661,16 +4628,15 @@ class ChatView:
 
     def complete(self, step: int) -> None:
         """Tab: complete the word before the cursor; again: the next candidate."""
-        if self._key not in ("tab", "shift-tab") or not self._completion[2]:
+        base, candidates, at = self._completion
+        if self._before in ("tab", "shift-tab") and candidates:
+            at = (at + step) % len(candidates)
+        else:
             start = self.line.blank_before() if self.line.left[-1:].strip() else len(self.line.left)
-            self._completion = (self.line.left[:start], self.line.left[start:], self._candidates(start), -1)
-            step = max(step, 0)
-        base, word, candidates, at = self._completion
-        if not candidates:
-            return
-        at = (at + step) % len(candidates) if at >= 0 else 0
-        self._completion = (base, word, candidates, at)
-        self.line.left = base + candidates[at]
+            base, candidates, at = self.line.left[:start], self._candidates(start), 0
+        self._completion = base, candidates, at
+        if candidates:
+            self.line.left = base + candidates[at]
 
     def _candidates(self, start: int) -> List[str]:
         """What the word that begins at `start` can become: commands, or names, the latest speakers' first."""
@@ -4748,16 +4714,13 @@ class ChatView:
     def _labels(self, peers: Iterable[Peer]) -> List[str]:
         return [self.node.label(peer.id) for peer in peers]
 
-    def _send(self, peer_id: str, text: str) -> None:
-        if not text:
-            raise ChatError("There is nothing to send: say the text behind the name.")
-        self.node.chat(text, peer_id)
-
     @command("/msg NAME TEXT")
     def _msg(self, rest: str) -> None:
         """send a private message."""
         peer, text = self._peer(rest)
-        self._send(peer.id, text)
+        if not text:
+            raise ChatError("There is nothing to send: say the text behind the name.")
+        self.node.chat(text, peer.id)
 
     @command("/reply TEXT")
     def _reply(self, rest: str) -> None:
@@ -4766,7 +4729,7 @@ class ChatView:
             raise ChatError("Nobody has written to you privately yet.")
         if not rest:
             raise ChatError("/reply wants a text, for example: /reply yes.")
-        self._send(self._private, rest)
+        self.node.chat(rest, self._private)
 
     @command("/query [NAME [TEXT]]")
     def _query(self, rest: str) -> None:
@@ -4853,14 +4816,9 @@ class ChatView:
         if not self.on_screen:
             self.answer("\n".join(plain_text(self, entry) for entry in hits[-10:]))
             return
-        self._show(hits[-1])
+        self.found = hits[-1].seq
+        self._go(self.moved((self.found, 0), self._height() // 2, self._cols()))  # somewhat below the middle
         self.hint = f"{len(hits) - 1} more above: /search goes on, End comes back."
-
-    def _show(self, entry: Entry) -> None:
-        """Scroll to an entry, some rows below the middle."""
-        self._look_away()
-        self.found = entry.seq
-        self._go(self.moved((entry.seq, 0), self._height() // 2, self._cols()))
 
     @command("/ignore [NAME]")
     def _ignore(self, rest: str) -> None:
@@ -4957,37 +4915,29 @@ VIEW_KEYS: Tuple[Key, ...] = (
     Key("End", "to the newest message, and to the end of the line", lambda view: view.press_end()),
     Key("Ctrl-C", "drop the line; twice: leave", lambda view: view.press_interrupt()),
     Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda view: view.press_eof()),
-)
-SHELL_KEYS: Tuple[Key, ...] = (
-    Key("Ctrl-L", "draw the screen anew", lambda view: None),
+    Key("Ctrl-L", "draw the screen anew", lambda view: None),  # the screen's own, like the next
     Key("Ctrl-Z", "suspend; fg comes back", lambda view: None),
 )
-KEYS = EDIT_KEYS + VIEW_KEYS + SHELL_KEYS
+KEYS = EDIT_KEYS + VIEW_KEYS
 _KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
 _KEYS["focus-in"] = Key("", "", lambda view: view.look(True))
 _KEYS["focus-out"] = Key("", "", lambda view: view.look(False))
 _CUTTING = frozenset(("ctrl-w", "ctrl-u", "ctrl-k", "alt-d", "alt-backspace"))
 
 
-@functools.lru_cache(maxsize=1024)
-def _nick_style(name: str) -> str:
-    return f"nick{hash64(name) % NICK_STYLES}"
-
-
-def _in_word(character: str) -> bool:
-    return character.isalnum() or unicodedata.category(character)[0] == "M" or character in _JOINERS
+def _first_word(text: str) -> int:
+    """Where the first word of a text ends."""
+    at = 0
+    while at < len(text) and not text[at].isalnum():
+        at += 1
+    while at < len(text) and (text[at].isalnum() or unicodedata.category(text[at])[0] == "M" or text[at] in _JOINERS):
+        at += 1
+    return at
 
 
 def _mentions(text: str, name: str) -> bool:
     """Whether a text holds a name as a word of its own."""
-    text, name = text.casefold(), name.casefold()
-    at = text.find(name)
-    while at >= 0:
-        end = at + len(name)
-        if not (text[at - 1:at].isalnum() or text[end:end + 1].isalnum()):
-            return True
-        at = text.find(name, at + 1)
-    return False
+    return bool(re.search(rf"(?<![^\W_]){re.escape(name.casefold())}(?![^\W_])", text.casefold()))
 
 
 def _nearest(name: str, choices: List[str]) -> str:
@@ -5040,7 +4990,10 @@ def layout(view: ChatView, rows: int, cols: int) -> Layout:
     bar, rule = int(rows >= 3), int(rows >= 6)
     wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
     lines = max(1, min(wanted, (rows - bar - rule) // 3))
-    side = _side_cols(view, cols, rows) if view.side and cols >= SIDE_COLS and rows >= 4 else 0
+    side = 0
+    if view.side and cols >= SIDE_COLS and rows >= 4:  # as wide as the list asks for, up to three eighths
+        texts = ["".join(_label_and_address(view, peer)) for peer in view.node.present()[:rows]]
+        side = min(max(max(map(width, texts), default=0) + 4, 16), cols * 3 // 8)
     return Layout(bar, rows - bar - rule - lines, rule, lines, side)
 
 
@@ -5118,7 +5071,8 @@ def _hint(view: ChatView) -> str:
         return "Leaving, once what is under way has arrived. Ctrl-C leaves at once."
     if view.hint or view.anchor is None:
         return view.hint
-    count = view.below()
+    since = view.entries[max(0, view.away + 1 - view.entries[0].seq):]
+    count = sum(entry.kind == "chat" for entry in since)
     return f"{count} new below: End goes there." if count else "Scrolled back: End goes down."
 
 
@@ -5141,16 +5095,9 @@ def _bar(view: ChatView, cols: int) -> Line:
     return [Span(pad(f" {name}", cols), "bar")]
 
 
-def _side_cols(view: ChatView, cols: int, rows: int) -> int:
-    """As wide as the list asks for, up to three eighths of the screen."""
-    peers = view.node.present()[:rows]
-    wanted = max((width(_peer_text(view, peer)) for peer in peers), default=0)
-    return min(max(wanted + 4, 16), cols * 3 // 8)
-
-
-def _peer_text(view: ChatView, peer: Peer) -> str:
+def _label_and_address(view: ChatView, peer: Peer) -> Tuple[str, str]:
     label = view.node.label(peer.id)
-    return label if "@" in label else f"{label} {peer.ip}:{peer.port}"
+    return label, "" if "@" in label else f" {peer.ip}:{peer.port}"
 
 
 def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
@@ -5160,11 +5107,10 @@ def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
     rows: List[Line] = []
     for peer in shown:
         mark = "○ " if peer.quiet else "+ " if peer.id in view.fresh else "● "
-        name = view.name(peer.id)
-        label = cut(name.text, cols - 2, "…")
-        address = f" {peer.ip}:{peer.port}" if "@" not in name.text else ""
-        room = width(label) + width(address) <= cols - 2
-        style = "dim" if peer.quiet else name.style
+        label, address = _label_and_address(view, peer)
+        room = width(label + address) <= cols - 2
+        label = cut(label, cols - 2, "…")
+        style = "dim" if peer.quiet else view.name(peer.id).style
         rows.append([Span(mark, "dim"), Span(label, style), Span(address if room else "", "dim")])
     if len(shown) < len(peers):
         rows.append([Span(f"+ {len(peers) - len(shown)} more", "dim")])
@@ -5243,28 +5189,21 @@ class StartForm:
 
 def render_form(form: StartForm, rows: int, cols: int) -> Screen:
     """The form; on a small screen the field being written, then the message, then the rest."""
-    title: Line = [Span(" p2pchat: chat for everyone on this network", "bold")]
-    blocks: List[Tuple[int, List[Line]]] = [(6, [title, []])]  # each with a rank: the highest goes first
-    cursor = (0, 0)
+    ranked: List[Tuple[int, Line]] = [(6, [Span(" p2pchat: chat for everyone on this network", "bold")]), (6, [])]
+    column = 0
     for at, (label, line) in enumerate(form.fields):
-        prompt = f" {label.ljust(8)}" if cols >= 16 else ""
-        typed, (row, column) = flow(prompt, line, cols)
+        typed, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line, cols)
         none = "" if line.text or line is form.name else "(none: whoever is found on this network)"
-        blocks.append((0 if at == form.at else 2, [[Span(typed[row]), Span(none, "dim")]]))
-        cursor = (at, column) if at == form.at else cursor
-    blocks.append((5, [[Span(f" Port    {form.port}", "dim")], []]))
-    texts = wrap(form.message, max(1, cols - 1)) if form.message else []
-    blocks.append((1, [[Span(f" {text}", "error")] for text in texts]))
+        ranked.append((0 if at == form.at else 2, [Span(typed[row]), Span(none, "dim")]))
+        column = place if at == form.at else column
     keys = "Enter starts, Ctrl-C leaves, Esc goes on without a server, Tab goes to the other field."
-    blocks += [(7, [[]]), (4, [[Span(f" {text}", "dim")] for text in wrap(keys, max(1, cols - 1))])]
-    while sum(len(lines) for _, lines in blocks) > rows:
-        worst = max((block for block in blocks if block[1]), key=lambda block: block[0])
-        worst[1].pop()
-    start = sum(len(lines) for rank, lines in blocks[:form.at + 1])
-    shown = [line for _, lines in blocks for line in lines]
+    ranked += [(5, [Span(f" Port    {form.port}", "dim")]), (5, [])]
+    ranked += [(1, [Span(f" {text}", "error")]) for text in wrap(form.message, max(1, cols - 1)) if form.message]
+    ranked += [(7, [])] + [(4, [Span(f" {text}", "dim")]) for text in wrap(keys, max(1, cols - 1))]
+    shown = sorted(sorted(range(len(ranked)), key=lambda at: ranked[at][0])[:rows])  # the highest ranks go first
+    lines = [clip(ranked[at][1], cols) for at in shown]
     blank: Line = []
-    lines = shown + [blank] * (rows - len(shown))
-    return Screen([clip(line, cols) for line in lines], (start, cursor[1]))
+    return Screen(lines + [blank] * (rows - len(lines)), (shown.index(2 + form.at), column))
 
 
 # ======================================================================================================
@@ -5282,19 +5221,29 @@ ESCAPE_TIME = 0.025  # an ESC that nothing follows within so many seconds is the
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are looked at
 MAX_MINE = 1000  # own messages under way: beyond, plain and JSON read no further input
 MAX_UNREAD = 64 * 1024 * 1024  # bytes of output that wait for a program that does not read them
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe takes if it takes any
 
 PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
 Press = Tuple[str, str]
 
-_FINAL_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter",
-               "I": "focus-in", "O": "focus-out", "Z": "shift-tab"}
-_TILDE_KEYS = {"1": "home", "3": "delete", "4": "end", "5": "pgup", "6": "pgdn", "7": "home", "8": "end"}
+# What follows ESC: an escape sequence's last character, for ~ with its number.
+_SEQUENCES = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter",
+              "I": "focus-in", "O": "focus-out", "Z": "shift-tab", "1~": "home", "3~": "delete", "4~": "end",
+              "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end"}
 _MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
 _CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
 _TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home",
                   "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "delete", "kcbt": "shift-tab"}
 _PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"
+_PRESS = re.compile(r"""  # what is complete; what matches none of these has to wait for more
+    (?P<text> [^\x00-\x1f\x7f]+ )
+  | \x1b? \x1b\[\[ .  # a function key of the Linux console
+  | (?P<alt> \x1b? ) \x1b (?: O | (?!\[\[) \[ (?P<number> [\x20-:<-?]* ) ;? (?P<held> [\x20-?]* ) (?= [^\x20-?] ) )
+    (?P<final> . )  # a key's sequence; some terminals send another ESC before it for Alt
+  | (?P<meta> \x1b? ) (?P<one> [^\x1b\[O] )  # a control character, or a character with Alt
+  | (?P<esc> \x1b ) (?= \x1b [^\[O] )
+""", re.DOTALL | re.VERBOSE)
 
 
 class KeyReader:
@@ -5304,20 +5253,19 @@ class KeyReader:
         self._known = known or {}  # sequences of this terminal, beside those that all have
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._rest = ""
-        self._pasted: Optional[str] = None
         self.brackets = False  # the terminal says what was pasted
 
     @property
     def waiting(self) -> bool:
         """Whether it depends on what comes next what the last bytes were."""
-        return bool(self._rest) and self._pasted is None
+        return bool(self._rest) and not self._rest.startswith(_PASTE_START)
 
     def feed(self, data: bytes) -> List[Press]:
         """Take bytes; return what they are."""
         self._rest += self._decode(data)
         presses: List[Press] = []
         while self._rest:
-            size = self._paste(presses) if self._pasted is not None else self._press(presses)
+            size = self._paste(presses) if self._rest.startswith(_PASTE_START) else self._press(presses)
             if not size:
                 break
             self._rest = self._rest[size:]
@@ -5329,66 +5277,39 @@ class KeyReader:
         return [(PRESS, "esc")] + ([(TEXT, rest[1:])] if rest[1:].isprintable() and rest[1:] else [])
 
     def _paste(self, presses: List[Press]) -> int:
-        """Collect a paste up to its end; what may be half of the end waits."""
-        end = self._rest.find(_PASTE_END)
-        size = end if end >= 0 else max(0, len(self._rest) - len(_PASTE_END) + 1)
-        self._pasted = ((self._pasted or "") + self._rest[:size])[:MAX_PASTE]
-        if end < 0:
-            return size
-        presses.append((PASTE, self._pasted))
-        self._pasted = None
-        return end + len(_PASTE_END)
+        """A paste; 0 if its end has not come. What is too much goes, but for what may be half of the end."""
+        self.brackets = True
+        text, end, _ = self._rest[len(_PASTE_START):].partition(_PASTE_END)
+        if end:
+            presses.append((PASTE, text[:MAX_PASTE]))
+            return len(_PASTE_START) + len(text) + len(end)
+        most = len(_PASTE_START) + MAX_PASTE
+        self._rest = self._rest[:most] + self._rest[most:][1 - len(_PASTE_END):]
+        return 0
 
     def _press(self, presses: List[Press]) -> int:
         """One key, or a run of text; 0 if it is not complete."""
-        text = self._rest
-        if text[0] == "\x1b":
-            size, name = self._escape(text)
-        elif text[0] in _CONTROLS:
-            size, name = 1, _CONTROLS[text[0]]
-        elif text[0] < " ":
-            size, name = 1, "ctrl-" + chr(ord(text[0]) + 96)
-        else:
-            size = next((at for at, each in enumerate(text) if each < " " or each == "\x7f"), len(text))
-            presses.append((TEXT, text[:size]))
-            return size
-        if name == "paste":
-            self._pasted, self.brackets = "", True
-        elif name:
-            presses.append((PRESS, name))
-        return size
-
-    def _escape(self, text: str) -> Tuple[int, str]:
-        """A sequence that begins with ESC: (its length or 0, its name or "" if it has none)."""
         for sequence, name in self._known.items():
-            if text.startswith(sequence):
-                return len(sequence), name
-        if text.startswith(_PASTE_START):
-            return len(_PASTE_START), "paste"
-        kind = text[1:2]
-        if kind == "[":
-            return self._csi(text)
-        if kind == "O":
-            return (3, _FINAL_KEYS.get(text[2], "")) if len(text) > 2 else (0, "")
-        if kind == "\x1b":  # some terminals send another ESC before a key for Alt
-            size, name = self._escape(text[1:]) if text[2:3] in ("", "[", "O") else (0, "esc")
-            if name == "esc":
-                return 1, name
-            return (size + 1, name and "alt-" + name) if size else (0, "")
-        if kind and kind in _CONTROLS:
-            return 2, "alt-" + _CONTROLS[kind]
-        return (2, "alt-" + kind.lower()) if kind else (0, "")
-
-    def _csi(self, text: str) -> Tuple[int, str]:
-        """ESC [ parameters final: the second parameter tells which keys were held."""
-        end = next((at for at in range(2, len(text)) if not " " <= text[at] <= "?"), 0)
-        if not end or len(text) > 64:
-            return len(text) if len(text) > 64 else 0, ""
-        if text[2:4].startswith("[") and end == 2:  # a function key of the Linux console
-            return (4, "") if len(text) > 3 else (0, "")
-        first, _, modifier = text[2:end].partition(";")
-        name = _TILDE_KEYS.get(first, "") if text[end] == "~" else _FINAL_KEYS.get(text[end], "")
-        return end + 1, name and _MODIFIERS.get(modifier, "") + name
+            if self._rest.startswith(sequence):
+                presses.append((PRESS, name))
+                return len(sequence)
+        found = _PRESS.match(self._rest)
+        if found is None:
+            return len(self._rest) if len(self._rest) > 64 else 0  # no key is that long
+        text, number, final, one = found.group("text", "number", "final", "one")
+        name = ""
+        if text:
+            presses.append((TEXT, text))
+        elif final:
+            name = _SEQUENCES.get((number or "") + final if final == "~" else final, "")
+            name = name and _MODIFIERS.get(found["held"], "") + name
+        elif one:
+            name = _CONTROLS.get(one) or (one.lower() if one >= " " else "ctrl-" + chr(ord(one) + 96))
+        elif found["esc"]:
+            name = "esc"
+        if name:
+            presses.append((PRESS, "alt-" + name if found["alt"] or found["meta"] else name))
+        return found.end()
 
 
 def without_burst(presses: List[Press]) -> List[Press]:
@@ -5433,12 +5354,10 @@ class Interface:
             log.setLevel(logging.INFO)
         try:
             self.chat()
-        except OSError as error:
-            if self.node is not None and not self.node.me.port:  # it did not get as far as listening
-                sys.stderr.write(f"p2pchat: {port_problem(self.settings.host, self.settings.port, error)}\n")
-                return 1
-            self.failure = error
         except Exception as error:
+            if isinstance(error, OSError) and self.node is not None and not self.node.me.port:
+                sys.stderr.write(f"p2pchat: {port_problem(self.settings.host, self.settings.port, error)}\n")
+                return 1  # it did not get as far as listening
             self.failure = error
         finally:
             log.removeHandler(tail)
@@ -5477,10 +5396,8 @@ class Interface:
 
     def listen_for_signals(self) -> None:
         """Leave when asked to."""
-        self.loop.on_signal(signal.SIGINT, self.interrupt)
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                self.loop.on_signal(getattr(signal, name), self.leave)
+        for number in _ENDING:
+            self.loop.on_signal(number, self.interrupt if number == signal.SIGINT else self.leave)
 
     def leave(self) -> None:
         """Tell everybody, and end when that is done."""
@@ -5532,7 +5449,6 @@ class Terminal:
                 continue
         self._utf8 = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
         self._window: Any = None
-        self._shown: Dict[int, Line] = {}
         self._styles: Dict[str, int] = {}
 
     def __enter__(self) -> "Terminal":
@@ -5575,7 +5491,6 @@ class Terminal:
             cols = rows = 0
         if rows and cols:
             self._quietly(self._curses.resizeterm, rows, cols)
-        self._shown.clear()
         self._window.clear()
 
     def _quietly(self, call: Callable[..., Any], *args: Any) -> None:
@@ -5600,26 +5515,17 @@ class Terminal:
         self._curses.beep()
 
     def draw(self, screen: Screen) -> None:
-        """Show a screen: the rows that changed, then the cursor."""
+        """Show a screen; what of it is new to the terminal is curses' business."""
+        self._window.erase()
         for row, line in enumerate(screen.lines):
-            if self._shown.get(row) != line:
-                self._shown[row] = line
-                self._draw_row(row, line)
-        try:
-            self._window.move(*screen.cursor)
-            self._window.refresh()
-        except self._curses.error:
-            pass  # smaller by now than it was
+            self._quietly(self._draw_row, row, line)  # behind the last cell is no place for the cursor: it is drawn
+        self._quietly(self._window.move, *screen.cursor)  # the screen may be smaller by now than it was
+        self._quietly(self._window.refresh)
 
     def _draw_row(self, row: int, line: Line) -> None:
-        try:
-            self._window.move(row, 0)
-            self._window.clrtoeol()
-            for span in line:
-                if span.text:
-                    self._window.addstr(self._drawable(span.text), self._styles.get(span.style, 0))
-        except self._curses.error:
-            pass  # behind the last cell of the screen there is no place for the cursor: the cell is drawn
+        self._window.move(row, 0)
+        for text, style in line:
+            self._window.addstr(self._drawable(text), self._styles.get(style, 0))
 
     def _drawable(self, text: str) -> str:
         """A text in what the locale can show, at the same width."""
@@ -5660,7 +5566,6 @@ class CursesInterface(Interface):
         self._frame: Optional[Timer] = None
         self._drawn = 0.0
         self._escape: Optional[Timer] = None
-        self._watching = False
 
     def chat(self) -> None:
         if self.settings.username is None:
@@ -5676,12 +5581,8 @@ class CursesInterface(Interface):
             self.loop.on_signal(signal.SIGTSTP, self._suspend)
             self.loop.on_signal(signal.SIGCONT, self._continued)
             self.loop.watch(0, self._readable)
-            self._watching = True
             self.changed()
             self.loop.run()
-        self._say_goodbye()
-
-    def _say_goodbye(self) -> None:
         lost = self.view.lost if self.node is not None else []
         more = [f"and {_count(len(lost) - 5, 'message')} more"] if len(lost) > 5 else []
         for line in lost[:5] + more:
@@ -5690,12 +5591,15 @@ class CursesInterface(Interface):
     # -- out -------------------------------------------------------------------------------------------
 
     def heard(self, node: PeerNode, event: Event) -> None:
-        if node is not self.node or event["event"] == "stopped":
-            self._stopped(node)
-            return
+        if node is not self.node:
+            return  # it has made room for another one
         self.view.handle(event)
         if event["event"] == "server" and self.form is not None and self.form.busy:
-            self._server_tried(event)
+            self._server_tried(self.form, event)
+        elif event["event"] == "stopped" and self._next is None:
+            self.loop.stop()
+        elif event["event"] == "stopped":
+            self._launch()
         self.changed()
 
     def changed(self) -> None:
@@ -5725,7 +5629,6 @@ class CursesInterface(Interface):
         except OSError:
             data = b""
         if not data:  # the terminal is gone
-            self._watching = False
             self.loop.unwatch(0)
             self.leave()
             return
@@ -5750,12 +5653,8 @@ class CursesInterface(Interface):
                 self._press_in_form(self.form, kind, value)
             elif kind == PRESS and value == "ctrl-c" and self.node is not None and self.node.leaving:
                 self.interrupt()
-            elif kind == PRESS:
-                self.view.key(value)
-            elif kind == PASTE:
-                self.view.paste(value)
             else:
-                self.view.type(value)
+                {PRESS: self.view.key, TEXT: self.view.type, PASTE: self.view.paste}[kind](value)
         self.changed()
 
     def _resized(self) -> None:
@@ -5805,16 +5704,19 @@ class CursesInterface(Interface):
         form.busy = wait and server is not None
         form.message = f"Trying the server at {form.server.text.strip()} ..." if form.busy else ""
         settings = self.settings._replace(username=name, server=server)
-        if self.node is None:
-            self._launch(settings)
-        elif not form.busy and self.node.settings == settings:
+        if self.node is not None and self.node.settings == settings and not form.busy:
             self.form = None
+            return
+        self._next = settings
+        if self.node is None:
+            self._launch()
         else:  # another name or server, or the same once more: another node
-            self._next = settings
             self.node.leave()
 
-    def _launch(self, settings: Settings) -> None:
-        assert self.form is not None
+    def _launch(self) -> None:
+        """Begin to chat with what was submitted last."""
+        assert self.form is not None and self._next is not None
+        settings, self._next = self._next, None
         try:
             self.start_node(settings)
         except OSError as error:
@@ -5825,25 +5727,14 @@ class CursesInterface(Interface):
         self.form.port = str(self.node.me.port)
         if not self.form.busy:
             self.form = None
-        self.changed()
 
-    def _server_tried(self, event: Event) -> None:
-        assert self.form is not None
+    def _server_tried(self, form: StartForm, event: Event) -> None:
         if event["online"]:
             self.form = None
         else:
-            self.form.busy = False
-            self.form.message = (f"No server at {event['address']}: {event['reason']}. Enter tries again, "
-                                 "Esc goes on without it.")
-
-    def _stopped(self, node: PeerNode) -> None:
-        """A node has left: that was all, or it makes room for another one."""
-        if node is self.node:
-            settings, self._next = self._next, None
-            if settings is None:
-                self.loop.stop()
-            else:
-                self._launch(settings)
+            form.busy = False
+            form.message = (f"No server at {event['address']}: {event['reason']}. Enter tries again, "
+                            "Esc goes on without it.")
 
 
 # -- lines ----------------------------------------------------------------------------------------------
@@ -5859,13 +5750,13 @@ class LineReader:
         self._rest = b""
         self._source: Any = 0
         self._read: Callable[[int], bytes] = functools.partial(os.read, 0)
-        self._state = "new"  # new, watching, polling (a file, which can always be read), paused, ended
+        self._state = "paused"  # watching, polling (a file, which can always be read), paused, ended
+        if sys.platform == "win32":
+            self._start_thread()
 
     def resume(self) -> None:
         """Read, from now on or again."""
-        if self._state == "new" and sys.platform == "win32":
-            self._start_thread()
-        if self._state in ("new", "paused"):
+        if self._state == "paused":
             try:
                 self._loop.watch(self._source, self._readable)
                 self._state = "watching"
@@ -5919,8 +5810,7 @@ class LineWriter:
     def __init__(self, loop: Loop, broken: Callable[[str], None]) -> None:
         self._loop = loop
         self._broken = broken  # is told why; "" if whoever read is gone, as is their right
-        self._lines: Deque[bytes] = collections.deque()
-        self._size = 0
+        self._output = bytearray()
         self._state = "idle"  # idle, scheduled, waiting, broken
         self._emptied: Optional[Callable[[], None]] = None
 
@@ -5928,9 +5818,7 @@ class LineWriter:
         """Write a line, soon."""
         if self._state == "broken":
             return
-        data = line.encode("utf-8", "replace") + b"\n"
-        self._lines.append(data)
-        self._size += len(data)
+        self._output += line.encode("utf-8", "replace") + b"\n"
         if self._state == "idle":
             self._state = "scheduled"
             self._loop.call_later(0, self._flush)
@@ -5943,24 +5831,20 @@ class LineWriter:
 
     def _flush(self, events: int = 0) -> None:
         """Write as much as is taken at once. A pipe that can be written to takes PIPE_CHUNK bytes."""
-        data = b"".join(self._lines)
-        self._lines.clear()
-        at = 0
+        import select
+        any_time = sys.platform == "win32"  # there only sockets can be asked
         try:
-            while at < len(data) and self._is_writable():
-                at += os.write(1, data[at:at + PIPE_CHUNK])
+            while self._output and (any_time or select.select([], [1], [], 0)[1]):
+                del self._output[:os.write(1, self._output[:PIPE_CHUNK])]
         except BlockingIOError:
             pass  # shared with a program that made it so
         except OSError as error:
             self._break("" if isinstance(error, BrokenPipeError) else _words(error))
             return
-        self._size = len(data) - at
-        if self._size > MAX_UNREAD:
+        if len(self._output) > MAX_UNREAD:
             self._break("nobody reads it")
-            return
-        if at < len(data):
-            self._lines.append(data[at:])
-        self._await(at < len(data))
+        else:
+            self._await(bool(self._output))
 
     def _await(self, more: bool) -> None:
         """Wait until it can be written to, if there is more to write."""
@@ -5971,12 +5855,6 @@ class LineWriter:
         self._state = "waiting" if more else "idle"
         if not more and self._emptied is not None:
             self._emptied()
-
-    def _is_writable(self) -> bool:
-        if sys.platform == "win32":
-            return True  # there only sockets can be asked
-        import select
-        return bool(select.select([], [1], [], 0)[1])
 
     def _break(self, why: str) -> None:
         """Nothing can be written any more."""
@@ -6030,31 +5908,20 @@ class PlainInterface(Interface):
             self._busy = False
             self._reader.resume()
 
-    def show(self, event: Event) -> None:
-        """Print what an event changed."""
-        self._print_new(skip_own=self._by_hand and event["event"] == "sent")
-
-    def _print_new(self, skip_own: bool = False) -> None:
+    def show(self, event: Optional[Event] = None) -> None:
+        """Print what an event, or else a line that was entered, led to."""
         unprinted = min(self.view.next - self._printed, len(self.view.entries))
-        for entry in self.view.entries[len(self.view.entries) - unprinted:]:
-            if not skip_own:
-                self.print(plain_text(self.view, entry))
+        if not (event is not None and event["event"] == "sent" and self._by_hand):
+            for entry in self.view.entries[len(self.view.entries) - unprinted:]:
+                self._writer.write(plain_text(self.view, entry))
         self._printed = self.view.next
-
-    def print(self, line: str) -> None:
-        """Write one line."""
-        self._writer.write(line)
 
     def _typed(self, line: str) -> None:
         self.view.enter(line)
-        self.answered()
+        self.show()
         if len(self.view.mine) >= MAX_MINE:
             self._busy = True
             self._reader.pause()
-
-    def answered(self) -> None:
-        """Print what a line that was entered led to."""
-        self._print_new()
 
 
 class JsonInterface(PlainInterface):
@@ -6066,21 +5933,12 @@ class JsonInterface(PlainInterface):
 
     def _answered(self, text: str, kind: str) -> None:
         """The answer to a command; "error" tells bots that it, or a text, could not be done."""
-        self._object({"event": "notice", "text": text, **({"error": True} if kind == "error" else {})})
+        self.show({"event": "notice", "text": text, **({"error": True} if kind == "error" else {})})
 
-    def show(self, event: Event) -> None:
-        sender = event["from"]["id"] if event["event"] == "chat" else None
-        if sender not in self.view.ignored:
-            self._object(event)
-
-    def answered(self) -> None:
-        """on_answer has said it."""
-
-    def _object(self, event: Event) -> None:
-        self.print(_to_json({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
-
-
-_to_json = json.JSONEncoder(ensure_ascii=True).encode
+    def show(self, event: Optional[Event] = None) -> None:
+        if event is None or event["event"] == "chat" and event["from"]["id"] in self.view.ignored:
+            return  # what was entered led to events, or to an answer
+        self._writer.write(json.dumps({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
 
 
 def login_name() -> str:
@@ -6102,15 +5960,6 @@ def has_screen() -> bool:
         return bool(curses.tigetstr("cup"))
     except Exception:  # no curses, or no such terminal
         return False
-
-
-def run_peer(settings: Settings, kind: str) -> int:
-    """Chat, in one of the three ways; return the exit status."""
-    interfaces: Dict[str, Callable[[Loop, Settings], Interface]] = {
-        "curses": CursesInterface, "plain": PlainInterface, "json": JsonInterface}
-    if kind == "curses" and not has_screen():
-        kind = "plain"
-    return interfaces[kind](Loop(), settings).run()
 
 
 # ======================================================================================================
@@ -6154,102 +6003,79 @@ def _open_standard_files() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
+def _option(convert: Callable[[str], Any], right: str = "", valid: Callable[[Any], bool] = lambda value: True
+            ) -> Callable[[str], Any]:
+    """A converter of an option's value; where it can't, it says what would be right, `right` or the error itself."""
+    def converted(text: str) -> Any:
+        try:
+            value = convert(text)
+            if not valid(value):
+                raise ValueError
+            return value
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {right}" if right else str(error)) from None
+    return converted
+
+
+_port = _option(int, "a port: 0 to 65535", lambda port: 0 <= port <= 65535)
+_seconds = _option(float, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400)
+_bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
+_username, _address = _option(check_username), _option(parse_address)
+_local_ip = _option(lambda text: text if text == "0.0.0.0" else parse_address(f"{text}:1")[0],
+                    "an IPv4 address or the name of this machine")
+
+Row = Tuple[str, Callable[[str], Any], str, str]  # of an option that has a value: name, converter, value, help
+_HOST: Row = ("host", _local_ip, "IP", "address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")
+SERVER_OPTIONS: Tuple[Row, ...] = (
+    _HOST,
+    ("port", _port, "N", f"TCP port to listen on ({DEFAULT_PORT})"),
+    ("heartbeat-timeout", _seconds, "S", "drop a peer that is silent for so long (30 s)"),
+    ("check-interval", _seconds, "S", "look for silent peers so often (10 s)"),
+)
+PEER_OPTIONS: Tuple[Row, ...] = (
+    ("user", _username, "NAME", "your name (without it, a form asks)"),
+    ("server", _address, "HOST[:PORT]", "discovery server (127.0.0.1:9999, and any found on the local network)"),
+    ("join", _address, "HOST:PORT", "a peer or server to connect to; may be given several times"),
+    _HOST,
+    ("port", _port, "N", "TCP port to listen on (0: chosen by the system)"),
+    ("heartbeat-interval", _seconds, "S", "between heartbeats to the server (10 s)"),
+    ("gossip-interval", _seconds, "S", "between two comparisons of the list with a random peer (5 s)"),
+    ("timeout", _seconds, "S", "for a connection to a peer to answer, and for leaving (5 s)"),
+    ("budget", _bytes, "BYTES", "of chat accepted from one sender a minute (1048576; 0: no limit)"),
+)
+
+
 def make_parser() -> Parser:
-    """The command line: two subcommands and their options."""
+    """The command line: two subcommands and their options, whose defaults are those of the settings."""
     parser = Parser(prog="p2pchat.py", description="Chat for a room full of machines on one network.")
     parser.add_argument("--version", action="version", version=f"p2pchat {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="server|peer")
-    _add_server_options(commands.add_parser("server", help="introduce peers to one another"))
-    _add_peer_options(commands.add_parser("peer", help="chat"))
+    server = commands.add_parser("server", help="introduce peers to one another")
+    _add_options(server, SERVER_OPTIONS, ServerSettings(), run_server)
+    server.add_argument("-v", "--verbose", action="store_true", help="log more")
+    server.add_argument("-q", "--quiet", action="store_true", help="log only what is wrong")
+    peer = commands.add_parser("peer", help="chat")
+    _add_options(peer, PEER_OPTIONS, Settings(), run_peer)
+    kind = peer.add_mutually_exclusive_group()
+    kind.add_argument("--plain", dest="kind", action="store_const", const=PlainInterface, help="lines in, lines out")
+    kind.add_argument("--json", dest="kind", action="store_const", const=JsonInterface,
+                      help="lines in, JSON out: for programs")
+    peer.set_defaults(verbose=False, quiet=False)
     return parser
 
 
-def _add_common_options(parser: argparse.ArgumentParser, port: int, port_help: str) -> None:
-    parser.add_argument("--host", type=_local_ip, default="0.0.0.0", metavar="IP",
-                        help="address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=_port, default=port, metavar="N", help=port_help)
+def _add_options(parser: argparse.ArgumentParser, rows: Sequence[Row], defaults: Any,
+                 run: Callable[[argparse.Namespace], int]) -> None:
+    parser.set_defaults(run=run)
+    for name, convert, metavar, text in rows:
+        field = "username" if name == "user" else name.replace("-", "_")
+        default = getattr(defaults, field)
+        parser.add_argument(f"--{name}", dest=field, type=convert, metavar=metavar, help=text,
+                            default=list(default) if name == "join" else default,
+                            action="append" if name == "join" else "store")
     parser.add_argument("--no-lan", dest="lan", action="store_false",
                         help=f"send and answer no beacons on the local network (UDP port {DEFAULT_PORT})")
     parser.add_argument("--log-file", metavar="FILE", help="write a log there")
-
-
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    defaults = ServerSettings()
-    _add_common_options(parser, DEFAULT_PORT, f"TCP port to listen on ({DEFAULT_PORT})")
-    parser.add_argument("--heartbeat-timeout", type=_seconds, default=defaults.heartbeat_timeout, metavar="S",
-                        help="drop a peer that is silent for so long (30 s)")
-    parser.add_argument("--check-interval", type=_seconds, default=defaults.check_interval, metavar="S",
-                        help="look for silent peers so often (10 s)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
-    parser.add_argument("-q", "--quiet", action="store_true", help="log only what is wrong")
-    parser.set_defaults(run=run_server)
-
-
-def _add_peer_options(parser: argparse.ArgumentParser) -> None:
-    defaults = Settings()
-    parser.add_argument("--user", type=_username, metavar="NAME", help="your name (without it, a form asks)")
-    parser.add_argument("--server", type=_address, metavar="HOST[:PORT]",
-                        help="discovery server (127.0.0.1:9999, and any found on the local network)")
-    parser.add_argument("--join", type=_address, action="append", default=[], metavar="HOST:PORT",
-                        help="a peer or server to connect to; may be given several times")
-    _add_common_options(parser, 0, "TCP port to listen on (0: chosen by the system)")
-    parser.add_argument("--heartbeat-interval", type=_seconds, default=defaults.heartbeat_interval, metavar="S",
-                        help="between heartbeats to the server (10 s)")
-    parser.add_argument("--gossip-interval", type=_seconds, default=defaults.gossip_interval, metavar="S",
-                        help="between two comparisons of the list with a random peer (5 s)")
-    parser.add_argument("--timeout", type=_seconds, default=defaults.timeout, metavar="S",
-                        help="for a connection to a peer to answer, and for leaving (5 s)")
-    parser.add_argument("--budget", type=_bytes, default=defaults.budget, metavar="BYTES",
-                        help="of chat accepted from one sender a minute (1048576; 0: no limit)")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--plain", dest="kind", action="store_const", const="plain", help="lines in, lines out")
-    kind.add_argument("--json", dest="kind", action="store_const", const="json",
-                      help="lines in, JSON out: for programs")
-    parser.set_defaults(run=run_peer_command, kind="curses", verbose=False, quiet=False)
-
-
-def _value(convert: Callable[[str], Any], text: str, right: str, valid: Callable[[Any], bool]) -> Any:
-    """A converted option value; ArgumentTypeError says what would be right."""
-    try:
-        value = convert(text)
-    except (ValueError, OverflowError):
-        value = None
-    if value is None or not valid(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {right}")
-    return value
-
-
-def _port(text: str) -> int:
-    return int(_value(int, text, "a port: 0 to 65535", lambda port: 0 <= port <= 65535))
-
-
-def _seconds(text: str) -> float:
-    return float(_value(float, text, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400))
-
-
-def _bytes(text: str) -> int:
-    return int(_value(int, text, "a number of bytes: 0 or more", lambda value: value >= 0))
-
-
-def _username(text: str) -> str:
-    try:
-        return check_username(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _address(text: str) -> Address:
-    try:
-        return parse_address(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _local_ip(text: str) -> str:
-    try:
-        return text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an IPv4 address or the name of this machine") from None
 
 
 def start_logging(options: argparse.Namespace) -> str:
@@ -6292,34 +6118,34 @@ class LineFormatter(logging.Formatter):
 
 def run_server(options: argparse.Namespace) -> int:
     """The server, until a signal ends it."""
-    settings = ServerSettings(options.host, options.port, options.heartbeat_timeout, options.check_interval,
-                              options.lan)
     loop = Loop()
-    server = DiscoveryServer(loop, settings)
+    server = DiscoveryServer(loop, ServerSettings(**_chosen(options, ServerSettings._fields)))
+
+    def stop() -> None:
+        server.stop()
+        loop.call_later(0.5, loop.stop)  # time for the last words
+
     try:
         server.start()
     except OSError as error:
         sys.stderr.write(f"p2pchat: {port_problem(options.host, options.port, error)}\n")
         return 1
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            loop.on_signal(getattr(signal, name), functools.partial(_stop_server, loop, server))
+    for number in _ENDING:
+        loop.on_signal(number, stop)
     loop.run()
     loop.close()
     return 0
 
 
-def _stop_server(loop: Loop, server: DiscoveryServer) -> None:
-    server.stop()
-    loop.call_later(0.5, loop.stop)  # time for the last words
+def run_peer(options: argparse.Namespace) -> int:
+    """The chat, in one of the three ways."""
+    settings = Settings(**_chosen(options, Settings._fields))._replace(join=tuple(options.join))
+    kind: Callable[[Loop, Settings], Interface] = options.kind or (CursesInterface if has_screen() else PlainInterface)
+    return kind(Loop(), settings).run()
 
 
-def run_peer_command(options: argparse.Namespace) -> int:
-    """The chat."""
-    settings = Settings(options.user, options.server, options.host, options.port, options.heartbeat_interval,
-                        options.gossip_interval, options.timeout, tuple(options.join), options.lan, options.budget,
-                        options.log_file)
-    return run_peer(settings, options.kind)
+def _chosen(options: argparse.Namespace, names: Iterable[str]) -> Dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
 
 
 if __name__ == "__main__":

@@ -5218,6 +5218,7 @@ class PtyPipe:
     (b"\x1b[200~two\rlines\x1b[A\x1b[201~x", [("paste", "two\rlines\x1b[A"), ("text", "x")]),
     (b"\x1b[99;99u\x1b[?1;2c\x1b[[Ax\x1b[15~", [("text", "x")]),
     (b"\xff\xfe", [("text", "\ufffd\ufffd")]),
+    (b"\x1b[A" * 30 + b"x" * 70, ["up"] * 30 + [("text", "x" * 70)]),
 ])
 def test_keys_from_bytes(data, presses):
     expected = [press if isinstance(press, tuple) else ("press", press) for press in presses]
