@@ -832,7 +832,7 @@ class Peer:
     """A peer as we know it. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added", "heard",
-                 "vouched", "unverified", "removed", "quiet", "rtt", "via", "_public", "_weight", "_encoded", "_ring")
+                 "vouched", "unverified", "removed", "quiet", "rtt", "via", "_encoded")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -858,10 +858,7 @@ class Peer:
         """Give it a name and an address."""
         self.username, self.ip, self.port = username, ip, port
         self.id = f"{username}@{ip}:{port}"
-        self._public: Optional[Dict[str, Any]] = None
-        self._weight: Optional[Tuple[int, int]] = None
         self._encoded: Optional[Tuple[int, str]] = None
-        self._ring: Optional[int] = None
 
     @property
     def key(self) -> str:
@@ -876,21 +873,17 @@ class Peer:
     @property
     def route(self) -> Address:
         """Where to dial it."""
-        return self.via or (self.ip, self.port)
+        return self.via or self.address
 
     @property
     def public(self) -> Dict[str, Any]:
-        """What the interfaces are told of it. Shared: not to be changed."""
-        if self._public is None:
-            self._public = {"id": self.id, "ip": self.ip, "port": self.port, "username": self.username}
-        return self._public
+        """What the interfaces are told of it."""
+        return {"id": self.id, "ip": self.ip, "port": self.port, "username": self.username}
 
     @property
     def weight(self) -> int:
         """Its share in the digest of a list."""
-        if self._weight is None or self._weight[0] != self.incarnation:
-            self._weight = (self.incarnation, hash64(f"{self.id} {self.instance} {self.incarnation}"))
-        return self._weight[1]
+        return hash64(f"{self.id} {self.instance} {self.incarnation}")
 
     @property
     def encoded(self) -> str:
@@ -901,11 +894,9 @@ class Peer:
         return self._encoded[1]
 
     @property
-    def ring(self) -> int:
+    def ring(self) -> Tuple[int, str]:
         """Its place on the ring that decides who probes whom: the same for everybody."""
-        if self._ring is None:
-            self._ring = hash64(self.id)
-        return self._ring
+        return hash64(self.id), self.id
 
     @property
     def gone(self) -> bool:
@@ -1057,10 +1048,10 @@ class PeerList:
         """The `count` peers behind us on the ring, whom we probe, and those before us, who probe us.
 
         So each is probed by `count` others, whatever the number of peers: the cost for one is constant."""
-        ring = sorted(self._present.values(), key=lambda peer: (peer.ring, peer.id))
+        ring = sorted(self._present.values(), key=lambda peer: peer.ring)
         if len(ring) <= count:
             return ring, ring
-        position = sum(1 for peer in ring if (peer.ring, peer.id) < (self.me.ring, self.me.id))
+        position = sum(peer.ring < self.me.ring for peer in ring)
         turned = ring[position:] + ring[:position]
         return turned[:count], turned[-count:]
 
@@ -1227,6 +1218,7 @@ class News:
         return [item[0].wire(now, item[1]) for _, item in items]
 
 
+@functools.lru_cache(maxsize=4 * MAX_PEERS)  # a list is hashed whole in every round: two texts a peer
 def hash64(text: str) -> int:
     """64 bits of a good hash, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
@@ -4176,7 +4168,7 @@ class PeerNode:
         """Take another name or address, and tell everybody: a change, not a leave and a join."""
         if (username, ip) == (self.me.username, self.me.ip):
             return
-        old = dict(self.me.public)
+        old = self.me.public
         self.me.incarnation += 1
         self._place(username, ip, self.me.port)
         self.links.forget_own()
