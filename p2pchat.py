@@ -2533,7 +2533,7 @@ class Links:
         if not link.dialled:
             self.say_hello(link)
         else:
-            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection)
+            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection.remote[0])
             if link.said != self.node.me.id:  # we were renamed since our own hello
                 self.announce(link.said, [link])
         self.node.apply(changes)
@@ -3542,37 +3542,7 @@ class Gossip:
         return verdict, peer
 
 
-class ServerLink(Handler):
-    """The connection to a discovery server."""
-
-    def __init__(self, discovery: "Discovery") -> None:
-        self.discovery = discovery
-        self.connection: Connection
-        self.traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
-
-    def send(self, msg_type: str, content: Any) -> None:
-        """Send one message to the server."""
-        sender_id = self.discovery.peer_id or self.discovery.node.me.id
-        self.connection.send(create_message(msg_type, sender_id, content, "server"))
-
-    def opened(self) -> None:
-        self.discovery.register(self)
-
-    def received(self, messages: List[Message]) -> None:
-        if not self.traffic.take(self.discovery.node.loop.now(), len(messages)):
-            self.connection.abort("the server sends too much")
-            return
-        for message in messages:
-            self.discovery.received(self, message)
-
-    def spoilt(self, reason: str) -> None:
-        limited_log("bad input", logging.WARNING, "[Discovery] bad input from the server: %s", reason)
-
-    def closed(self, reason: str) -> None:
-        self.discovery.closed(self, reason)
-
-
-class Discovery:
+class Discovery(Handler):
     """The client of the discovery server: registers, sends heartbeats, takes in who is there. When the
     server is gone it tries again, later each time, and any others that were found."""
 
@@ -3585,93 +3555,105 @@ class Discovery:
         self._last_seen = ("127.0.0.1", 0.0)  # the last server's address, and when it came or went
         self._told = False  # whether the interface was told of the server at all
         first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
-        self._candidates: List[Address] = [first]
+        self.candidates: List[Address] = [first]  # the one that is used, or tried next, and further ones
         self._wait = RETRY_SERVER_MIN
         self._tried = float("-inf")  # when
-        self._link: Optional[ServerLink] = None
+        self._connection: Optional[Connection] = None
+        self._traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
         self._timer: Optional[Timer] = None  # of the next try, or of an answer that is due
         self._heartbeat: Optional[Timer] = None
 
     @property
     def address(self) -> Address:
         """The server that is used, or tried next."""
-        return self._candidates[0]
+        return self.candidates[0]
 
     def was_online_after(self, when: float) -> bool:
         """Whether a server on another machine was online until after a time on the loop's clock."""
         return not is_loopback(self._last_seen[0]) and (self.online or self._last_seen[1] > when)
-
-    def knows(self, address: Address) -> bool:
-        """Whether an address is that of a server."""
-        return address in self._candidates
 
     def start(self) -> None:
         """Dial the first candidate."""
         self._timer = None
         self._tried = self.node.loop.now()
         self.peer_id = ""
-        self._link = ServerLink(self)
-        self._link.connection = self.node.loop.connect(self.address, self._link, self.node.settings.timeout)
+        self._traffic = Allowance(MAX_MESSAGES)
+        self._connection = self.node.loop.connect(self.address, self, self.node.settings.timeout)
 
     def found(self, address: Address) -> None:
         """A server was found on the network, or named with --join."""
-        if self._link is not None or self.node.stopping:
+        if self._connection is not None or self.node.stopping:
             return
-        if address not in self._candidates:
+        if address not in self.candidates:
             log.info("[Discovery] found a server at %s:%d", *address)
-        others = [each for each in self._candidates if each != address]
-        self._candidates = [address, *others[:7]]
+        others = [each for each in self.candidates if each != address]
+        self.candidates = [address, *others[:7]]
         if self.node.loop.now() - self._tried > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
             if self._timer is not None:
                 self._timer.cancel()
             self.start()
 
-    def register(self, link: ServerLink) -> None:
-        """Say who we are; again after a change of name or address."""
-        if link is not self._link or link.connection.state != OPEN:
-            return
-        self.node.adopt_address(link.connection.local[0])
-        me = self.node.me
-        link.send(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip,
-                                 "instance": me.instance, "incarnation": me.incarnation})
-        self._expect_answer("no answer to MSG_REGISTER", self.node.settings.timeout)
+    def opened(self) -> None:
+        self.register()
 
-    def register_again(self) -> None:
-        """Our name or address is another now."""
-        if self.online and self._link is not None:
-            self.register(self._link)
+    def register(self) -> None:
+        """Say who we are; again after a change of name or address."""
+        if self._connection is None or self._connection.state != OPEN:
+            return
+        self.node.adopt_address(self._connection.local[0])
+        me = self.node.me
+        self._ask(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
+                                 "incarnation": me.incarnation}, "no answer to MSG_REGISTER")
+
+    def check(self) -> None:
+        """We may have slept: look at once whether the server still knows us."""
+        if self.online:
+            self._ask(MSG_HEARTBEAT, None, "the server is silent")
+
+    def _ask(self, msg_type: str, content: Any, otherwise: str) -> None:
+        """Send a message to which an answer is due."""
+        self._send(msg_type, content)
+        self._expect_answer(otherwise, self.node.settings.timeout)
+
+    def _send(self, msg_type: str, content: Any) -> None:
+        if self._connection is not None:
+            self._connection.send(create_message(msg_type, self.peer_id or self.node.me.id, content, "server"))
 
     def _expect_answer(self, otherwise: str, within: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        assert self._link is not None
-        self._timer = self.node.loop.call_later(within, self._link.connection.abort, otherwise)
+        if self._connection is not None:
+            self._timer = self.node.loop.call_later(within, self._connection.abort, otherwise)
 
-    def received(self, link: ServerLink, message: Message) -> None:
-        """Something came from the server."""
-        if link is not self._link:
+    def received(self, messages: List[Message]) -> None:
+        assert self._connection is not None
+        if not self._traffic.take(self.node.loop.now(), len(messages)):
+            self._connection.abort("the server sends too much")
             return
-        if not is_loopback(link.connection.remote[0]):
+        if not is_loopback(self.address[0]):
             self.node.detector.heard(None)
-        if message["type"] == MSG_REGISTER_ACK:
-            self._registered(message["content"])
-        elif message["type"] == MSG_PEER_LIST_UPDATE:
-            self._updated(message["content"])
-        elif message["type"] == MSG_ERROR:
-            self.reason = clean(message["content"]["reason"])[:200]
-            limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self.reason)
-            return
-        self.reason = ""
-        if self.online:
-            self._expect_answer("the server is silent", 2.5 * self.node.settings.heartbeat_interval)
+        for message in messages:
+            if message["type"] == MSG_ERROR:
+                self.reason = clean(message["content"]["reason"])[:200]
+                limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self.reason)
+                continue
+            if message["type"] == MSG_REGISTER_ACK:
+                self._registered(message["content"])
+            elif message["type"] == MSG_PEER_LIST_UPDATE:
+                self._updated(message["content"])
+            self.reason = ""
+            if self.online:
+                self._expect_answer("the server is silent", 2.5 * self.node.settings.heartbeat_interval)
+
+    def spoilt(self, reason: str) -> None:
+        limited_log("bad input", logging.WARNING, "[Discovery] bad input from the server: %s", reason)
 
     def _registered(self, content: Dict[str, Any]) -> None:
         parts = split_id(content["peer_id"])
         assert parts is not None
         self._wait = RETRY_SERVER_MIN
         self.peer_id = content["peer_id"]
-        assert self._link is not None
-        self.node.confirm_address(parts[1], self._link.connection)
+        self.node.confirm_address(parts[1], self.address[0])
         if not self.online:
             log.info("[Discovery] registered as %s", content["peer_id"])
             self._set_online(True, "")
@@ -3688,36 +3670,25 @@ class Discovery:
                 self.node.detector.accused(peer, LEFT if reason == "left" else SUSPECT, reason)
 
     def _hear(self, records: List[Dict[str, Any]]) -> None:
-        assert self._link is not None
-        self._link.traffic.take(self.node.loop.now(), len(records))
-        source = self._link.connection.remote[0]
+        self._traffic.take(self.node.loop.now(), len(records))
         for record in records:
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
-                self.node.gossip.hear_of(record, source)
+                self.node.gossip.hear_of(record, self.address[0])
 
     def _beat(self) -> None:
         """A heartbeat now, and the next one later."""
-        self._heartbeat = None
-        if self.online and self._link is not None:
-            self._link.send(MSG_HEARTBEAT, None)
-            self._heartbeat = self.node.loop.call_later(self.node.settings.heartbeat_interval, self._beat)
-
-    def check(self) -> None:
-        """We may have slept: look at once whether the server still knows us."""
-        if self.online and self._link is not None:
-            self._link.send(MSG_HEARTBEAT, None)
-            self._expect_answer("the server is silent", self.node.settings.timeout)
+        self._send(MSG_HEARTBEAT, None)
+        self._heartbeat = self.node.loop.call_later(self.node.settings.heartbeat_interval, self._beat)
 
     def drop_stranded(self, own: FrozenSet[str]) -> None:
         """Close a connection from an address that the machine has no more."""
-        if self._link is not None and self._link.connection.state == OPEN and self._link.connection.local[0] not in own:
-            self._link.connection.abort("our address is another now")
+        connection = self._connection
+        if connection is not None and connection.state == OPEN and connection.local[0] not in own:
+            connection.abort("our address is another now")
 
-    def closed(self, link: ServerLink, reason: str) -> None:
+    def closed(self, reason: str) -> None:
         """The connection is gone, or never was: go on without, and try again."""
-        if link is not self._link:
-            return
-        self._link = None
+        self._connection = None
         for timer in (self._timer, self._heartbeat):
             if timer is not None:
                 timer.cancel()
@@ -3727,7 +3698,7 @@ class Discovery:
         self.reason = ""
         self.node.finder.note(self.address, reason, "server ")
         self._set_online(False, reason)
-        self._candidates.append(self._candidates.pop(0))
+        self.candidates.append(self.candidates.pop(0))
         delay = self._wait * (0.75 + self.node.loop.random.random() / 2)
         self._wait = min(2 * self._wait, RETRY_SERVER_MAX)
         self._timer = self.node.loop.call_later(delay, self.start)
@@ -3750,10 +3721,10 @@ class Discovery:
         for timer in (self._timer, self._heartbeat):
             if timer is not None:
                 timer.cancel()
-        if self._link is not None:
+        if self._connection is not None:
             if self.online:
-                self._link.send(MSG_UNREGISTER, None)
-            self._link.connection.close("leaving")
+                self._send(MSG_UNREGISTER, None)
+            self._connection.close("leaving")
 
 
 class Finder:
@@ -3785,7 +3756,7 @@ class Finder:
             self._timer = self.node.loop.call_later(wait, self._look)  # first: an error must not end it
         linked = {peer.address for peer in self.node.peers.present()}
         for address in self.node.settings.join:
-            if address not in linked and not self.node.discovery.knows(address):
+            if address not in linked and address not in self.node.discovery.candidates:
                 self.node.links.dial(address)
         if self._lan is not None:
             self._lan.refresh()
@@ -3844,7 +3815,7 @@ class Finder:
             return
         if link.peer is None and link.dialled:
             before = self.node.me.ip
-            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection)
+            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection.remote[0])
             if self.node.me.ip != before:  # it did not believe our address, and was right
                 self.node.loop.call_later(DRAIN_TIMEOUT, self.node.links.dial, link.address)
         if link.peer is None and link.address in self.node.settings.join:
@@ -4134,14 +4105,14 @@ class PeerNode:
         if not self._address_sure and not is_loopback(local_ip) and is_peer_ip(local_ip):
             self._change(self.me.username, local_ip)
 
-    def confirm_address(self, seen_ip: Any, connection: Connection) -> None:
+    def confirm_address(self, seen_ip: Any, by_ip: str) -> None:
         """The far side of a connection sees us at this address, which beats what we think.
 
         One of this machine's own is believed at once; another one (there is NAT between us, or it lies) only
         while none of our own was confirmed."""
         if self.settings.host != "0.0.0.0" or not isinstance(seen_ip, str) or not is_peer_ip(seen_ip):
             return
-        if is_loopback(seen_ip) or is_loopback(connection.remote[0]):
+        if is_loopback(seen_ip) or is_loopback(by_ip):
             return
         own = seen_ip in self.own_addresses()
         if not self._address_sure or (own and self.me.ip not in self.own_addresses()):
@@ -4175,7 +4146,8 @@ class PeerNode:
         log.info("[P2P] now known as %s", self.me.id)
         self.links.announce(old["id"])
         self.gossip.spread(self.me, ALIVE)
-        self.discovery.register_again()
+        if self.discovery.online:
+            self.discovery.register()
         self.emit({"event": "renamed", "peer": self.me.public, "old": old})
 
     def _place(self, username: str, ip: str, port: int) -> None:

@@ -6728,7 +6728,7 @@ def hostile_bounds(node):
         "asked": (len(node.gossip._asked), p2pchat.MAX_DIALS),
         "tried": (len(node.finder.tried), 64),
         "looked": (len(node.links._looked), p2pchat.MAX_LOOKS),
-        "servers": (len(node.discovery._candidates), 8),
+        "servers": (len(node.discovery.candidates), 8),
     }
     assert all(node.peers.get(peer.id) is peer for peer in node.peers._by_key.values() if not peer.gone)
     over = {name: size for name, (size, bound) in sizes.items() if size > bound}
@@ -7836,13 +7836,13 @@ class HostileTarget:
     def as_server(self):
         """The node's connection to its server."""
         discovery = self.node.discovery
-        if discovery._link is not None:
-            discovery._link.connection.abort("again")
+        if discovery._connection is not None:
+            discovery._connection.abort("again")
             self.loop.pass_time(0)
         discovery._timer.cancel()
         discovery.start()
-        self.loop.answer(discovery._link.connection)
-        return discovery._link.connection
+        self.loop.answer(discovery._connection)
+        return discovery._connection
 
     def session(self):
         return self._accepted(self.server._accept, ("10.0.0.66", 50001))
