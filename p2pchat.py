@@ -2375,6 +2375,9 @@ class ChatError(Exception):
     """Something that the user asked for can't be done; the text says why, in a sentence for the user."""
 
 
+NO_TIMER = Timer(0.0, lambda: None, ())  # where no call is to come yet: it may be cancelled like any other
+NO_TIMER.cancel()
+
 class Link(Handler):
     """A connection to another peer. It is *bound* once we know whose it is: then `peer` is set."""
 
@@ -2400,7 +2403,7 @@ class Link(Handler):
         self.bound = 0.0  # when it was
         self.ready = False  # what had waited for its peer was sent over it: now what is new may follow
         self.traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
-        self.timer: Optional[Timer] = None
+        self.timer = NO_TIMER
 
     def send(self, msg_type: str, content: Any) -> None:
         """Send one message to the far end."""
@@ -2447,8 +2450,7 @@ class Link(Handler):
         self.send(MSG_ERROR, {"reason": clean(reason)[:500]})
 
     def closed(self, reason: str) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
+        self.timer.cancel()
         self.node.links.closed(self, reason)
 
 
@@ -2508,7 +2510,7 @@ class Links:
         content = {"peer": node.me.wire(node.loop.now()), "digest": node.peers.digest()}
         if not link.dialled:
             content["you"] = {"ip": link.connection.remote[0]}
-        elif link.timer is None:
+        else:
             link.timer = node.loop.call_later(node.settings.timeout, self._no_hello, link)
         link.send(MSG_HELLO, content)
 
@@ -2545,8 +2547,7 @@ class Links:
         link.peer = peer
         link.ids = (peer_id,)
         link.bound = self.node.loop.now()
-        if link.timer is not None:
-            link.timer.cancel()
+        link.timer.cancel()
         self._strangers.discard(link.connection)
         if link.dialled:
             self._dial_over(link)
@@ -2657,7 +2658,6 @@ class Links:
         self._failed[peer.key] = (self.node.loop.now() + wait * (0.75 + self.node.loop.random.random() / 2), wait)
 
     def _no_hello(self, link: Link) -> None:
-        link.timer = None
         if link.peer is None:
             link.refuse("no MSG_HELLO came")
             if link.dialled:
@@ -2781,7 +2781,7 @@ class Delivery:
         self._channels: Dict[str, Channel] = {}
         self._sequence = 0
         self._unnumbered = 0  # messages that came without a number
-        self._timer: Optional[Timer] = None
+        self._timer = NO_TIMER
 
     # -- out -------------------------------------------------------------------------------------------
 
@@ -2798,7 +2798,7 @@ class Delivery:
                    "receivers": [peer.id for peer in receivers]})
         for peer in full:
             self._failed(peer, pending, "too much is waiting for it already")
-        if self._timer is None:
+        if not self._timer.active:
             self._timer = node.loop.call_later(1.0, self._look_after)
         return message_id
 
@@ -2892,7 +2892,6 @@ class Delivery:
 
     def _look_after(self) -> None:
         """Once a second while anything waits: a receiver that does not answer is doubted, then given up."""
-        self._timer = None
         self.node.detector.check_clock()
         now = self.node.loop.now()
         for key, channel in list(self._channels.items()):
@@ -3347,7 +3346,7 @@ class Gossip:
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.news = News()
-        self._timer: Optional[Timer] = None
+        self._timer = NO_TIMER
         self._synced = False  # whether anybody's list was taken in yet
         self._asked: Dict[str, bool] = {}  # keys of peers to ask once they are linked: by the user's wish?
 
@@ -3358,12 +3357,11 @@ class Gossip:
     def spread(self, peer: Peer, status: str) -> None:
         """Pass on what has become of a peer (oneself included)."""
         self.news.add(peer, status, len(self.node.peers))
-        if self._timer is None:
+        if not self._timer.active:
             self._timer = self.node.loop.call_later(0, self._tell)
 
     def _tell(self) -> None:
         """Tell a few peers all that is news."""
-        self._timer = None
         links = self.node.links.open_links()
         chosen = self.node.loop.random.sample(links, min(NEWS_FANOUT, len(links)))
         if chosen:
@@ -3398,7 +3396,7 @@ class Gossip:
         peer = link.peer
         assert peer is not None
         self.node.loop.call_later(SETTLE_TIME / 4, self.node.settle)
-        if self.news and self._timer is None:
+        if self.news and not self._timer.active:
             self._timer = self.node.loop.call_later(0, self._tell)
         if verdict == NEW:
             self.spread(peer, ALIVE)
@@ -3560,8 +3558,8 @@ class Discovery(Handler):
         self._tried = float("-inf")  # when
         self._connection: Optional[Connection] = None
         self._traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
-        self._timer: Optional[Timer] = None  # of the next try, or of an answer that is due
-        self._heartbeat: Optional[Timer] = None
+        self._timer = NO_TIMER  # of the next try, or of an answer that is due
+        self._heartbeat = NO_TIMER
 
     @property
     def address(self) -> Address:
@@ -3574,7 +3572,6 @@ class Discovery(Handler):
 
     def start(self) -> None:
         """Dial the first candidate."""
-        self._timer = None
         self._tried = self.node.loop.now()
         self.peer_id = ""
         self._traffic = Allowance(MAX_MESSAGES)
@@ -3589,8 +3586,7 @@ class Discovery(Handler):
         others = [each for each in self.candidates if each != address]
         self.candidates = [address, *others[:7]]
         if self.node.loop.now() - self._tried > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
-            if self._timer is not None:
-                self._timer.cancel()
+            self._timer.cancel()
             self.start()
 
     def opened(self) -> None:
@@ -3620,8 +3616,7 @@ class Discovery(Handler):
             self._connection.send(create_message(msg_type, self.peer_id or self.node.me.id, content, "server"))
 
     def _expect_answer(self, otherwise: str, within: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         if self._connection is not None:
             self._timer = self.node.loop.call_later(within, self._connection.abort, otherwise)
 
@@ -3689,9 +3684,8 @@ class Discovery(Handler):
     def closed(self, reason: str) -> None:
         """The connection is gone, or never was: go on without, and try again."""
         self._connection = None
-        for timer in (self._timer, self._heartbeat):
-            if timer is not None:
-                timer.cancel()
+        self._timer.cancel()
+        self._heartbeat.cancel()
         if self.node.stopping:
             return
         reason = self.reason or reason
@@ -3718,9 +3712,8 @@ class Discovery(Handler):
 
     def leave(self) -> None:
         """Tell the server that we leave."""
-        for timer in (self._timer, self._heartbeat):
-            if timer is not None:
-                timer.cancel()
+        self._timer.cancel()
+        self._heartbeat.cancel()
         if self._connection is not None:
             if self.online:
                 self._send(MSG_UNREGISTER, None)
@@ -3735,7 +3728,7 @@ class Finder:
         self.node = node
         self.tried: Dict[str, str] = {}  # what was tried, and what came of it
         self._lan: Optional[Lan] = None
-        self._timer: Optional[Timer] = None
+        self._timer = NO_TIMER
         self._answers = Allowance(BEACON_ANSWERS, 1.0)
 
     def start(self) -> None:
@@ -3841,8 +3834,7 @@ class Finder:
 
     def stop(self) -> None:
         """Look no longer."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         if self._lan is not None:
             self._lan.close()
 
