@@ -2465,7 +2465,7 @@ class Links:
         self.current: Dict[str, Link] = {}  # by the peer's key
         self._all: Dict[Link, None] = {}
         self._dialling: Dict[Address, Optional[Peer]] = {}
-        self._waiting: Dict[Address, Optional[Peer]] = {}  # dials for which there is no room now
+        self.waiting: Dict[Address, Optional[Peer]] = {}  # dials for which there is no room now
         self._failed: Dict[str, Tuple[float, float]] = {}  # by key: when to try again, how long that was
         self._strangers = Strangers()
         self._banned: Dict[str, float] = {}  # until when
@@ -2491,17 +2491,13 @@ class Links:
         if address in self._dialling or address in self._own or self.node.stopping:
             return
         if len(self._dialling) >= MAX_DIALS:
-            if len(self._waiting) < MAX_PEERS:
-                self._waiting[address] = peer
+            if len(self.waiting) < MAX_PEERS:
+                self.waiting[address] = peer
             return
         self._dialling[address] = peer
         link = Link(self.node, address, dialled=True)
         self._all[link] = None
         link.connection = self.node.loop.connect(address, link, self.node.settings.timeout)
-
-    def is_queued(self, peer: Peer) -> bool:
-        """Whether its dial waits until others have ended."""
-        return peer.route in self._waiting
 
     def say_hello(self, link: Link) -> None:
         """Say who we are; in an answer also at which address we see the other."""
@@ -2648,9 +2644,9 @@ class Links:
                 self.node.detector.dial_failed(peer, failure)
             elif peer is not None and failure == REFUSED:
                 self.node.detector.hopeless(peer)
-        while self._waiting and len(self._dialling) < MAX_DIALS:
-            address = next(iter(self._waiting))
-            self.dial(address, self._waiting.pop(address))
+        while self.waiting and len(self._dialling) < MAX_DIALS:
+            address = next(iter(self.waiting))
+            self.dial(address, self.waiting.pop(address))
 
     def _back_off(self, peer: Peer) -> None:
         _, wait = self._failed.get(peer.key, (0.0, 0.5))
@@ -2666,7 +2662,7 @@ class Links:
     def drop(self, peer: Peer, reason: str) -> None:
         """Close every link to a peer, and give up dialling it."""
         self._failed.pop(peer.key, None)
-        self._waiting.pop(peer.route, None)
+        self.waiting.pop(peer.route, None)
         dialled = peer.route if self._dialling.get(peer.route) is peer else None
         for link in list(self._all):
             if link.peer is peer or (link.peer is None and link.dialled and link.address == dialled):
@@ -2749,17 +2745,14 @@ class Pending(NamedTuple):
     """A message that a receiver has not yet acknowledged. One is shared by all its receivers."""
 
     sequence: int
-    data: bytes
-    sender_id: str  # under which it was encoded
     to: str
     text: str
     message_id: str
+    size: int  # of it encoded, bytes
 
 
 class Channel:
     """What is on its way to one peer, and how far we got with what it sent."""
-
-    __slots__ = ("waiting", "size", "progress", "shown", "refused", "spent", "since", "excess")
 
     def __init__(self, now: float) -> None:
         self.waiting: Deque[Pending] = collections.deque()
@@ -2771,6 +2764,13 @@ class Channel:
         self.since = now
         self.excess = 0.0  # bytes refused
 
+    def take(self, upto: float = float("inf")) -> Iterator[Pending]:
+        """Take messages out of what waits, those with numbers up to `upto`."""
+        while self.waiting and self.waiting[0].sequence <= upto:
+            pending = self.waiting.popleft()
+            self.size -= pending.size
+            yield pending
+
 
 class Delivery:
     """Chat messages, out and in. Sent ones are kept until acknowledged and sent again on every new link;
@@ -2780,7 +2780,7 @@ class Delivery:
         self.node = node
         self._channels: Dict[str, Channel] = {}
         self._sequence = 0
-        self._unnumbered = 0  # messages that came without a number
+        self._unnumbered = itertools.count(1)  # messages that came without a number
         self._timer = NO_TIMER
 
     # -- out -------------------------------------------------------------------------------------------
@@ -2791,9 +2791,9 @@ class Delivery:
         self._sequence += 1
         message_id = f"{node.me.instance}-{self._sequence}"
         data = create_chat(node.me.id, text, to, self._sequence)
-        pending = Pending(self._sequence, data, node.me.id, to, text, message_id)
+        pending = Pending(self._sequence, to, text, message_id, len(data))
         log.info("[Chat] sent %s to %d", message_id, len(receivers))
-        full = [peer for peer in receivers if not self._enqueue(peer, pending)]
+        full = [peer for peer in receivers if not self._enqueue(peer, pending, data)]
         node.emit({"event": "sent", "to": to, "text": text, "id": message_id,
                    "receivers": [peer.id for peer in receivers]})
         for peer in full:
@@ -2802,74 +2802,49 @@ class Delivery:
             self._timer = node.loop.call_later(1.0, self._look_after)
         return message_id
 
-    def _enqueue(self, peer: Peer, pending: Pending) -> bool:
+    def _enqueue(self, peer: Peer, pending: Pending, data: bytes) -> bool:
         """Queue a message for a receiver, and send it if the receiver is linked; False if there is no room."""
         channel = self._channels.get(peer.key) or self._channel(peer.key)
-        if len(channel.waiting) >= OUTBOX_MESSAGES or channel.size + len(pending.data) > OUTBOX_BYTES:
+        if len(channel.waiting) >= OUTBOX_MESSAGES or channel.size + pending.size > OUTBOX_BYTES:
             return False
         if not channel.waiting:
             channel.progress = self.node.loop.now()
         channel.waiting.append(pending)
-        channel.size += len(pending.data)
+        channel.size += pending.size
         link = self.node.links.current.get(peer.key)
         if link is None:
             self.node.links.want(peer)
         elif link.ready:
             link.used = channel.progress
-            link.connection.send(pending.data)
+            link.connection.send(data)
         return True
 
     def resume(self, peer: Peer, link: Link) -> None:
         """Send all that is unacknowledged over a new link, in order; only then may new messages follow."""
         link.ready = True
-        channel = self._channels.get(peer.key)
-        if channel is None:
-            return
-        for pending in channel.waiting:
-            if pending.sender_id == self.node.me.id:
-                link.connection.send(pending.data)
-            else:  # our name or address was another when it was encoded
+        if peer.key in self._channels:
+            for pending in self._channels[peer.key].waiting:
                 link.connection.send(create_chat(self.node.me.id, pending.text, pending.to, pending.sequence))
 
-    def acknowledged(self, link: Link, message: Message) -> None:
-        """The far end has handed over all messages up to a number."""
-        peer = link.peer
-        assert peer is not None
-        for pending in self._taken(peer, message["content"]["upto"]):
-            self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
-        if self.node.leaving:
-            self.node.proceed()
-
-    def refused(self, link: Link, message: Message) -> None:
-        """The far end will not show some messages."""
+    def answered(self, link: Link, message: Message) -> None:
+        """The far end has handed over all messages up to a number, but refuses those from `id` on, if it names one."""
         peer, content = link.peer, message["content"]
         assert peer is not None
-        for pending in self._taken(peer, content["upto"], content["id"]):
-            self._failed(peer, pending, clean(content["reason"])[:200])
+        if peer.key in self._channels:
+            channel = self._channels[peer.key]
+            channel.progress = self.node.loop.now()
+            for pending in channel.take(content["upto"]):
+                if message["type"] == MSG_CHAT_ACK or pending.sequence < content["id"]:
+                    self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
+                else:
+                    self._failed(peer, pending, clean(content["reason"])[:200])
         self.node.proceed()
-
-    def _taken(self, peer: Peer, upto: int, first: int = 0) -> Iterator[Pending]:
-        """Take those with numbers from `first` to `upto` out of what waits; those before `first` are delivered."""
-        channel = self._channels.get(peer.key)
-        if channel is None:
-            return
-        waiting = channel.waiting
-        channel.progress = self.node.loop.now()
-        while waiting and waiting[0].sequence <= upto:
-            pending = waiting.popleft()
-            channel.size -= len(pending.data)
-            if pending.sequence >= first:
-                yield pending
-            else:
-                self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
 
     def fail(self, peer: Peer, reason: str) -> None:
         """Give up all that waits for a peer, and say so."""
-        channel = self._channels.get(peer.key)
-        while channel is not None and channel.waiting:
-            pending = channel.waiting.popleft()
-            channel.size -= len(pending.data)
-            self._failed(peer, pending, reason)
+        if peer.key in self._channels:
+            for pending in self._channels[peer.key].take():
+                self._failed(peer, pending, reason)
 
     def fail_all(self, reason: str) -> None:
         """Give up everything that waits."""
@@ -2898,7 +2873,7 @@ class Delivery:
             peer = self.node.peers.by_key(key)
             if peer is None or not channel.waiting:
                 continue
-            if self.node.links.is_queued(peer):
+            if peer.route in self.node.links.waiting:
                 channel.progress = now  # it was not even tried yet
             stalled = now - channel.progress
             if stalled > UNREACHABLE_TIME and not self.node.detector.cut_off:
@@ -2947,20 +2922,16 @@ class Delivery:
         if channel.spent > self.node.settings.budget > 0 and not self._within_budget(link, channel, size):
             self._refuse(link, channel, sequence, "you send too much: slow down")
             return
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("[Chat] received from %s: %d characters", peer.id, len(text))
+        log.debug("[Chat] received from %s: %d characters", peer.id, len(text))
         if link.refused is not None:
             self.acknowledge(link)  # so that a run of refusals holds nothing that was shown
+        message_id = f"{peer.key}-{sequence}"
+        if not sequence:
+            message_id = f"{self.node.me.instance}-unnumbered-{next(self._unnumbered)}"
         self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else self.node.me.id,
-                        "text": clean(text, newlines=True), "id": self._message_id(peer, sequence)})
+                        "text": clean(text, newlines=True), "id": message_id})
         if sequence > link.acknowledge:
             link.acknowledge = sequence
-
-    def _message_id(self, peer: Peer, sequence: int) -> str:
-        if sequence:
-            return f"{peer.key}-{sequence}"
-        self._unnumbered += 1
-        return f"{self.node.me.instance}-unnumbered-{self._unnumbered}"
 
     def _incoming(self, link: Link, peer: Peer) -> Channel:
         """The channel on which a sender is counted: a stranger's address, for it may call itself anything."""
@@ -3012,8 +2983,7 @@ class Delivery:
             link.send(MSG_CHAT_REFUSED, {"id": first, "upto": last, "reason": reason})
         if link.acknowledge:
             upto, link.acknowledge = link.acknowledge, 0
-            to = link.peer.id if link.peer else EVERYONE
-            link.connection.send(create_raw(MSG_CHAT_ACK, self.node.me.id, to, f'{{"upto":{upto}}}'))
+            link.send(MSG_CHAT_ACK, {"upto": upto})
 
     def _stranger(self, link: Link, message: Message) -> Optional[Peer]:
         """A program that chats without having said hello: who it says it is, if nobody else is that."""
@@ -3868,8 +3838,8 @@ class PeerNode:
         self.discovery = Discovery(self)
         self.handlers: Dict[str, Callable[[Link, Message], None]] = {
             MSG_CHAT: self.delivery.chat,
-            MSG_CHAT_ACK: self.delivery.acknowledged,
-            MSG_CHAT_REFUSED: self.delivery.refused,
+            MSG_CHAT_ACK: self.delivery.answered,
+            MSG_CHAT_REFUSED: self.delivery.answered,
             MSG_HELLO: self.links.hello,
             MSG_UNREGISTER: self._unregistered,
             MSG_PROBE: self.detector.probed,

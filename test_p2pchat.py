@@ -6716,7 +6716,7 @@ def hostile_bounds(node):
         "present": (len(node.peers), most),
         "tombstones": (len(node.peers.tombstones()), most + 1),
         "dialling": (len(node.links._dialling), p2pchat.MAX_DIALS),
-        "waiting": (len(node.links._waiting), most),
+        "waiting": (len(node.links.waiting), most),
         "own": (len(node.links._own), p2pchat.MAX_DIALS),
         "banned": (len(node.links._banned), most),
         "failed": (len(node.links._failed), 2 * most),
