@@ -832,7 +832,7 @@ class Peer:
     """A peer as we know it. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added", "heard",
-                 "vouched", "unverified", "removed", "quiet", "rtt", "via", "_encoded")
+                 "vouched", "unverified", "removed", "ended", "quiet", "rtt", "via", "_encoded")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -843,6 +843,7 @@ class Peer:
         self.vouched = 0.0  # when somebody last said to have heard it
         self.unverified: Optional[float] = None  # since when nobody could vouch for it: our network was gone
         self.removed = 0.0  # when it went: for tombstones
+        self.ended = False  # its address refused us after it went: its program has ended
         self.quiet = False
         self.rtt: Optional[float] = None
         self.via: Optional[Address] = None  # another address of its machine, at which we reached it
@@ -2381,10 +2382,6 @@ NO_TIMER.cancel()
 class Link(Handler):
     """A connection to another peer. It is *bound* once we know whose it is: then `peer` is set."""
 
-    __slots__ = ("node", "connection", "dialled", "address", "peer", "ids", "shown", "acknowledge",
-                 "refused", "used", "timer", "synced", "asked", "renames", "said", "bound",
-                 "ready", "traffic")
-
     def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
         self.node = node
         self.address = address  # the far end
@@ -2482,8 +2479,8 @@ class Links:
         return link
 
     def want(self, peer: Peer) -> None:
-        """See to it that there is a link to a peer, or will be."""
-        if peer.key not in self.current:
+        """See to it that there is a link to a peer that is there, or will be."""
+        if peer.key not in self.current and not peer.gone:
             self.dial(peer.route, peer)
 
     def dial(self, address: Address, peer: Optional[Peer] = None) -> None:
@@ -2549,9 +2546,9 @@ class Links:
             self._dial_over(link)
         self.current[peer.key] = link
         self._failed.pop(peer.key, None)
+        peer.ended = False
         self.node.detector.heard(peer)
         self.node.detector.proved(peer)
-        self.node.detector.hopeful(peer)
         log.debug("[P2P] linked to %s", peer.id)
 
     def _objection(self, link: Link, record: Dict[str, Any]) -> str:
@@ -2630,9 +2627,9 @@ class Links:
             if idle and len(self.node.peers) > IDLE_LINKS:
                 return  # the other side saw no need for it, and nor do we
             if self.node.loop.now() - link.bound < 1.0:  # it may be lost at once again: no haste
-                self.node.loop.call_later(1.0, self.node.detector.link_lost, peer)
-            else:
-                self.node.detector.link_lost(peer)
+                self.node.loop.call_later(1.0, self.want, peer)
+            else:  # that happens to the living, too: look whether its program still answers
+                self.want(peer)
 
     def _dial_over(self, link: Link, failure: str = "") -> None:
         """A dial has ended, well or not: whoever waits may dial now."""
@@ -2643,7 +2640,7 @@ class Links:
                 self._back_off(peer)
                 self.node.detector.dial_failed(peer, failure)
             elif peer is not None and failure == REFUSED:
-                self.node.detector.hopeless(peer)
+                peer.ended = True
         while self.waiting and len(self._dialling) < MAX_DIALS:
             address = next(iter(self.waiting))
             self.dial(address, self.waiting.pop(address))
@@ -2804,7 +2801,7 @@ class Delivery:
 
     def _enqueue(self, peer: Peer, pending: Pending, data: bytes) -> bool:
         """Queue a message for a receiver, and send it if the receiver is linked; False if there is no room."""
-        channel = self._channels.get(peer.key) or self._channel(peer.key)
+        channel = self._channel(peer.key)
         if len(channel.waiting) >= OUTBOX_MESSAGES or channel.size + pending.size > OUTBOX_BYTES:
             return False
         if not channel.waiting:
@@ -2891,12 +2888,13 @@ class Delivery:
             channel.progress = channel.since = now
 
     def _channel(self, key: str) -> Channel:
-        """A new channel; those of forgotten peers make room."""
-        if len(self._channels) >= 2 * MAX_PEERS:
-            known = self.node.peers.by_key
-            self._channels = {key: each for key, each in self._channels.items() if known(key) is not None}
-        channel = self._channels[key] = Channel(self.node.loop.now())
-        return channel
+        """The channel of a peer, or a new one; those of forgotten peers make room."""
+        if key not in self._channels:
+            if len(self._channels) >= 2 * MAX_PEERS:
+                known = self.node.peers.by_key
+                self._channels = {each: channel for each, channel in self._channels.items() if known(each) is not None}
+            self._channels[key] = Channel(self.node.loop.now())
+        return self._channels[key]
 
     # -- in --------------------------------------------------------------------------------------------
 
@@ -2905,7 +2903,8 @@ class Delivery:
         peer = link.peer or self._stranger(link, message)
         if peer is None:
             return
-        channel = self._incoming(link, peer)
+        # A stranger is counted with all others at its address, for it may call itself anything.
+        channel = self._channel(peer.key if link.peer is not None else f"strangers at {link.connection.remote[0]}")
         sequence = message.get("id", 0)
         if sequence:
             if sequence <= (channel.shown if link.peer is not None else link.shown):
@@ -2932,11 +2931,6 @@ class Delivery:
                         "text": clean(text, newlines=True), "id": message_id})
         if sequence > link.acknowledge:
             link.acknowledge = sequence
-
-    def _incoming(self, link: Link, peer: Peer) -> Channel:
-        """The channel on which a sender is counted: a stranger's address, for it may call itself anything."""
-        key = peer.key if link.peer is not None else f"strangers at {link.connection.remote[0]}"
-        return self._channels.get(key) or self._channel(key)
 
     def _seen_before(self, link: Link, channel: Channel, sequence: int) -> None:
         """It came again because our answer was lost: answer as before."""
@@ -3000,16 +2994,13 @@ class Delivery:
         return known or Peer(*parts)
 
 
-class Doubt:
+class Doubt(NamedTuple):
     """A peer may be gone: it has until `timer` to show that it lives."""
 
-    __slots__ = ("since", "timer", "reason", "hearsay")
-
-    def __init__(self, since: float, timer: Timer, reason: str, hearsay: bool) -> None:
-        self.since = since
-        self.timer = timer
-        self.reason = reason
-        self.hearsay = hearsay
+    since: float
+    timer: Timer
+    reason: str
+    hearsay: bool
 
 
 class Detector:
@@ -3023,7 +3014,6 @@ class Detector:
         self.cut_off = False  # everybody fell silent at once: it is us
         self._doubts: Dict[str, Doubt] = {}
         self._askers: Dict[str, List[Link]] = {}  # who asked us to try a peer, by its key
-        self._hopeless: Set[str] = set()  # lost peers whose address refused us: not tried again
         self._last_tick = (node.loop.now(), node.loop.wall())
 
     def start(self) -> None:
@@ -3130,17 +3120,12 @@ class Detector:
         if self.node.loop.now() - peer.last_sign() > QUIET_AFTER - 1:
             self._silent(peer)
 
-    def link_lost(self, peer: Peer) -> None:
-        """A link broke, which happens to the living, too: look whether its program still answers."""
-        if not peer.gone:
-            self.node.links.want(peer)
-
     def dial_failed(self, peer: Peer, reason: str) -> None:
         """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
         doubt = self._doubts.get(peer.key)
         if reason != REFUSED:
             if doubt is not None and doubt.hearsay:  # it may be leaving just now: look again
-                self.node.loop.call_later(0.3, self.link_lost, peer)
+                self.node.loop.call_later(0.3, self.node.links.want, peer)
             return
         if peer.ip != self.node.me.ip:
             self.heard(None)  # somebody sent the refusal: our own network works
@@ -3221,14 +3206,10 @@ class Detector:
         if not self.cut_off and others > 1 and now - self.contact > QUIET_AFTER:
             self._network_gone()
         if self.cut_off and now - self.contact < TOMBSTONE_TIME:
-            doubt.timer = self.node.loop.call_later(SUSPICION, self._expired, peer)
-            return
-        self._remove(peer, doubt.reason)
-
-    def _remove(self, peer: Peer, reason: str) -> None:
-        self.forget(peer)
-        status = LEFT if reason == "left" else DEAD
-        self.node.remove(peer, status, reason)
+            again = self.node.loop.call_later(SUSPICION, self._expired, peer)
+            self._doubts[peer.key] = doubt._replace(timer=again)
+        else:
+            self.node.remove(peer, LEFT if doubt.reason == "left" else DEAD, doubt.reason)
 
     def forget(self, peer: Peer) -> None:
         """A peer is gone: there is nothing left to doubt."""
@@ -3292,21 +3273,10 @@ class Detector:
     def _try_lost(self) -> None:
         """Dial one of those who were lost: so the halves of a cut network find each other again."""
         lost = [peer for peer in self.node.peers.tombstones()
-                if peer.status == DEAD and peer.heard and peer.key not in self._hopeless]
+                if peer.status == DEAD and peer.heard and not peer.ended]
         if lost:
             peer = self.node.loop.random.choice(lost)
             self.node.links.dial(peer.route, peer)
-
-    def hopeless(self, peer: Peer) -> None:
-        """A lost peer's address refuses connections: its program has ended."""
-        if len(self._hopeless) > 2 * MAX_PEERS:
-            self._hopeless.clear()
-        self._hopeless.add(peer.key)
-
-
-    def hopeful(self, peer: Peer) -> None:
-        """It was met: if it is lost again, it is tried again."""
-        self._hopeless.discard(peer.key)
 
 
 class Gossip:

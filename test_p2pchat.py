@@ -6723,7 +6723,6 @@ def hostile_bounds(node):
         "channels": (len(node.delivery._channels), 2 * most + 1),
         "doubts": (len(node.detector._doubts), most),
         "askers": (len(node.detector._askers), most),
-        "hopeless": (len(node.detector._hopeless), 2 * most + 1),
         "news": (len(node.gossip.news._left), most),
         "asked": (len(node.gossip._asked), p2pchat.MAX_DIALS),
         "tried": (len(node.finder.tried), 64),
