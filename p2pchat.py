@@ -2467,7 +2467,7 @@ class Links:
         self._strangers = Strangers()
         self._banned: Dict[str, float] = {}  # until when
         self._looked: Dict[Address, float] = {}  # addresses that others named, and when they were dialled
-        self._own: Set[Address] = set()  # addresses at which we met ourselves
+        self.own: Set[Address] = set()  # addresses at which we met ourselves
 
     def accept(self, connection: Connection) -> Optional[Handler]:
         """Somebody dialled us."""
@@ -2485,7 +2485,7 @@ class Links:
 
     def dial(self, address: Address, peer: Optional[Peer] = None) -> None:
         """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
-        if address in self._dialling or address in self._own or self.node.stopping:
+        if address in self._dialling or address in self.own or self.node.stopping:
             return
         if len(self._dialling) >= MAX_DIALS:
             if len(self.waiting) < MAX_PEERS:
@@ -2556,9 +2556,9 @@ class Links:
         node = self.node
         claimed = (record["ip"], record["port"])
         if record["instance"] == node.me.instance:
-            if len(self._own) >= MAX_DIALS:
-                self._own.clear()  # so many addresses have we not: somebody plays with us
-            self._own.add(link.address if link.dialled else link.connection.local)
+            if len(self.own) >= MAX_DIALS:
+                self.own.clear()  # so many addresses have we not: somebody plays with us
+            self.own.add(link.address if link.dialled else link.connection.local)
             return "this is yourself"
         if self._is_banned(record["instance"]):
             return "you sent too much; come back later"
@@ -2671,10 +2671,6 @@ class Links:
             if link.connection.local[0] not in own:
                 link.connection.abort("our address is another now")
 
-    def forget_own(self) -> None:
-        """Our address is another: somebody else may get the old one."""
-        self._own.clear()
-
     def ban(self, link: Link) -> None:
         """End a link, and accept no other from that instance for a while."""
         if link.peer is not None and len(self._banned) < MAX_PEERS:
@@ -2733,9 +2729,10 @@ class Links:
     def __bool__(self) -> bool:
         return bool(self._all)
 
-    def open_links(self) -> List[Link]:
-        """The links in use, in a fixed order."""
-        return [self.current[key] for key in sorted(self.current)]
+    def some(self, count: int, but: Optional[Peer] = None) -> List[Link]:
+        """Up to `count` of the links in use at random, none to the peer `but`."""
+        links = [link for _, link in sorted(self.current.items()) if link.peer is not but]
+        return self.node.loop.random.sample(links, min(count, len(links)))
 
 
 class Pending(NamedTuple):
@@ -3014,13 +3011,12 @@ class Detector:
         self.cut_off = False  # everybody fell silent at once: it is us
         self._doubts: Dict[str, Doubt] = {}
         self._askers: Dict[str, List[Link]] = {}  # who asked us to try a peer, by its key
-        self._last_tick = (node.loop.now(), node.loop.wall())
+        self._last_tick = (0.0, 0.0)  # on the loop's clock and on the wall's
 
     def start(self) -> None:
-        """Begin to probe."""
+        """Time begins."""
         self.contact = self.node.loop.now()
         self._last_tick = (self.contact, self.node.loop.wall())
-        self.node.every(PROBE_INTERVAL, self._tick)
 
     # -- signs of life ---------------------------------------------------------------------------------
 
@@ -3058,7 +3054,8 @@ class Detector:
 
     # -- probing ---------------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Probe the neighbours, look for silence, and see to what else is to be done now and then."""
         self.check_clock()
         self.node.follow_address()
         now = self.node.loop.now()
@@ -3067,8 +3064,7 @@ class Detector:
         for peer in ahead:
             self.probe(peer)
         for peer in {peer.key: peer for peer in ahead + behind}.values():
-            if now - peer.last_sign() > QUIET_AFTER - 1:
-                self._silent(peer)
+            self._look_at(peer)
         self._try_lost()
         if self.cut_off:
             for peer in self.node.peers.sample(self.node.loop.random, MAX_DIALS // 2, self.node.peers.present()):
@@ -3100,9 +3096,10 @@ class Detector:
             link.peer.rtt = rtt
         self.proved(link.peer)
 
-    def _silent(self, peer: Peer) -> None:
-        """Nothing was heard of a peer that should be heard. First others are asked whether they hear it."""
-        if peer.key not in self._doubts and not self.cut_off:
+    def _look_at(self, peer: Peer) -> None:
+        """If nothing is heard of a peer that should be heard, first others are asked whether they hear it."""
+        silent = self.node.loop.now() - peer.last_sign() > QUIET_AFTER - 1
+        if silent and peer.key not in self._doubts and not self.cut_off:
             self.node.links.drop(peer, "silent")  # perhaps only this connection is dead: another is tried
             self.doubt(peer, SUSPICION, "silent", hearsay=False)
             self.node.discovery.check()  # is it the network?
@@ -3117,8 +3114,7 @@ class Detector:
     def stalled(self, peer: Peer) -> None:
         """A peer does not acknowledge what it is sent."""
         self.probe(peer)
-        if self.node.loop.now() - peer.last_sign() > QUIET_AFTER - 1:
-            self._silent(peer)
+        self._look_at(peer)
 
     def dial_failed(self, peer: Peer, reason: str) -> None:
         """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
@@ -3165,13 +3161,8 @@ class Detector:
         timer = self.node.loop.call_later(fuse, self._expired, peer)
         self._doubts[peer.key] = Doubt(now, timer, reason, hearsay)
         self.probe(peer, SUSPECT)
-        self._ask_helpers(peer)
-
-    def _ask_helpers(self, peer: Peer) -> None:
-        links = [link for link in self.node.links.open_links() if link.peer is not peer]
-        chosen = self.node.loop.random.sample(links, min(PROBE_HELPERS, len(links)))
-        for link in chosen:
-            link.send(MSG_PROBE_REQUEST, {"peer": peer.wire(self.node.loop.now())})
+        for link in self.node.links.some(PROBE_HELPERS, but=peer):
+            link.send(MSG_PROBE_REQUEST, {"peer": peer.wire(now)})
 
     def help_probe(self, link: Link, message: Message) -> None:
         """Somebody can't reach a peer and asks whether we can."""
@@ -3227,7 +3218,7 @@ class Detector:
         for peer in self.node.peers.present():
             self._set_quiet(peer, True)
             peer.unverified = peer.unverified or self.contact
-        self.node.unsure_of_address()
+        self.node.address_sure = self.node.settings.host != "0.0.0.0"  # it may come back with another address
         self.node.emit({"event": "network", "gone": True})
 
     def _network_back(self) -> None:
@@ -3290,10 +3281,6 @@ class Gossip:
         self._synced = False  # whether anybody's list was taken in yet
         self._asked: Dict[str, bool] = {}  # keys of peers to ask once they are linked: by the user's wish?
 
-    def start(self) -> None:
-        """Begin to gossip."""
-        self.node.every(self.node.settings.gossip_interval, self._tick)
-
     def spread(self, peer: Peer, status: str) -> None:
         """Pass on what has become of a peer (oneself included)."""
         self.news.add(peer, status, len(self.node.peers))
@@ -3302,8 +3289,7 @@ class Gossip:
 
     def _tell(self) -> None:
         """Tell a few peers all that is news."""
-        links = self.node.links.open_links()
-        chosen = self.node.loop.random.sample(links, min(NEWS_FANOUT, len(links)))
+        chosen = self.node.links.some(NEWS_FANOUT)
         if chosen:
             records = self.news.take(len(chosen), self.node.loop.now())
             data = create_message(MSG_PEER_NEWS, self.node.me.id, {"peers": records})
@@ -3312,7 +3298,8 @@ class Gossip:
         if self.news and chosen:  # with nobody to tell, it waits until somebody is met
             self._timer = self.node.loop.call_later(NEWS_INTERVAL, self._tell)
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Compare lists with one random peer."""
         for peer in self.node.peers.sample(self.node.loop.random, 1, self.node.peers.present()):
             self.ask(peer)
 
@@ -3718,11 +3705,10 @@ class Finder:
         few = self.node.loop.random.random() * len(self.node.peers) < 10  # a thousand need not all answer
         if (known is None or known.gone) and few:
             self.node.links.look(address)
-        if content.get("alone") is True and content.get("answer") is not True and few:
-            if not self._answers.take(self.node.loop.now()):
-                return None
-            return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
-        return None
+        wanted = content.get("alone") is True and content.get("answer") is not True and few
+        if not wanted or not self._answers.take(self.node.loop.now()):
+            return None
+        return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
 
     def dial_failed(self, address: Address, reason: str) -> None:
         """Remember what became of an address named by hand."""
@@ -3795,7 +3781,7 @@ class PeerNode:
         self.stopping = False  # saying goodbye
         self._settled = False
         self._stopped = False
-        self._address_sure = settings.host != "0.0.0.0"
+        self.address_sure = settings.host != "0.0.0.0"
         self._had_address = True  # whether our address is, or was, one of the machine's own: not so behind NAT
         self._own_addresses: Tuple[float, FrozenSet[str]] = (-1e9, frozenset())
         self._listener: Optional[Listener] = None
@@ -3820,7 +3806,7 @@ class PeerNode:
             MSG_SYNC_PEERS_REQUEST: self.gossip.requested,
             MSG_SYNC_PEERS_RESPONSE: self.gossip.answered,
             MSG_ERROR: self.finder.error,
-            MSG_REGISTER: self._not_a_server,
+            MSG_REGISTER: lambda link, message: link.refuse("this is a peer, not a discovery server: say MSG_HELLO"),
         }
 
     # -- starting and leaving --------------------------------------------------------------------------
@@ -3829,20 +3815,17 @@ class PeerNode:
         """Listen, and look for others. Raises OSError when the port can't be had."""
         settings = self.settings
         self._listener = self.loop.listen(settings.host, settings.port, self.links.accept)
-        ip = settings.host if self._address_sure else self.loop.local_addresses()[0]
+        ip = settings.host if self.address_sure else self.loop.local_addresses()[0]
         self._place(self.me.username, ip, self._listener.address[1])
         log.info("[P2P] listening on %s:%d as %s", settings.host, self.me.port, self.me.id)
         self.emit({"event": "ready", "id": self.me.id, "ip": self.me.ip, "port": self.me.port})
         self.detector.start()
-        self.gossip.start()
+        self._tickers = [Ticker(self.loop, PROBE_INTERVAL, self.detector.tick),
+                         Ticker(self.loop, settings.gossip_interval, self.gossip.tick)]
         self.discovery.start()
         self.finder.start()
         named = settings.server is not None or settings.join
         self.loop.call_later(settings.timeout if named else SETTLE_TIME, self.settle)
-
-    def every(self, interval: float, callback: Callable[[], None]) -> None:
-        """Call back every so many seconds until we stop."""
-        self._tickers.append(Ticker(self.loop, interval, callback))
 
     def settle(self) -> None:
         """The first look around is over: whoever could be found quickly is known. Said once."""
@@ -3861,7 +3844,7 @@ class PeerNode:
     def proceed(self) -> None:
         """Something has come to its end: leave, if that was the last thing to wait for."""
         if self.stopping:
-            if not self.links and not self._stopped:
+            if not self.links:
                 self._stop()
         elif self.leaving and not self.delivery.is_waiting():
             self._depart()
@@ -4009,9 +3992,6 @@ class PeerNode:
         link.connection.close("it left")
         self.remove(peer, LEFT, "left")
 
-    def _not_a_server(self, link: Link, message: Message) -> None:
-        link.refuse("this is a peer, not a discovery server: say MSG_HELLO")
-
     # -- oneself ---------------------------------------------------------------------------------------
 
     def deny(self, incarnation: int) -> None:
@@ -4034,7 +4014,7 @@ class PeerNode:
 
     def adopt_address(self, local_ip: str) -> None:
         """A connection left from this address of ours: better than a guess, until somebody confirms one."""
-        if not self._address_sure and not is_loopback(local_ip) and is_peer_ip(local_ip):
+        if not self.address_sure and not is_loopback(local_ip) and is_peer_ip(local_ip):
             self._change(self.me.username, local_ip)
 
     def confirm_address(self, seen_ip: Any, by_ip: str) -> None:
@@ -4047,13 +4027,9 @@ class PeerNode:
         if is_loopback(seen_ip) or is_loopback(by_ip):
             return
         own = seen_ip in self.own_addresses()
-        if not self._address_sure or (own and self.me.ip not in self.own_addresses()):
-            self._address_sure, self._had_address = True, own
+        if not self.address_sure or (own and self.me.ip not in self.own_addresses()):
+            self.address_sure, self._had_address = True, own
             self._change(self.me.username, seen_ip)
-
-    def unsure_of_address(self) -> None:
-        """The network is gone; it may come back with another address."""
-        self._address_sure = self.settings.host != "0.0.0.0"
 
     def follow_address(self) -> None:
         """The machine may have another address by now (a new lease, another network): go along."""
@@ -4062,7 +4038,7 @@ class PeerNode:
             return
         new = self.loop.local_addresses()[0]
         if not is_loopback(new):
-            self._address_sure = False
+            self.address_sure = False
             self.discovery.drop_stranded(own)
             self.links.drop_stranded(own)
             self._change(self.me.username, new)
@@ -4074,7 +4050,7 @@ class PeerNode:
         old = self.me.public
         self.me.incarnation += 1
         self._place(username, ip, self.me.port)
-        self.links.forget_own()
+        self.links.own.clear()  # somebody else may get the old one
         log.info("[P2P] now known as %s", self.me.id)
         self.links.announce(old["id"])
         self.gossip.spread(self.me, ALIVE)

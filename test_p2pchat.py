@@ -3989,7 +3989,7 @@ def test_node_joining_oneself_does_no_harm():
     node = p2pchat.PeerNode(network.start(host), settings, events.append)
     node.start()
     network.run(60)
-    assert len(node.peers) == 0 and address in node.links._own and len(node.links._all) == 0
+    assert len(node.peers) == 0 and address in node.links.own and len(node.links._all) == 0
 
 
 def test_node_addresses_that_echo_our_instance_are_bounded():
@@ -3999,7 +3999,7 @@ def test_node_addresses_that_echo_our_instance_are_bounded():
     for number in range(3 * p2pchat.MAX_DIALS):
         link = p2pchat.Link(rig.ann, ("10.9.9.9", number + 1), dialled=True)
         assert rig.ann.links._objection(link, record) == "this is yourself"
-    assert 0 < len(rig.ann.links._own) <= p2pchat.MAX_DIALS
+    assert 0 < len(rig.ann.links.own) <= p2pchat.MAX_DIALS
 
 
 def test_node_a_late_word_of_its_life_does_not_bring_back_one_that_has_left():
@@ -6717,7 +6717,7 @@ def hostile_bounds(node):
         "tombstones": (len(node.peers.tombstones()), most + 1),
         "dialling": (len(node.links._dialling), p2pchat.MAX_DIALS),
         "waiting": (len(node.links.waiting), most),
-        "own": (len(node.links._own), p2pchat.MAX_DIALS),
+        "own": (len(node.links.own), p2pchat.MAX_DIALS),
         "banned": (len(node.links._banned), most),
         "failed": (len(node.links._failed), 2 * most),
         "channels": (len(node.delivery._channels), 2 * most + 1),
