@@ -992,26 +992,24 @@ class PeerList:
         peer = Peer.from_wire(record)
         known = self._by_key.get(peer.key)
         changes = self._displace(peer, now)
-        if known is None or known.gone:
-            changes += self._make_room(now)
-        if known is None:
-            changes += self._add(peer, now)
-        elif known.gone:
-            if peer.incarnation <= known.incarnation <= peer.incarnation + MAX_RAISE:
-                return STALE, known, changes  # it must raise its incarnation, or others will not believe us
-            changes += self._revive(known, peer, now)
-            peer = known
-        else:
+        if known is not None and not known.gone:
+            known.heard = now
             if known.incarnation > peer.incarnation + MAX_RAISE:
                 known.incarnation = peer.incarnation - 1  # others have lied: it can't be that far ahead of itself
-            verdict, peer, more = self._update(known, peer)
-            changes += more
-            if verdict == KNOWN and known.incarnation > record.get("incarnation", 0):
-                verdict = STALE
-            peer.heard = now
-            return verdict, peer, changes
-        peer.heard = now
-        return (NEW if changes else KNOWN), peer, changes
+            if known.incarnation > peer.incarnation:
+                return STALE, known, changes
+            verdict, known, more = self._update(known, peer)
+            return verdict, known, changes + more
+        changes += self._make_room(now)
+        if known is None:
+            known = peer
+            changes += self._add(peer, now)
+        elif peer.incarnation <= known.incarnation <= peer.incarnation + MAX_RAISE:
+            return STALE, known, changes  # it must raise its incarnation, or others will not believe us
+        else:
+            changes += self._revive(known, peer, now)
+        known.heard = now
+        return (NEW if changes else KNOWN), known, changes
 
     def remove(self, peer: Peer, status: str, reason: str, now: float) -> List[Change]:
         """Bury a peer: it stays as a tombstone. Returns nothing when it was gone already."""
@@ -1021,7 +1019,7 @@ class PeerList:
         peer.status, peer.removed, peer.quiet = status, now, False
         self._by_key.pop(peer.key, None)
         self._by_key[peer.key] = peer  # at the end: tombstones are in the order of their going
-        self._changed()
+        self.changed()
         self._bound_tombstones(now)
         return [Change(GONE, peer, reason)]
 
@@ -1084,10 +1082,6 @@ class PeerList:
                 self._names.setdefault(peer.username.casefold(), []).append(peer)
         return self._names.get(name.casefold(), [])
 
-    def me_changed(self) -> None:
-        """Our own name or address is another now."""
-        self._names = None
-
     # -- the rules -------------------------------------------------------------------------------------
 
     def _hear_unknown(self, peer: Peer, status: str, age: int, now: float) -> Heard:
@@ -1123,7 +1117,7 @@ class PeerList:
         peer.added = now
         self._present[peer.id] = peer
         self._by_key[peer.key] = peer
-        self._changed()
+        self.changed()
         return [Change(JOINED, peer)]
 
     def _may_add(self, peer: Peer) -> bool:
@@ -1156,7 +1150,7 @@ class PeerList:
         known.place(peer.username, peer.ip, peer.port)
         known.incarnation = peer.incarnation
         self._present[known.id] = known
-        self._changed()
+        self.changed()
         return NEW, known, [Change(RENAMED, known, old=old)]
 
     def _displace(self, peer: Peer, now: float) -> List[Change]:
@@ -1182,7 +1176,8 @@ class PeerList:
                 del self._by_key[peer.key]
                 excess -= 1
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Somebody came or went, or has another name, oneself included."""
         self._sorted = None
         self._names = None
 
@@ -2532,7 +2527,7 @@ class Links:
             if link.said != self.node.me.id:  # we were renamed since our own hello
                 self.announce(link.said, [link])
         self.node.apply(changes)
-        self.node.gossip.met(link, verdict, was_lost, content.get("digest"))
+        self.node.gossip.met(link, peer, verdict, was_lost, content.get("digest"))
         if not peer.gone and not link.ready:
             self.node.delivery.resume(peer, link)
 
@@ -2637,18 +2632,15 @@ class Links:
         if failure:
             self.node.finder.dial_failed(link.address, failure)
             if peer is not None and not peer.gone:
-                self._back_off(peer)
+                wait = min(2 * self._failed.get(peer.key, (0.0, 0.5))[1], 30.0)
+                again = self.node.loop.now() + wait * (0.75 + self.node.loop.random.random() / 2)
+                self._failed[peer.key] = (again, wait)
                 self.node.detector.dial_failed(peer, failure)
             elif peer is not None and failure == REFUSED:
                 peer.ended = True
         while self.waiting and len(self._dialling) < MAX_DIALS:
             address = next(iter(self.waiting))
             self.dial(address, self.waiting.pop(address))
-
-    def _back_off(self, peer: Peer) -> None:
-        _, wait = self._failed.get(peer.key, (0.0, 0.5))
-        wait = min(2 * wait, 30.0)
-        self._failed[peer.key] = (self.node.loop.now() + wait * (0.75 + self.node.loop.random.random() / 2), wait)
 
     def _no_hello(self, link: Link) -> None:
         if link.peer is None:
@@ -2698,16 +2690,15 @@ class Links:
             for peer in self.node.peers.sample(self.node.loop.random, 1, unheard):
                 self.dial(peer.route, peer)
         for link in list(self._all):
-            idle = link.peer is not None and now - link.used > IDLE_TIME
-            if idle and self._is_needless(link):
+            if link.peer is None or now - link.used <= IDLE_TIME:
+                continue
+            if self.current.get(link.peer.key, link) is not link:  # a second link, which one side closes
+                needless = me.key < link.peer.key
+            else:
+                many = len(self.node.peers) > IDLE_LINKS < len(self._all)
+                needless = many and not self.node.delivery.is_waiting(link.peer)
+            if needless:
                 link.connection.close("not needed")
-
-    def _is_needless(self, link: Link) -> bool:
-        """A second link, which one side closes; or one too many, unused."""
-        assert link.peer is not None
-        if self.current.get(link.peer.key, link) is not link:
-            return self.node.me.key < link.peer.key
-        return len(self.node.peers) > IDLE_LINKS < len(self._all) and not self.node.delivery.is_waiting(link.peer)
 
     def close_all(self) -> None:
         """Say goodbye to all and close: our last incarnation first, or late news of it would call us alive again."""
@@ -3318,10 +3309,8 @@ class Gossip:
         link.asked = True
         link.send(MSG_SYNC_PEERS_REQUEST, {"digest": self.node.peers.digest()})
 
-    def met(self, link: Link, verdict: str, was_lost: bool, digest: Any) -> None:
+    def met(self, link: Link, peer: Peer, verdict: str, was_lost: bool, digest: Any) -> None:
         """A link was bound: pass on that the peer is there, and compare lists if there is reason to."""
-        peer = link.peer
-        assert peer is not None
         self.node.loop.call_later(SETTLE_TIME / 4, self.node.settle)
         if self.news and not self._timer.active:
             self._timer = self.node.loop.call_later(0, self._tell)
@@ -3416,7 +3405,7 @@ class Gossip:
         if record.get("instance") == node.me.instance or record["id"] == node.me.id:
             return self._about_me(record), node.me
         if link.peer is not None and record.get("instance") == link.peer.instance:
-            return self._own_word(link, record)
+            return self._own_word(link, link.peer, record)
         return self.hear_of(record, link.connection.remote[0])
 
     def hear_of(self, record: Dict[str, Any], source_ip: str) -> Tuple[str, Peer]:
@@ -3447,13 +3436,11 @@ class Gossip:
             return STALE
         return KNOWN
 
-    def _own_word(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Peer]:
+    def _own_word(self, link: Link, peer: Peer, record: Dict[str, Any]) -> Tuple[str, Peer]:
         """What the far end says of itself: another name, or that it is not gone."""
-        peer = link.peer
-        assert peer is not None
-        if (record["ip"], record["port"]) != peer.address and not self.node.links.seen_there(
-                link, (record["ip"], record["port"])):
-            self.node.links.look((record["ip"], record["port"]))
+        address = (record["ip"], record["port"])
+        if address != peer.address and not self.node.links.seen_there(link, address):
+            self.node.links.look(address)
             return IMPLAUSIBLE, peer
         if record.get("status", ALIVE) != ALIVE:
             return KNOWN, peer
@@ -3792,6 +3779,9 @@ class PeerNode:
         self.detector = Detector(self)
         self.gossip = Gossip(self)
         self.discovery = Discovery(self)
+        self.present = self.peers.present  # these three are for interfaces: everybody else, by name;
+        self.find = self.peers.find  # those present whom a typed text names, more than one is ambiguous;
+        self.alone = self.finder.report  # why nobody is here
         self.handlers: Dict[str, Callable[[Link, Message], None]] = {
             MSG_CHAT: self.delivery.chat,
             MSG_CHAT_ACK: self.delivery.answered,
@@ -3872,10 +3862,6 @@ class PeerNode:
 
     # -- what an interface asks for --------------------------------------------------------------------
 
-    def present(self) -> List[Peer]:
-        """Everybody else, by name."""
-        return self.peers.present()
-
     def label(self, peer_id: str) -> str:
         """The shortest text that tells a peer from the others, from its id."""
         peer = self.me if peer_id == self.me.id else self.peers.get(peer_id)
@@ -3885,10 +3871,6 @@ class PeerNode:
                 return peer_id
             peer = Peer(*parts)
         return self.peers.label(peer)
-
-    def find(self, text: str) -> List[Peer]:
-        """Those present whom a typed text names; more than one is ambiguous."""
-        return self.peers.find(text)
 
     def chat(self, text: str, to: Optional[str] = None) -> str:
         """Send a text to everybody, or to the peer with the id `to`; return the message's id. Raises ChatError."""
@@ -3941,10 +3923,6 @@ class PeerNode:
         since = now - (peer.heard if directly else peer.last_sign())
         trip = "" if peer.rtt is None else f"{peer.rtt * 1000:.1f} ms"
         return how, f"{max(0, since):.0f} s", trip
-
-    def alone(self) -> List[str]:
-        """Why nobody is here, and what to do; empty if somebody is."""
-        return self.finder.report()
 
     def server_status(self) -> Tuple[bool, str, float]:
         """(online, address, since when as Unix time)."""
@@ -4061,7 +4039,7 @@ class PeerNode:
     def _place(self, username: str, ip: str, port: int) -> None:
         self.me.place(username, ip, port)
         self.my_ids[self.me.id] = None
-        self.peers.me_changed()
+        self.peers.changed()
 
 
 # ======================================================================================================

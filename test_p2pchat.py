@@ -695,7 +695,7 @@ def test_a_namesake_is_told_of_once():
     assert len(told) == 1 and "another Alice" in told[0] and f"see you as {view.node.label(view.node.me.id)}." in told[0]
     old = view.node.me.public
     view.node.me.place("Bob", "10.0.0.1", 10001)
-    view.node.peers.me_changed()
+    view.node.peers.changed()
     view.handle({"event": "renamed", "old": old, "peer": view.node.me.public})
     assert "another Bob here" in view.entries[-1].text
 
