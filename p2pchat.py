@@ -2374,6 +2374,7 @@ class ChatError(Exception):
 NO_TIMER = Timer(0.0, lambda: None, ())  # where no call is to come yet: it may be cancelled like any other
 NO_TIMER.cancel()
 
+
 class Link(Handler):
     """A connection to another peer. It is *bound* once we know whose it is: then `peer` is set."""
 
@@ -2421,9 +2422,8 @@ class Link(Handler):
             return
         if self.peer is not None or not node.is_own(self.connection.remote[0]):
             node.detector.heard(self.peer)
-        handlers = node.handlers
         for message in messages:
-            handle = handlers.get(message["type"])
+            handle = node.handlers.get(message["type"])
             if handle is None:
                 continue
             if self.peer is None:
@@ -2455,7 +2455,7 @@ class Links:
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.current: Dict[str, Link] = {}  # by the peer's key
-        self._all: Dict[Link, None] = {}
+        self.all: Dict[Link, None] = {}
         self._dialling: Dict[Address, Optional[Peer]] = {}
         self.waiting: Dict[Address, Optional[Peer]] = {}  # dials for which there is no room now
         self._failed: Dict[str, Tuple[float, float]] = {}  # by key: when to try again, how long that was
@@ -2469,7 +2469,7 @@ class Links:
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
         self._strangers.add(connection)  # which may turn away an older one
-        self._all[link] = None
+        self.all[link] = None
         link.timer = self.node.loop.call_later(HELLO_TIME, self._no_hello, link)
         return link
 
@@ -2488,7 +2488,7 @@ class Links:
             return
         self._dialling[address] = peer
         link = Link(self.node, address, dialled=True)
-        self._all[link] = None
+        self.all[link] = None
         link.connection = self.node.loop.connect(address, link, self.node.settings.timeout)
 
     def say_hello(self, link: Link) -> None:
@@ -2599,7 +2599,7 @@ class Links:
 
     def closed(self, link: Link, reason: str) -> None:
         """A link is gone. Another one to the same peer takes over; else the peer is looked after."""
-        del self._all[link]
+        del self.all[link]
         self._strangers.discard(link.connection)
         if self.node.stopping:
             self.node.proceed()
@@ -2612,7 +2612,7 @@ class Links:
         if self.current.get(peer.key) is not link:
             return
         del self.current[peer.key]
-        other = next((each for each in self._all if each.peer is peer and each.connection.state == OPEN), None)
+        other = next((each for each in self.all if each.peer is peer and each.connection.state == OPEN), None)
         if other is not None:
             self.current[peer.key] = other
             self.node.delivery.resume(peer, other)
@@ -2653,15 +2653,9 @@ class Links:
         self._failed.pop(peer.key, None)
         self.waiting.pop(peer.route, None)
         dialled = peer.route if self._dialling.get(peer.route) is peer else None
-        for link in list(self._all):
+        for link in list(self.all):
             if link.peer is peer or (link.peer is None and link.dialled and link.address == dialled):
                 link.connection.abort(reason)
-
-    def drop_stranded(self, own: FrozenSet[str]) -> None:
-        """Close links from addresses that the machine has no more: nothing comes through them."""
-        for link in [each for each in self._all if each.connection.state == OPEN]:
-            if link.connection.local[0] not in own:
-                link.connection.abort("our address is another now")
 
     def ban(self, link: Link) -> None:
         """End a link, and accept no other from that instance for a while."""
@@ -2689,13 +2683,13 @@ class Links:
             unheard = [peer for peer in self.node.peers.present() if not peer.heard]
             for peer in self.node.peers.sample(self.node.loop.random, 1, unheard):
                 self.dial(peer.route, peer)
-        for link in list(self._all):
+        for link in list(self.all):
             if link.peer is None or now - link.used <= IDLE_TIME:
                 continue
             if self.current.get(link.peer.key, link) is not link:  # a second link, which one side closes
                 needless = me.key < link.peer.key
             else:
-                many = len(self.node.peers) > IDLE_LINKS < len(self._all)
+                many = len(self.node.peers) > IDLE_LINKS < len(self.all)
                 needless = many and not self.node.delivery.is_waiting(link.peer)
             if needless:
                 link.connection.close("not needed")
@@ -2703,7 +2697,7 @@ class Links:
     def close_all(self) -> None:
         """Say goodbye to all and close: our last incarnation first, or late news of it would call us alive again."""
         self.announce(self.node.me.id)
-        for link in list(self._all):
+        for link in list(self.all):
             if link.peer is None and not link.dialled:
                 self.say_hello(link)  # its own hello is under way: then it knows who leaves
             link.send(MSG_UNREGISTER, None)
@@ -2712,13 +2706,10 @@ class Links:
     def announce(self, former_id: str, links: Optional[List[Link]] = None) -> None:
         """Tell every link our new name or address, still under the old one: what follows is under the new one."""
         news = create_message(MSG_PEER_NEWS, former_id, {"peers": [self.node.me.wire(self.node.loop.now())]})
-        for link in self._all if links is None else links:
+        for link in self.all if links is None else links:
             if link.peer is not None:
                 link.said = self.node.me.id
                 link.connection.send(news)
-
-    def __bool__(self) -> bool:
-        return bool(self._all)
 
     def some(self, count: int, but: Optional[Peer] = None) -> List[Link]:
         """Up to `count` of the links in use at random, none to the peer `but`."""
@@ -2865,7 +2856,8 @@ class Delivery:
                 self.fail(peer, "it can't be reached from here")
                 self.node.links.drop(peer, "it does not acknowledge what it is sent")
             elif stalled > QUIET_AFTER - 1:
-                self.node.detector.stalled(peer)
+                self.node.detector.probe(peer)
+                self.node.detector.look_at(peer)
         if self.is_waiting():
             self._timer = self.node.loop.call_later(1.0, self._look_after)
 
@@ -3055,7 +3047,7 @@ class Detector:
         for peer in ahead:
             self.probe(peer)
         for peer in {peer.key: peer for peer in ahead + behind}.values():
-            self._look_at(peer)
+            self.look_at(peer)
         self._try_lost()
         if self.cut_off:
             for peer in self.node.peers.sample(self.node.loop.random, MAX_DIALS // 2, self.node.peers.present()):
@@ -3087,7 +3079,7 @@ class Detector:
             link.peer.rtt = rtt
         self.proved(link.peer)
 
-    def _look_at(self, peer: Peer) -> None:
+    def look_at(self, peer: Peer) -> None:
         """If nothing is heard of a peer that should be heard, first others are asked whether they hear it."""
         silent = self.node.loop.now() - peer.last_sign() > QUIET_AFTER - 1
         if silent and peer.key not in self._doubts and not self.cut_off:
@@ -3101,11 +3093,6 @@ class Detector:
         if self._doubts.get(peer.key) is doubt:
             self._set_quiet(peer, True)
             self.node.gossip.spread(peer, SUSPECT)
-
-    def stalled(self, peer: Peer) -> None:
-        """A peer does not acknowledge what it is sent."""
-        self.probe(peer)
-        self._look_at(peer)
 
     def dial_failed(self, peer: Peer, reason: str) -> None:
         """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
@@ -3172,8 +3159,7 @@ class Detector:
 
     def helped(self, link: Link, message: Message) -> None:
         """Somebody whom we asked has heard the peer that we doubt."""
-        record = message["content"]["peer"]
-        peer = self.node.peers.by_key(record.get("instance", ""))
+        peer = self.node.peers.by_key(message["content"]["peer"].get("instance", ""))
         if peer is not None and not peer.gone and peer.key in self._doubts:
             self.vouched(peer)
 
@@ -3460,17 +3446,16 @@ class Discovery(Handler):
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
-        self.online = False
+        self.online: Optional[bool] = None  # None until the interface was told
         self.since = node.loop.wall()  # since when it is, or is not, online
         self.reason = ""
         self.peer_id = ""  # what the server calls us: it may see another address than we do
         self._last_seen = ("127.0.0.1", 0.0)  # the last server's address, and when it came or went
-        self._told = False  # whether the interface was told of the server at all
         first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
         self.candidates: List[Address] = [first]  # the one that is used, or tried next, and further ones
         self._wait = RETRY_SERVER_MIN
         self._tried = float("-inf")  # when
-        self._connection: Optional[Connection] = None
+        self.connection: Optional[Connection] = None
         self._traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
         self._timer = NO_TIMER  # of the next try, or of an answer that is due
         self._heartbeat = NO_TIMER
@@ -3489,11 +3474,11 @@ class Discovery(Handler):
         self._tried = self.node.loop.now()
         self.peer_id = ""
         self._traffic = Allowance(MAX_MESSAGES)
-        self._connection = self.node.loop.connect(self.address, self, self.node.settings.timeout)
+        self.connection = self.node.loop.connect(self.address, self, self.node.settings.timeout)
 
     def found(self, address: Address) -> None:
         """A server was found on the network, or named with --join."""
-        if self._connection is not None or self.node.stopping:
+        if self.connection is not None or self.node.stopping:
             return
         if address not in self.candidates:
             log.info("[Discovery] found a server at %s:%d", *address)
@@ -3508,9 +3493,9 @@ class Discovery(Handler):
 
     def register(self) -> None:
         """Say who we are; again after a change of name or address."""
-        if self._connection is None or self._connection.state != OPEN:
+        if self.connection is None or self.connection.state != OPEN:
             return
-        self.node.adopt_address(self._connection.local[0])
+        self.node.adopt_address(self.connection.local[0])
         me = self.node.me
         self._ask(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
                                  "incarnation": me.incarnation}, "no answer to MSG_REGISTER")
@@ -3526,18 +3511,18 @@ class Discovery(Handler):
         self._expect_answer(otherwise, self.node.settings.timeout)
 
     def _send(self, msg_type: str, content: Any) -> None:
-        if self._connection is not None:
-            self._connection.send(create_message(msg_type, self.peer_id or self.node.me.id, content, "server"))
+        if self.connection is not None:
+            self.connection.send(create_message(msg_type, self.peer_id or self.node.me.id, content, "server"))
 
     def _expect_answer(self, otherwise: str, within: float) -> None:
         self._timer.cancel()
-        if self._connection is not None:
-            self._timer = self.node.loop.call_later(within, self._connection.abort, otherwise)
+        if self.connection is not None:
+            self._timer = self.node.loop.call_later(within, self.connection.abort, otherwise)
 
     def received(self, messages: List[Message]) -> None:
-        assert self._connection is not None
+        assert self.connection is not None
         if not self._traffic.take(self.node.loop.now(), len(messages)):
-            self._connection.abort("the server sends too much")
+            self.connection.abort("the server sends too much")
             return
         if not is_loopback(self.address[0]):
             self.node.detector.heard(None)
@@ -3589,15 +3574,9 @@ class Discovery(Handler):
         self._send(MSG_HEARTBEAT, None)
         self._heartbeat = self.node.loop.call_later(self.node.settings.heartbeat_interval, self._beat)
 
-    def drop_stranded(self, own: FrozenSet[str]) -> None:
-        """Close a connection from an address that the machine has no more."""
-        connection = self._connection
-        if connection is not None and connection.state == OPEN and connection.local[0] not in own:
-            connection.abort("our address is another now")
-
     def closed(self, reason: str) -> None:
         """The connection is gone, or never was: go on without, and try again."""
-        self._connection = None
+        self.connection = None
         self._timer.cancel()
         self._heartbeat.cancel()
         if self.node.stopping:
@@ -3615,8 +3594,7 @@ class Discovery(Handler):
     def _set_online(self, online: bool, reason: str) -> None:
         if online or self.online:
             self._last_seen = (self.address[0], self.node.loop.now())
-        if online != self.online or not self._told:
-            self._told = True
+        if online != self.online:
             self.online = online
             self.since = self.node.loop.wall()
             if not online:
@@ -3628,10 +3606,10 @@ class Discovery(Handler):
         """Tell the server that we leave."""
         self._timer.cancel()
         self._heartbeat.cancel()
-        if self._connection is not None:
+        if self.connection is not None:
             if self.online:
                 self._send(MSG_UNREGISTER, None)
-            self._connection.close("leaving")
+            self.connection.close("leaving")
 
 
 class Finder:
@@ -3834,7 +3812,7 @@ class PeerNode:
     def proceed(self) -> None:
         """Something has come to its end: leave, if that was the last thing to wait for."""
         if self.stopping:
-            if not self.links:
+            if not self.links.all:
                 self._stop()
         elif self.leaving and not self.delivery.is_waiting():
             self._depart()
@@ -3927,7 +3905,7 @@ class PeerNode:
     def server_status(self) -> Tuple[bool, str, float]:
         """(online, address, since when as Unix time)."""
         address = self.discovery.address
-        return self.discovery.online, f"{address[0]}:{address[1]}", self.discovery.since
+        return bool(self.discovery.online), f"{address[0]}:{address[1]}", self.discovery.since
 
     @property
     def network_gone(self) -> bool:
@@ -4017,8 +3995,9 @@ class PeerNode:
         new = self.loop.local_addresses()[0]
         if not is_loopback(new):
             self.address_sure = False
-            self.discovery.drop_stranded(own)
-            self.links.drop_stranded(own)
+            for connection in [self.discovery.connection, *(link.connection for link in self.links.all)]:
+                if connection is not None and connection.state == OPEN and connection.local[0] not in own:
+                    connection.abort("our address is another now")  # nothing comes through it any more
             self._change(self.me.username, new)
 
     def _change(self, username: str, ip: str) -> None:

@@ -3989,7 +3989,7 @@ def test_node_joining_oneself_does_no_harm():
     node = p2pchat.PeerNode(network.start(host), settings, events.append)
     node.start()
     network.run(60)
-    assert len(node.peers) == 0 and address in node.links.own and len(node.links._all) == 0
+    assert len(node.peers) == 0 and address in node.links.own and len(node.links.all) == 0
 
 
 def test_node_addresses_that_echo_our_instance_are_bounded():
@@ -4161,10 +4161,10 @@ def test_node_a_rename_during_the_handshake_costs_no_link():
     rig.run(0.5)  # its hello is on the way
     bob.rename("Rob")
     rig.run(1)
-    links = list(rig.ann.links._all)
+    links = list(rig.ann.links.all)
     bob.chat("hello")
     rig.run(3)
-    assert rig.shown("Ann") == ["hello"] and list(rig.ann.links._all) == links and len(links) == 1
+    assert rig.shown("Ann") == ["hello"] and list(rig.ann.links.all) == links and len(links) == 1
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -7474,7 +7474,7 @@ def hostile_resets(count=500):
             if number % 20 == 0:
                 rig.loop.turn(0)
         rig.served()
-        rig.until(lambda: len(rig.server._sessions) <= 2 and len(rig.alice.links._all) <= 2, 5)
+        rig.until(lambda: len(rig.server._sessions) <= 2 and len(rig.alice.links.all) <= 2, 5)
 
 
 def hostile_datagrams(count=3000):
@@ -7835,13 +7835,13 @@ class HostileTarget:
     def as_server(self):
         """The node's connection to its server."""
         discovery = self.node.discovery
-        if discovery._connection is not None:
-            discovery._connection.abort("again")
+        if discovery.connection is not None:
+            discovery.connection.abort("again")
             self.loop.pass_time(0)
         discovery._timer.cancel()
         discovery.start()
-        self.loop.answer(discovery._connection)
-        return discovery._connection
+        self.loop.answer(discovery.connection)
+        return discovery.connection
 
     def session(self):
         return self._accepted(self.server._accept, ("10.0.0.66", 50001))
