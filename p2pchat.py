@@ -1070,8 +1070,8 @@ class PeerList:
         text = unicodedata.normalize("NFC", text.strip())
         text = text[1:] if text.startswith("@") else text
         name = text.partition("@")[0]
-        matches = [peer for peer in self._namesakes(name)
-                   if peer is not self.me and _names(peer, text.casefold())]
+        matches = [peer for peer in self._namesakes(name) if peer is not self.me
+                   and text[len(name):] in ("", f"@{peer.ip}", f"@{peer.ip}:{peer.port}")]
         exact = [peer for peer in matches if peer.username == name]
         return exact or matches
 
@@ -1218,12 +1218,6 @@ class News:
 def hash64(text: str) -> int:
     """64 bits of a good hash, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-
-
-def _names(peer: Peer, text: str) -> bool:
-    """Whether a casefolded text is the peer's name, name@ip or id."""
-    name = peer.username.casefold()
-    return text in (name, f"{name}@{peer.ip}", f"{name}@{peer.ip}:{peer.port}")
 
 
 # ======================================================================================================
@@ -2555,7 +2549,7 @@ class Links:
                 self.own.clear()  # so many addresses have we not: somebody plays with us
             self.own.add(link.address if link.dialled else link.connection.local)
             return "this is yourself"
-        if self._is_banned(record["instance"]):
+        if self._banned.get(record["instance"], 0.0) > node.loop.now():
             return "you sent too much; come back later"
         if not self.seen_there(link, claimed) and not self._is_elsewhere(link, record):
             self.look(claimed)
@@ -2659,17 +2653,14 @@ class Links:
 
     def ban(self, link: Link) -> None:
         """End a link, and accept no other from that instance for a while."""
+        now = self.node.loop.now()
+        self._banned = {each: until for each, until in self._banned.items() if until > now}
         if link.peer is not None and len(self._banned) < MAX_PEERS:
-            self._banned[link.peer.key] = self.node.loop.now() + BAN_TIME
+            self._banned[link.peer.key] = now + BAN_TIME
             name = self.node.peers.label(link.peer)
             text = f"{name} sent far too much and was cut off for {BAN_TIME:.0f} s."
             self.node.emit({"event": "notice", "text": text})
         link.refuse("you sent too much; come back later")
-
-    def _is_banned(self, key: str) -> bool:
-        now = self.node.loop.now()
-        self._banned = {each: until for each, until in self._banned.items() if until > now}
-        return key in self._banned
 
     def keep_house(self) -> None:
         """Dial those who should be linked; close links that nobody needs."""
@@ -3014,8 +3005,7 @@ class Detector:
                 self._network_back()
         if peer is not None:
             peer.heard = now
-            if peer.quiet or peer.unverified is not None or peer.key in self._doubts:
-                self._clear(peer)
+            self._clear(peer)
 
     def vouched(self, peer: Peer) -> None:
         """Somebody else heard a peer, or the peer denied that it is gone."""
@@ -3046,7 +3036,7 @@ class Detector:
         ahead, behind = self.node.peers.neighbours(NEIGHBOURS)
         for peer in ahead:
             self.probe(peer)
-        for peer in {peer.key: peer for peer in ahead + behind}.values():
+        for peer in ahead + behind:
             self.look_at(peer)
         self._try_lost()
         if self.cut_off:
@@ -3348,7 +3338,7 @@ class Gossip:
             told = {record.get("instance", "") or record["id"] for record in listed}
             now = self.node.loop.now()
             lacking = [peer.wire(now) for peer in peers.shared() if peer.key not in told]
-            if len(listed) < MAX_PEERS and lacking:
+            if len(listed) < MAX_PEERS:
                 self._send_news(link, lacking)
         link.asked = content.get("more") is True
         self._report(link.peer, len(peers) - before)
@@ -3366,10 +3356,6 @@ class Gossip:
         for start in range(0, len(records), NEWS_BATCH):
             link.send(MSG_PEER_NEWS, {"peers": records[start:start + NEWS_BATCH]})
 
-    def told(self, link: Link, message: Message) -> None:
-        """News from a peer."""
-        self.hear(link, message["content"]["peers"])
-
     def hear(self, link: Link, records: List[Dict[str, Any]]) -> None:
         """Take in records that a peer sent; tell it where we know better."""
         link.traffic.take(self.node.loop.now(), len(records))
@@ -3383,8 +3369,7 @@ class Gossip:
         if len(new) <= max(before, 1):  # a newcomer's first list is no news to anybody else
             for peer in new:
                 self.spread(peer, ALIVE)
-        if answers:
-            self._send_news(link, answers[:NEWS_BATCH])
+        self._send_news(link, answers[:NEWS_BATCH])
 
     def _hear_one(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Peer]:
         node = self.node
@@ -3770,7 +3755,7 @@ class PeerNode:
             MSG_PROBE_ACK: self.detector.answered,
             MSG_PROBE_REQUEST: self.detector.help_probe,
             MSG_PROBE_RESULT: self.detector.helped,
-            MSG_PEER_NEWS: self.gossip.told,
+            MSG_PEER_NEWS: lambda link, message: self.gossip.hear(link, message["content"]["peers"]),
             MSG_SYNC_PEERS_REQUEST: self.gossip.requested,
             MSG_SYNC_PEERS_RESPONSE: self.gossip.answered,
             MSG_ERROR: self.finder.error,
@@ -3978,9 +3963,7 @@ class PeerNode:
 
         One of this machine's own is believed at once; another one (there is NAT between us, or it lies) only
         while none of our own was confirmed."""
-        if self.settings.host != "0.0.0.0" or not isinstance(seen_ip, str) or not is_peer_ip(seen_ip):
-            return
-        if is_loopback(seen_ip) or is_loopback(by_ip):
+        if self.settings.host != "0.0.0.0" or not is_peer_ip(seen_ip) or is_loopback(seen_ip) or is_loopback(by_ip):
             return
         own = seen_ip in self.own_addresses()
         if not self.address_sure or (own and self.me.ip not in self.own_addresses()):
