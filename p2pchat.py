@@ -2569,9 +2569,7 @@ class Links:
         seen, port = link.connection.remote
         if link.dialled and port != claimed[1]:
             return False
-        if seen == claimed[0]:
-            return True
-        return self.node.is_own(seen) and self.node.is_own(claimed[0])
+        return seen == claimed[0] or (self.node.is_own(seen) and self.node.is_own(claimed[0]))
 
     def _is_elsewhere(self, link: Link, record: Dict[str, Any]) -> bool:
         """Whether one that we dialled may be known by another address of its machine: not if anybody else is."""
@@ -2624,7 +2622,8 @@ class Links:
         """A dial has ended, well or not: whoever waits may dial now."""
         peer = self._dialling.pop(link.address, None)
         if failure:
-            self.node.finder.dial_failed(link.address, failure)
+            if link.address in self.node.settings.join:
+                self.node.finder.note(link.address, failure)
             if peer is not None and not peer.gone:
                 wait = min(2 * self._failed.get(peer.key, (0.0, 0.5))[1], 30.0)
                 again = self.node.loop.now() + wait * (0.75 + self.node.loop.random.random() / 2)
@@ -2900,8 +2899,7 @@ class Delivery:
             message_id = f"{self.node.me.instance}-unnumbered-{next(self._unnumbered)}"
         self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else self.node.me.id,
                         "text": clean(text, newlines=True), "id": message_id})
-        if sequence > link.acknowledge:
-            link.acknowledge = sequence
+        link.acknowledge = max(link.acknowledge, sequence)
 
     def _seen_before(self, link: Link, channel: Channel, sequence: int) -> None:
         """It came again because our answer was lost: answer as before."""
@@ -3086,17 +3084,16 @@ class Detector:
 
     def dial_failed(self, peer: Peer, reason: str) -> None:
         """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
-        doubt = self._doubts.get(peer.key)
-        if reason != REFUSED:
-            if doubt is not None and doubt.hearsay:  # it may be leaving just now: look again
-                self.node.loop.call_later(0.3, self.node.links.want, peer)
-            return
-        if peer.ip != self.node.me.ip:
+        if reason == REFUSED and peer.ip != self.node.me.ip:
             self.heard(None)  # somebody sent the refusal: our own network works
-            doubt = self._doubts.get(peer.key)
+        doubt = self._doubts.get(peer.key)
         if doubt is not None and doubt.hearsay:
-            self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=True)
-        elif peer.key not in self.node.links.current and self.node.loop.now() - peer.vouched > QUIET_AFTER:
+            if reason == REFUSED:
+                self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=True)
+            else:  # it may be leaving just now: look again
+                self.node.loop.call_later(0.3, self.node.links.want, peer)
+        elif (reason == REFUSED and peer.key not in self.node.links.current
+              and self.node.loop.now() - peer.vouched > QUIET_AFTER):
             self.doubt(peer, REFUSED_SUSPICION, "connection refused", hearsay=False)
             self.node.gossip.spread(peer, SUSPECT)
 
@@ -3659,11 +3656,6 @@ class Finder:
         if not wanted or not self._answers.take(self.node.loop.now()):
             return None
         return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
-
-    def dial_failed(self, address: Address, reason: str) -> None:
-        """Remember what became of an address named by hand."""
-        if address in self.node.settings.join:
-            self.note(address, reason)
 
     def note(self, address: Address, result: str, what: str = "") -> None:
         """Remember what came of trying an address, for the report; the last few are enough."""
