@@ -2678,7 +2678,7 @@ class Links:
                 continue
             if self.current.get(link.peer.key, link) is not link:  # a second link, which one side closes
                 needless = me.key < link.peer.key
-            else:
+            else:  # or one too many
                 many = len(self.node.peers) > IDLE_LINKS < len(self.all)
                 needless = many and not self.node.delivery.is_waiting(link.peer)
             if needless:
@@ -2786,7 +2786,9 @@ class Delivery:
         return True
 
     def resume(self, peer: Peer, link: Link) -> None:
-        """Send all that is unacknowledged over a new link, in order; only then may new messages follow."""
+        """Send all that is unacknowledged over a new link, in order; only then may new messages follow.
+
+        It is encoded anew: our name or address may have been another when it was sent first."""
         link.ready = True
         if peer.key in self._channels:
             for pending in self._channels[peer.key].waiting:
