@@ -783,7 +783,7 @@ class Peer:
     """A peer as we know it. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added", "heard",
-                 "vouched", "unverified", "removed", "quiet", "rtt", "via", "_public", "_weight", "_encoded", "_ring")
+                 "vouched", "unverified", "removed", "ended", "quiet", "rtt", "via", "_encoded")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -794,6 +794,7 @@ class Peer:
         self.vouched = 0.0  # when somebody last said to have heard it
         self.unverified: Optional[float] = None  # since when nobody could vouch for it: our network was gone
         self.removed = 0.0  # when it went: for tombstones
+        self.ended = False  # its address refused us after it went: its program has ended
         self.quiet = False
         self.rtt: Optional[float] = None
         self.via: Optional[Address] = None  # another address of its machine, at which we reached it
@@ -809,10 +810,7 @@ class Peer:
         """Give it a name and an address."""
         self.username, self.ip, self.port = username, ip, port
         self.id = f"{username}@{ip}:{port}"
-        self._public: Optional[Dict[str, Any]] = None
-        self._weight: Optional[Tuple[int, int]] = None
         self._encoded: Optional[Tuple[int, str]] = None
-        self._ring: Optional[int] = None
 
     @property
     def key(self) -> str:
@@ -827,21 +825,17 @@ class Peer:
     @property
     def route(self) -> Address:
         """Where to dial it."""
-        return self.via or (self.ip, self.port)
+        return self.via or self.address
 
     @property
     def public(self) -> Dict[str, Any]:
-        """What the interfaces are told of it. Shared: not to be changed."""
-        if self._public is None:
-            self._public = {"id": self.id, "ip": self.ip, "port": self.port, "username": self.username}
-        return self._public
+        """What the interfaces are told of it."""
+        return {"id": self.id, "ip": self.ip, "port": self.port, "username": self.username}
 
     @property
     def weight(self) -> int:
         """Its share in the digest of a list."""
-        if self._weight is None or self._weight[0] != self.incarnation:
-            self._weight = (self.incarnation, hash64(f"{self.id} {self.instance} {self.incarnation}"))
-        return self._weight[1]
+        return hash64(f"{self.id} {self.instance} {self.incarnation}")
 
     @property
     def encoded(self) -> str:
@@ -852,11 +846,9 @@ class Peer:
         return self._encoded[1]
 
     @property
-    def ring(self) -> int:
+    def ring(self) -> Tuple[int, str]:
         """Its place on the ring that decides who probes whom: the same for everybody."""
-        if self._ring is None:
-            self._ring = hash64(self.id)
-        return self._ring
+        return hash64(self.id), self.id
 
     @property
     def gone(self) -> bool:
@@ -951,26 +943,24 @@ class PeerList:
         peer = Peer.from_wire(record)
         known = self._by_key.get(peer.key)
         changes = self._displace(peer, now)
-        if known is None or known.gone:
-            changes += self._make_room(now)
-        if known is None:
-            changes += self._add(peer, now)
-        elif known.gone:
-            if peer.incarnation <= known.incarnation <= peer.incarnation + MAX_RAISE:
-                return STALE, known, changes  # it must raise its incarnation, or others will not believe us
-            changes += self._revive(known, peer, now)
-            peer = known
-        else:
+        if known is not None and not known.gone:
+            known.heard = now
             if known.incarnation > peer.incarnation + MAX_RAISE:
                 known.incarnation = peer.incarnation - 1  # others have lied: it can't be that far ahead of itself
-            verdict, peer, more = self._update(known, peer)
-            changes += more
-            if verdict == KNOWN and known.incarnation > record.get("incarnation", 0):
-                verdict = STALE
-            peer.heard = now
-            return verdict, peer, changes
-        peer.heard = now
-        return (NEW if changes else KNOWN), peer, changes
+            if known.incarnation > peer.incarnation:
+                return STALE, known, changes
+            verdict, known, more = self._update(known, peer)
+            return verdict, known, changes + more
+        changes += self._make_room(now)
+        if known is None:
+            known = peer
+            changes += self._add(peer, now)
+        elif peer.incarnation <= known.incarnation <= peer.incarnation + MAX_RAISE:
+            return STALE, known, changes  # it must raise its incarnation, or others will not believe us
+        else:
+            changes += self._revive(known, peer, now)
+        known.heard = now
+        return (NEW if changes else KNOWN), known, changes
 
     def remove(self, peer: Peer, status: str, reason: str, now: float) -> List[Change]:
         """Bury a peer: it stays as a tombstone. Returns nothing when it was gone already."""
@@ -980,7 +970,7 @@ class PeerList:
         peer.status, peer.removed, peer.quiet = status, now, False
         self._by_key.pop(peer.key, None)
         self._by_key[peer.key] = peer  # at the end: tombstones are in the order of their going
-        self._changed()
+        self.changed()
         self._bound_tombstones(now)
         return [Change(GONE, peer, reason)]
 
@@ -1008,10 +998,10 @@ class PeerList:
         """The `count` peers behind us on the ring, whom we probe, and those before us, who probe us.
 
         So each is probed by `count` others, whatever the number of peers: the cost for one is constant."""
-        ring = sorted(self._present.values(), key=lambda peer: (peer.ring, peer.id))
+        ring = sorted(self._present.values(), key=lambda peer: peer.ring)
         if len(ring) <= count:
             return ring, ring
-        position = sum(1 for peer in ring if (peer.ring, peer.id) < (self.me.ring, self.me.id))
+        position = sum(peer.ring < self.me.ring for peer in ring)
         turned = ring[position:] + ring[:position]
         return turned[:count], turned[-count:]
 
@@ -1031,8 +1021,8 @@ class PeerList:
         text = unicodedata.normalize("NFC", text.strip())
         text = text[1:] if text.startswith("@") else text
         name = text.partition("@")[0]
-        matches = [peer for peer in self._namesakes(name)
-                   if peer is not self.me and _names(peer, text.casefold())]
+        matches = [peer for peer in self._namesakes(name) if peer is not self.me
+                   and text[len(name):] in ("", f"@{peer.ip}", f"@{peer.ip}:{peer.port}")]
         exact = [peer for peer in matches if peer.username == name]
         return exact or matches
 
@@ -1042,10 +1032,6 @@ class PeerList:
             for peer in [self.me, *self.present()]:
                 self._names.setdefault(peer.username.casefold(), []).append(peer)
         return self._names.get(name.casefold(), [])
-
-    def me_changed(self) -> None:
-        """Our own name or address is another now."""
-        self._names = None
 
     # -- the rules -------------------------------------------------------------------------------------
 
@@ -1082,7 +1068,7 @@ class PeerList:
         peer.added = now
         self._present[peer.id] = peer
         self._by_key[peer.key] = peer
-        self._changed()
+        self.changed()
         return [Change(JOINED, peer)]
 
     def _may_add(self, peer: Peer) -> bool:
@@ -1115,7 +1101,7 @@ class PeerList:
         known.place(peer.username, peer.ip, peer.port)
         known.incarnation = peer.incarnation
         self._present[known.id] = known
-        self._changed()
+        self.changed()
         return NEW, known, [Change(RENAMED, known, old=old)]
 
     def _displace(self, peer: Peer, now: float) -> List[Change]:
@@ -1141,7 +1127,8 @@ class PeerList:
                 del self._by_key[peer.key]
                 excess -= 1
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Somebody came or went, or has another name, oneself included."""
         self._sorted = None
         self._names = None
 
@@ -1178,15 +1165,10 @@ class News:
         return [item[0].wire(now, item[1]) for _, item in items]
 
 
+@functools.lru_cache(maxsize=4 * MAX_PEERS)  # a list is hashed whole in every round: two texts a peer
 def hash64(text: str) -> int:
     """64 bits of a good hash, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-
-
-def _names(peer: Peer, text: str) -> bool:
-    """Whether a casefolded text is the peer's name, name@ip or id."""
-    name = peer.username.casefold()
-    return text in (name, f"{name}@{peer.ip}", f"{name}@{peer.ip}:{peer.port}")
 
 
 # ======================================================================================================
@@ -2273,10 +2255,6 @@ class ChatError(Exception):
 class Link(Handler):
     """A connection to another peer. It is *bound* once we know whose it is: then `peer` is set."""
 
-    __slots__ = ("node", "connection", "dialled", "address", "peer", "ids", "shown", "acknowledge",
-                 "refused", "used", "timer", "synced", "asked", "renames", "said", "bound",
-                 "ready", "traffic")
-
     def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
         self.node = node
         self.address = address  # the far end
@@ -2295,7 +2273,7 @@ class Link(Handler):
         self.bound = 0.0  # when it was
         self.ready = False  # what had waited for its peer was sent over it: now what is new may follow
         self.traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
-        self.timer: Optional[Timer] = None
+        self.timer = Timer()
 
     def send(self, msg_type: str, content: Any) -> None:
         """Send one message to the far end."""
@@ -2321,9 +2299,8 @@ class Link(Handler):
             return
         if self.peer is not None or not node.is_own(self.connection.remote[0]):
             node.detector.heard(self.peer)
-        handlers = node.handlers
         for message in messages:
-            handle = handlers.get(message["type"])
+            handle = node.handlers.get(message["type"])
             if handle is None:
                 continue
             if self.peer is None:
@@ -2342,8 +2319,7 @@ class Link(Handler):
         self.send(MSG_ERROR, {"reason": clean(reason)[:500]})
 
     def closed(self, reason: str) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
+        self.timer.cancel()
         self.node.links.closed(self, reason)
 
 
@@ -2356,45 +2332,41 @@ class Links:
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.current: Dict[str, Link] = {}  # by the peer's key
-        self._all: Dict[Link, None] = {}
+        self.all: Dict[Link, None] = {}
         self._dialling: Dict[Address, Optional[Peer]] = {}
-        self._waiting: Dict[Address, Optional[Peer]] = {}  # dials for which there is no room now
+        self.waiting: Dict[Address, Optional[Peer]] = {}  # dials for which there is no room now
         self._failed: Dict[str, Tuple[float, float]] = {}  # by key: when to try again, how long that was
         self._strangers = Strangers()
         self._banned: Dict[str, float] = {}  # until when
         self._looked: Dict[Address, float] = {}  # addresses that others named, and when they were dialled
-        self._own: Set[Address] = set()  # addresses at which we met ourselves
+        self.own: Set[Address] = set()  # addresses at which we met ourselves
 
     def accept(self, connection: Connection) -> Handler:
         """Somebody dialled us."""
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
         self._strangers.add(connection)  # which may turn away an older one
-        self._all[link] = None
+        self.all[link] = None
         link.timer = self.node.loop.call_later(HELLO_TIME, self._no_hello, link)
         return link
 
     def want(self, peer: Peer) -> None:
-        """See to it that there is a link to a peer, or will be."""
-        if peer.key not in self.current:
+        """See to it that there is a link to a peer that is there, or will be."""
+        if peer.key not in self.current and not peer.gone:
             self.dial(peer.route, peer)
 
     def dial(self, address: Address, peer: Optional[Peer] = None) -> None:
         """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
-        if address in self._dialling or address in self._own or self.node.stopping:
+        if address in self._dialling or address in self.own or self.node.stopping:
             return
         if len(self._dialling) >= MAX_DIALS:
-            if len(self._waiting) < MAX_PEERS:
-                self._waiting[address] = peer
+            if len(self.waiting) < MAX_PEERS:
+                self.waiting[address] = peer
             return
         self._dialling[address] = peer
         link = Link(self.node, address, dialled=True)
-        self._all[link] = None
+        self.all[link] = None
         link.connection = self.node.loop.connect(address, link, self.node.settings.timeout)
-
-    def is_queued(self, peer: Peer) -> bool:
-        """Whether its dial waits until others have ended."""
-        return peer.route in self._waiting
 
     def say_hello(self, link: Link) -> None:
         """Say who we are; in an answer also at which address we see the other."""
@@ -2403,7 +2375,7 @@ class Links:
         content = {"peer": node.me.wire(node.loop.now()), "digest": node.peers.digest()}
         if not link.dialled:
             content["you"] = {"ip": link.connection.remote[0]}
-        elif link.timer is None:
+        else:
             link.timer = node.loop.call_later(node.settings.timeout, self._no_hello, link)
         link.send(MSG_HELLO, content)
 
@@ -2428,11 +2400,11 @@ class Links:
         if not link.dialled:
             self.say_hello(link)
         else:
-            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection)
+            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection.remote[0])
             if link.said != self.node.me.id:  # we were renamed since our own hello
                 self.announce(link.said, [link])
         self.node.apply(changes)
-        self.node.gossip.met(link, verdict, was_lost, content.get("digest"))
+        self.node.gossip.met(link, peer, verdict, was_lost, content.get("digest"))
         if not peer.gone and not link.ready:
             self.node.delivery.resume(peer, link)
 
@@ -2440,16 +2412,15 @@ class Links:
         link.peer = peer
         link.ids = (peer_id,)
         link.bound = self.node.loop.now()
-        if link.timer is not None:
-            link.timer.cancel()
+        link.timer.cancel()
         self._strangers.discard(link.connection)
         if link.dialled:
             self._dial_over(link)
         self.current[peer.key] = link
         self._failed.pop(peer.key, None)
+        peer.ended = False
         self.node.detector.heard(peer)
         self.node.detector.proved(peer)
-        self.node.detector.hopeful(peer)
         log.debug("[P2P] linked to %s", peer.id)
 
     def _objection(self, link: Link, record: Dict[str, Any]) -> str:
@@ -2457,11 +2428,11 @@ class Links:
         node = self.node
         claimed = (record["ip"], record["port"])
         if record["instance"] == node.me.instance:
-            if len(self._own) >= MAX_DIALS:
-                self._own.clear()  # so many addresses have we not: somebody plays with us
-            self._own.add(link.address if link.dialled else link.connection.local)
+            if len(self.own) >= MAX_DIALS:
+                self.own.clear()  # so many addresses have we not: somebody plays with us
+            self.own.add(link.address if link.dialled else link.connection.local)
             return "this is yourself"
-        if self._is_banned(record["instance"]):
+        if self._banned.get(record["instance"], 0.0) > node.loop.now():
             return "you sent too much; come back later"
         if not self.seen_there(link, claimed) and not self._is_elsewhere(link, record):
             self.look(claimed)
@@ -2481,9 +2452,7 @@ class Links:
         seen, port = link.connection.remote
         if link.dialled and port != claimed[1]:
             return False
-        if seen == claimed[0]:
-            return True
-        return self.node.is_own(seen) and self.node.is_own(claimed[0])
+        return seen == claimed[0] or (self.node.is_own(seen) and self.node.is_own(claimed[0]))
 
     def _is_elsewhere(self, link: Link, record: Dict[str, Any]) -> bool:
         """Whether one that we dialled may be known by another address of its machine: not if anybody else is."""
@@ -2505,7 +2474,7 @@ class Links:
 
     def closed(self, link: Link, reason: str) -> None:
         """A link is gone. Another one to the same peer takes over; else the peer is looked after."""
-        del self._all[link]
+        del self.all[link]
         self._strangers.discard(link.connection)
         if self.node.stopping:
             self.node.proceed()
@@ -2518,7 +2487,7 @@ class Links:
         if self.current.get(peer.key) is not link:
             return
         del self.current[peer.key]
-        other = next((each for each in self._all if each.peer is peer and each.connection.state == OPEN), None)
+        other = next((each for each in self.all if each.peer is peer and each.connection.state == OPEN), None)
         if other is not None:
             self.current[peer.key] = other
             self.node.delivery.resume(peer, other)
@@ -2528,31 +2497,28 @@ class Links:
             if idle and len(self.node.peers) > IDLE_LINKS:
                 return  # the other side saw no need for it, and nor do we
             if self.node.loop.now() - link.bound < 1.0:  # it may be lost at once again: no haste
-                self.node.loop.call_later(1.0, self.node.detector.link_lost, peer)
-            else:
-                self.node.detector.link_lost(peer)
+                self.node.loop.call_later(1.0, self.want, peer)
+            else:  # that happens to the living, too: look whether its program still answers
+                self.want(peer)
 
     def _dial_over(self, link: Link, failure: str = "") -> None:
         """A dial has ended, well or not: whoever waits may dial now."""
         peer = self._dialling.pop(link.address, None)
         if failure:
-            self.node.finder.dial_failed(link.address, failure)
+            if link.address in self.node.settings.join:
+                self.node.finder.note(link.address, failure)
             if peer is not None and not peer.gone:
-                self._back_off(peer)
+                wait = min(2 * self._failed.get(peer.key, (0.0, 0.5))[1], 30.0)
+                again = self.node.loop.now() + wait * (0.75 + self.node.loop.random.random() / 2)
+                self._failed[peer.key] = (again, wait)
                 self.node.detector.dial_failed(peer, failure)
             elif peer is not None and failure == REFUSED:
-                self.node.detector.hopeless(peer)
-        while self._waiting and len(self._dialling) < MAX_DIALS:
-            address = next(iter(self._waiting))
-            self.dial(address, self._waiting.pop(address))
-
-    def _back_off(self, peer: Peer) -> None:
-        _, wait = self._failed.get(peer.key, (0.0, 0.5))
-        wait = min(2 * wait, 30.0)
-        self._failed[peer.key] = (self.node.loop.now() + wait * (0.75 + self.node.loop.random.random() / 2), wait)
+                peer.ended = True
+        while self.waiting and len(self._dialling) < MAX_DIALS:
+            address = next(iter(self.waiting))
+            self.dial(address, self.waiting.pop(address))
 
     def _no_hello(self, link: Link) -> None:
-        link.timer = None
         if link.peer is None:
             link.refuse("no MSG_HELLO came")
             if link.dialled:
@@ -2561,35 +2527,22 @@ class Links:
     def drop(self, peer: Peer, reason: str) -> None:
         """Close every link to a peer, and give up dialling it."""
         self._failed.pop(peer.key, None)
-        self._waiting.pop(peer.route, None)
+        self.waiting.pop(peer.route, None)
         dialled = peer.route if self._dialling.get(peer.route) is peer else None
-        for link in list(self._all):
+        for link in list(self.all):
             if link.peer is peer or (link.peer is None and link.dialled and link.address == dialled):
                 link.connection.abort(reason)
 
-    def drop_stranded(self, own: FrozenSet[str]) -> None:
-        """Close links from addresses that the machine has no more: nothing comes through them."""
-        for link in [each for each in self._all if each.connection.state == OPEN]:
-            if link.connection.local[0] not in own:
-                link.connection.abort("our address is another now")
-
-    def forget_own(self) -> None:
-        """Our address is another: somebody else may get the old one."""
-        self._own.clear()
-
     def ban(self, link: Link) -> None:
         """End a link, and accept no other from that instance for a while."""
+        now = self.node.loop.now()
+        self._banned = {each: until for each, until in self._banned.items() if until > now}
         if link.peer is not None and len(self._banned) < MAX_PEERS:
-            self._banned[link.peer.key] = self.node.loop.now() + BAN_TIME
+            self._banned[link.peer.key] = now + BAN_TIME
             name = self.node.peers.label(link.peer)
             text = f"{name} sent far too much and was cut off for {BAN_TIME:.0f} s."
             self.node.emit({"event": "notice", "text": text})
         link.refuse("you sent too much; come back later")
-
-    def _is_banned(self, key: str) -> bool:
-        now = self.node.loop.now()
-        self._banned = {each: until for each, until in self._banned.items() if until > now}
-        return key in self._banned
 
     def keep_house(self) -> None:
         """Dial those who should be linked; close links that nobody needs."""
@@ -2603,22 +2556,21 @@ class Links:
             unheard = [peer for peer in self.node.peers.present() if not peer.heard]
             for peer in self.node.peers.sample(self.node.loop.random, 1, unheard):
                 self.dial(peer.route, peer)
-        for link in list(self._all):
-            idle = link.peer is not None and now - link.used > IDLE_TIME
-            if idle and self._is_needless(link):
+        for link in list(self.all):
+            if link.peer is None or now - link.used <= IDLE_TIME:
+                continue
+            if self.current.get(link.peer.key, link) is not link:  # a second link, which one side closes
+                needless = me.key < link.peer.key
+            else:  # or one too many
+                many = len(self.node.peers) > IDLE_LINKS < len(self.all)
+                needless = many and not self.node.delivery.is_waiting(link.peer)
+            if needless:
                 link.connection.close("not needed")
-
-    def _is_needless(self, link: Link) -> bool:
-        """A second link, which one side closes; or one too many, unused."""
-        assert link.peer is not None
-        if self.current.get(link.peer.key, link) is not link:
-            return self.node.me.key < link.peer.key
-        return len(self.node.peers) > IDLE_LINKS < len(self._all) and not self.node.delivery.is_waiting(link.peer)
 
     def close_all(self) -> None:
         """Say goodbye to all and close: our last incarnation first, or late news of it would call us alive again."""
         self.announce(self.node.me.id)
-        for link in list(self._all):
+        for link in list(self.all):
             if link.peer is None and not link.dialled:
                 self.say_hello(link)  # its own hello is under way: then it knows who leaves
             link.send(MSG_UNREGISTER, None)
@@ -2627,34 +2579,29 @@ class Links:
     def announce(self, former_id: str, links: Optional[List[Link]] = None) -> None:
         """Tell every link our new name or address, still under the old one: what follows is under the new one."""
         news = create_message(MSG_PEER_NEWS, former_id, {"peers": [self.node.me.wire(self.node.loop.now())]})
-        for link in self._all if links is None else links:
+        for link in self.all if links is None else links:
             if link.peer is not None:
                 link.said = self.node.me.id
                 link.connection.send(news)
 
-    def __bool__(self) -> bool:
-        return bool(self._all)
-
-    def open_links(self) -> List[Link]:
-        """The links in use, in a fixed order."""
-        return [self.current[key] for key in sorted(self.current)]
+    def some(self, count: int, but: Optional[Peer] = None) -> List[Link]:
+        """Up to `count` of the links in use at random, none to the peer `but`."""
+        links = [link for _, link in sorted(self.current.items()) if link.peer is not but]
+        return self.node.loop.random.sample(links, min(count, len(links)))
 
 
 class Pending(NamedTuple):
     """A message that a receiver has not yet acknowledged. One is shared by all its receivers."""
 
     sequence: int
-    data: bytes
-    sender_id: str  # under which it was encoded
     to: str
     text: str
     message_id: str
+    size: int  # of it encoded, bytes
 
 
 class Channel:
     """What is on its way to one peer, and how far we got with what it sent."""
-
-    __slots__ = ("waiting", "size", "progress", "shown", "refused", "spent", "since", "excess")
 
     def __init__(self, now: float) -> None:
         self.waiting: Deque[Pending] = collections.deque()
@@ -2666,6 +2613,13 @@ class Channel:
         self.since = now
         self.excess = 0.0  # bytes refused
 
+    def take(self, upto: float = float("inf")) -> Iterator[Pending]:
+        """Take messages out of what waits, those with numbers up to `upto`."""
+        while self.waiting and self.waiting[0].sequence <= upto:
+            pending = self.waiting.popleft()
+            self.size -= pending.size
+            yield pending
+
 
 class Delivery:
     """Chat messages, out and in. Sent ones are kept until acknowledged and sent again on every new link;
@@ -2675,8 +2629,8 @@ class Delivery:
         self.node = node
         self._channels: Dict[str, Channel] = {}
         self._sequence = 0
-        self._unnumbered = 0  # messages that came without a number
-        self._timer: Optional[Timer] = None
+        self._unnumbered = itertools.count(1)  # messages that came without a number
+        self._timer = Timer()
 
     # -- out -------------------------------------------------------------------------------------------
 
@@ -2686,85 +2640,62 @@ class Delivery:
         self._sequence += 1
         message_id = f"{node.me.instance}-{self._sequence}"
         data = create_chat(node.me.id, text, to, self._sequence)
-        pending = Pending(self._sequence, data, node.me.id, to, text, message_id)
+        pending = Pending(self._sequence, to, text, message_id, len(data))
         log.info("[Chat] sent %s to %d", message_id, len(receivers))
-        full = [peer for peer in receivers if not self._enqueue(peer, pending)]
+        full = [peer for peer in receivers if not self._enqueue(peer, pending, data)]
         node.emit({"event": "sent", "to": to, "text": text, "id": message_id,
                    "receivers": [peer.id for peer in receivers]})
         for peer in full:
             self._failed(peer, pending, "too much is waiting for it already")
-        if self._timer is None:
+        if not self._timer.active:
             self._timer = node.loop.call_later(1.0, self._look_after)
         return message_id
 
-    def _enqueue(self, peer: Peer, pending: Pending) -> bool:
+    def _enqueue(self, peer: Peer, pending: Pending, data: bytes) -> bool:
         """Queue a message for a receiver, and send it if the receiver is linked; False if there is no room."""
-        channel = self._channels.get(peer.key) or self._channel(peer.key)
-        if len(channel.waiting) >= OUTBOX_MESSAGES or channel.size + len(pending.data) > OUTBOX_BYTES:
+        channel = self._channel(peer.key)
+        if len(channel.waiting) >= OUTBOX_MESSAGES or channel.size + pending.size > OUTBOX_BYTES:
             return False
         if not channel.waiting:
             channel.progress = self.node.loop.now()
         channel.waiting.append(pending)
-        channel.size += len(pending.data)
+        channel.size += pending.size
         link = self.node.links.current.get(peer.key)
         if link is None:
             self.node.links.want(peer)
         elif link.ready:
             link.used = channel.progress
-            link.connection.send(pending.data)
+            link.connection.send(data)
         return True
 
     def resume(self, peer: Peer, link: Link) -> None:
-        """Send all that is unacknowledged over a new link, in order; only then may new messages follow."""
+        """Send all that is unacknowledged over a new link, in order; only then may new messages follow.
+
+        It is encoded anew: our name or address may have been another when it was sent first."""
         link.ready = True
-        channel = self._channels.get(peer.key)
-        if channel is None:
-            return
-        for pending in channel.waiting:
-            if pending.sender_id == self.node.me.id:
-                link.connection.send(pending.data)
-            else:  # our name or address was another when it was encoded
+        if peer.key in self._channels:
+            for pending in self._channels[peer.key].waiting:
                 link.connection.send(create_chat(self.node.me.id, pending.text, pending.to, pending.sequence))
 
-    def acknowledged(self, link: Link, message: Message) -> None:
-        """The far end has handed over all messages up to a number."""
-        peer = link.peer
-        assert peer is not None
-        for pending in self._taken(peer, message["content"]["upto"]):
-            self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
-        if self.node.leaving:
-            self.node.proceed()
-
-    def refused(self, link: Link, message: Message) -> None:
-        """The far end will not show some messages."""
+    def answered(self, link: Link, message: Message) -> None:
+        """The far end has handed over all messages up to a number, but refuses those from `id` on, if it names one."""
         peer, content = link.peer, message["content"]
         assert peer is not None
-        for pending in self._taken(peer, content["upto"], content["id"]):
-            self._failed(peer, pending, clean(content["reason"])[:200])
+        if peer.key in self._channels:
+            channel = self._channels[peer.key]
+            channel.progress = self.node.loop.now()
+            for pending in channel.take(content["upto"]):
+                if message["type"] == MSG_CHAT_ACK or pending.sequence < content["id"]:
+                    self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
+                else:
+                    self._failed(peer, pending, clean(content["reason"])[:200])
         self.node.proceed()
-
-    def _taken(self, peer: Peer, upto: int, first: int = 0) -> Iterator[Pending]:
-        """Take those with numbers from `first` to `upto` out of what waits; those before `first` are delivered."""
-        channel = self._channels.get(peer.key)
-        if channel is None:
-            return
-        waiting = channel.waiting
-        channel.progress = self.node.loop.now()
-        while waiting and waiting[0].sequence <= upto:
-            pending = waiting.popleft()
-            channel.size -= len(pending.data)
-            if pending.sequence >= first:
-                yield pending
-            else:
-                self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
 
     def fail(self, peer: Peer, reason: str) -> None:
         """Give up all that waits for a peer, and say so."""
-        channel = self._channels.get(peer.key)
-        while channel is not None and channel.waiting:
-            pending = channel.waiting.popleft()
-            channel.size -= len(pending.data)
-            self._failed(peer, pending, reason)
+        if peer.key in self._channels:
+            for pending in self._channels[peer.key].take():
+                self._failed(peer, pending, reason)
 
     def fail_all(self, reason: str) -> None:
         """Give up everything that waits."""
@@ -2787,21 +2718,21 @@ class Delivery:
 
     def _look_after(self) -> None:
         """Once a second while anything waits: a receiver that does not answer is doubted, then given up."""
-        self._timer = None
         self.node.detector.check_clock()
         now = self.node.loop.now()
         for key, channel in list(self._channels.items()):
             peer = self.node.peers.by_key(key)
             if peer is None or not channel.waiting:
                 continue
-            if self.node.links.is_queued(peer):
+            if peer.route in self.node.links.waiting:
                 channel.progress = now  # it was not even tried yet
             stalled = now - channel.progress
             if stalled > UNREACHABLE_TIME and not self.node.detector.cut_off:
                 self.fail(peer, "it can't be reached from here")
                 self.node.links.drop(peer, "it does not acknowledge what it is sent")
             elif stalled > QUIET_AFTER - 1:
-                self.node.detector.stalled(peer)
+                self.node.detector.probe(peer)
+                self.node.detector.look_at(peer)
         if self.is_waiting():
             self._timer = self.node.loop.call_later(1.0, self._look_after)
 
@@ -2812,12 +2743,13 @@ class Delivery:
             channel.progress = channel.since = now
 
     def _channel(self, key: str) -> Channel:
-        """A new channel; those of forgotten peers make room."""
-        if len(self._channels) >= 2 * MAX_PEERS:
-            known = self.node.peers.by_key
-            self._channels = {key: each for key, each in self._channels.items() if known(key) is not None}
-        channel = self._channels[key] = Channel(self.node.loop.now())
-        return channel
+        """The channel of a peer, or a new one; those of forgotten peers make room."""
+        if key not in self._channels:
+            if len(self._channels) >= 2 * MAX_PEERS:
+                known = self.node.peers.by_key
+                self._channels = {each: channel for each, channel in self._channels.items() if known(each) is not None}
+            self._channels[key] = Channel(self.node.loop.now())
+        return self._channels[key]
 
     # -- in --------------------------------------------------------------------------------------------
 
@@ -2826,7 +2758,8 @@ class Delivery:
         peer = link.peer or self._stranger(link, message)
         if peer is None:
             return
-        channel = self._incoming(link, peer)
+        # A stranger is counted with all others at its address, for it may call itself anything.
+        channel = self._channel(peer.key if link.peer is not None else f"strangers at {link.connection.remote[0]}")
         sequence = message.get("id", 0)
         if sequence:
             if sequence <= (channel.shown if link.peer is not None else link.shown):
@@ -2843,25 +2776,15 @@ class Delivery:
         if channel.spent > self.node.settings.budget > 0 and not self._within_budget(link, channel, size):
             self._refuse(link, channel, sequence, "you send too much: slow down")
             return
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("[Chat] received from %s: %d characters", peer.id, len(text))
+        log.debug("[Chat] received from %s: %d characters", peer.id, len(text))
         if link.refused is not None:
             self.acknowledge(link)  # so that a run of refusals holds nothing that was shown
+        message_id = f"{peer.key}-{sequence}"
+        if not sequence:
+            message_id = f"{self.node.me.instance}-unnumbered-{next(self._unnumbered)}"
         self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else self.node.me.id,
-                        "text": clean(text, newlines=True), "id": self._message_id(peer, sequence)})
-        if sequence > link.acknowledge:
-            link.acknowledge = sequence
-
-    def _message_id(self, peer: Peer, sequence: int) -> str:
-        if sequence:
-            return f"{peer.key}-{sequence}"
-        self._unnumbered += 1
-        return f"{self.node.me.instance}-unnumbered-{self._unnumbered}"
-
-    def _incoming(self, link: Link, peer: Peer) -> Channel:
-        """The channel on which a sender is counted: a stranger's address, for it may call itself anything."""
-        key = peer.key if link.peer is not None else f"strangers at {link.connection.remote[0]}"
-        return self._channels.get(key) or self._channel(key)
+                        "text": clean(text, newlines=True), "id": message_id})
+        link.acknowledge = max(link.acknowledge, sequence)
 
     def _seen_before(self, link: Link, channel: Channel, sequence: int) -> None:
         """It came again because our answer was lost: answer as before."""
@@ -2908,8 +2831,7 @@ class Delivery:
             link.send(MSG_CHAT_REFUSED, {"id": first, "upto": last, "reason": reason})
         if link.acknowledge:
             upto, link.acknowledge = link.acknowledge, 0
-            to = link.peer.id if link.peer else EVERYONE
-            link.connection.send(create_raw(MSG_CHAT_ACK, self.node.me.id, to, f'{{"upto":{upto}}}'))
+            link.send(MSG_CHAT_ACK, {"upto": upto})
 
     def _stranger(self, link: Link, message: Message) -> Optional[Peer]:
         """A program that chats without having said hello: who it says it is, if nobody else is that."""
@@ -2926,16 +2848,13 @@ class Delivery:
         return known or Peer(*parts)
 
 
-class Doubt:
+class Doubt(NamedTuple):
     """A peer may be gone: it has until `timer` to show that it lives."""
 
-    __slots__ = ("since", "timer", "reason", "hearsay")
-
-    def __init__(self, since: float, timer: Timer, reason: str, hearsay: bool) -> None:
-        self.since = since
-        self.timer = timer
-        self.reason = reason
-        self.hearsay = hearsay
+    since: float
+    timer: Timer
+    reason: str
+    hearsay: bool
 
 
 class Detector:
@@ -2949,14 +2868,12 @@ class Detector:
         self.cut_off = False  # everybody fell silent at once: it is us
         self._doubts: Dict[str, Doubt] = {}
         self._askers: Dict[str, List[Link]] = {}  # who asked us to try a peer, by its key
-        self._hopeless: Set[str] = set()  # lost peers whose address refused us: not tried again
-        self._last_tick = (node.loop.now(), node.loop.wall())
+        self._last_tick = (0.0, 0.0)  # on the loop's clock and on the wall's
 
     def start(self) -> None:
-        """Begin to probe."""
+        """Time begins."""
         self.contact = self.node.loop.now()
         self._last_tick = (self.contact, self.node.loop.wall())
-        self.node.every(PROBE_INTERVAL, self._tick)
 
     # -- signs of life ---------------------------------------------------------------------------------
 
@@ -2971,8 +2888,7 @@ class Detector:
                 self._network_back()
         if peer is not None:
             peer.heard = now
-            if peer.quiet or peer.unverified is not None or peer.key in self._doubts:
-                self._clear(peer)
+            self._clear(peer)
 
     def vouched(self, peer: Peer) -> None:
         """Somebody else heard a peer, or the peer denied that it is gone."""
@@ -2994,7 +2910,8 @@ class Detector:
 
     # -- probing ---------------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Probe the neighbours, look for silence, and see to what else is to be done now and then."""
         self.check_clock()
         self.node.follow_address()
         now = self.node.loop.now()
@@ -3002,9 +2919,8 @@ class Detector:
         ahead, behind = self.node.peers.neighbours(NEIGHBOURS)
         for peer in ahead:
             self.probe(peer)
-        for peer in {peer.key: peer for peer in ahead + behind}.values():
-            if now - peer.last_sign() > QUIET_AFTER - 1:
-                self._silent(peer)
+        for peer in ahead + behind:
+            self.look_at(peer)
         self._try_lost()
         if self.cut_off:
             for peer in self.node.peers.sample(self.node.loop.random, MAX_DIALS // 2, self.node.peers.present()):
@@ -3036,9 +2952,10 @@ class Detector:
             link.peer.rtt = rtt
         self.proved(link.peer)
 
-    def _silent(self, peer: Peer) -> None:
-        """Nothing was heard of a peer that should be heard. First others are asked whether they hear it."""
-        if peer.key not in self._doubts and not self.cut_off:
+    def look_at(self, peer: Peer) -> None:
+        """If nothing is heard of a peer that should be heard, first others are asked whether they hear it."""
+        silent = self.node.loop.now() - peer.last_sign() > QUIET_AFTER - 1
+        if silent and peer.key not in self._doubts and not self.cut_off:
             self.node.links.drop(peer, "silent")  # perhaps only this connection is dead: another is tried
             self.doubt(peer, SUSPICION, "silent", hearsay=False)
             self.node.discovery.check()  # is it the network?
@@ -3050,30 +2967,18 @@ class Detector:
             self._set_quiet(peer, True)
             self.node.gossip.spread(peer, SUSPECT)
 
-    def stalled(self, peer: Peer) -> None:
-        """A peer does not acknowledge what it is sent."""
-        self.probe(peer)
-        if self.node.loop.now() - peer.last_sign() > QUIET_AFTER - 1:
-            self._silent(peer)
-
-    def link_lost(self, peer: Peer) -> None:
-        """A link broke, which happens to the living, too: look whether its program still answers."""
-        if not peer.gone:
-            self.node.links.want(peer)
-
     def dial_failed(self, peer: Peer, reason: str) -> None:
         """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
-        doubt = self._doubts.get(peer.key)
-        if reason != REFUSED:
-            if doubt is not None and doubt.hearsay:  # it may be leaving just now: look again
-                self.node.loop.call_later(0.3, self.link_lost, peer)
-            return
-        if peer.ip != self.node.me.ip:
+        if reason == REFUSED and peer.ip != self.node.me.ip:
             self.heard(None)  # somebody sent the refusal: our own network works
-            doubt = self._doubts.get(peer.key)
+        doubt = self._doubts.get(peer.key)
         if doubt is not None and doubt.hearsay:
-            self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=True)
-        elif peer.key not in self.node.links.current and self.node.loop.now() - peer.vouched > QUIET_AFTER:
+            if reason == REFUSED:
+                self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=True)
+            else:  # it may be leaving just now: look again
+                self.node.loop.call_later(0.3, self.node.links.want, peer)
+        elif (reason == REFUSED and peer.key not in self.node.links.current
+              and self.node.loop.now() - peer.vouched > QUIET_AFTER):
             self.doubt(peer, REFUSED_SUSPICION, "connection refused", hearsay=False)
             self.node.gossip.spread(peer, SUSPECT)
 
@@ -3106,13 +3011,8 @@ class Detector:
         timer = self.node.loop.call_later(fuse, self._expired, peer)
         self._doubts[peer.key] = Doubt(now, timer, reason, hearsay)
         self.probe(peer, SUSPECT)
-        self._ask_helpers(peer)
-
-    def _ask_helpers(self, peer: Peer) -> None:
-        links = [link for link in self.node.links.open_links() if link.peer is not peer]
-        chosen = self.node.loop.random.sample(links, min(PROBE_HELPERS, len(links)))
-        for link in chosen:
-            link.send(MSG_PROBE_REQUEST, {"peer": peer.wire(self.node.loop.now())})
+        for link in self.node.links.some(PROBE_HELPERS, but=peer):
+            link.send(MSG_PROBE_REQUEST, {"peer": peer.wire(now)})
 
     def help_probe(self, link: Link, message: Message) -> None:
         """Somebody can't reach a peer and asks whether we can."""
@@ -3131,8 +3031,7 @@ class Detector:
 
     def helped(self, link: Link, message: Message) -> None:
         """Somebody whom we asked has heard the peer that we doubt."""
-        record = message["content"]["peer"]
-        peer = self.node.peers.by_key(record.get("instance", ""))
+        peer = self.node.peers.by_key(message["content"]["peer"].get("instance", ""))
         if peer is not None and not peer.gone and peer.key in self._doubts:
             self.vouched(peer)
 
@@ -3147,14 +3046,10 @@ class Detector:
         if not self.cut_off and others > 1 and now - self.contact > QUIET_AFTER:
             self._network_gone()
         if self.cut_off and now - self.contact < TOMBSTONE_TIME:
-            doubt.timer = self.node.loop.call_later(SUSPICION, self._expired, peer)
-            return
-        self._remove(peer, doubt.reason)
-
-    def _remove(self, peer: Peer, reason: str) -> None:
-        self.forget(peer)
-        status = LEFT if reason == "left" else DEAD
-        self.node.remove(peer, status, reason)
+            again = self.node.loop.call_later(SUSPICION, self._expired, peer)
+            self._doubts[peer.key] = doubt._replace(timer=again)
+        else:
+            self.node.remove(peer, LEFT if doubt.reason == "left" else DEAD, doubt.reason)
 
     def forget(self, peer: Peer) -> None:
         """A peer is gone: there is nothing left to doubt."""
@@ -3172,7 +3067,7 @@ class Detector:
         for peer in self.node.peers.present():
             self._set_quiet(peer, True)
             peer.unverified = peer.unverified or self.contact
-        self.node.unsure_of_address()
+        self.node.address_sure = self.node.settings.host != "0.0.0.0"  # it may come back with another address
         self.node.emit({"event": "network", "gone": True})
 
     def _network_back(self) -> None:
@@ -3217,23 +3112,11 @@ class Detector:
 
     def _try_lost(self) -> None:
         """Dial one of those who were lost: so the halves of a cut network find each other again."""
-        taken = {peer.route for peer in self.node.peers.present()}
-        lost = [peer for peer in self.node.peers.tombstones() if peer.status == DEAD and peer.heard
-                and peer.route not in taken and peer.key not in self._hopeless]
+        lost = [peer for peer in self.node.peers.tombstones()
+                if peer.status == DEAD and peer.heard and not peer.ended]
         if lost:
             peer = self.node.loop.random.choice(lost)
             self.node.links.dial(peer.route, peer)
-
-    def hopeless(self, peer: Peer) -> None:
-        """A lost peer's address refuses connections: its program has ended."""
-        if len(self._hopeless) > 2 * MAX_PEERS:
-            self._hopeless.clear()
-        self._hopeless.add(peer.key)
-
-
-    def hopeful(self, peer: Peer) -> None:
-        """It was met: if it is lost again, it is tried again."""
-        self._hopeless.discard(peer.key)
 
 
 class Gossip:
@@ -3243,25 +3126,19 @@ class Gossip:
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.news = News()
-        self._timer: Optional[Timer] = None
+        self._timer = Timer()
         self._synced = False  # whether anybody's list was taken in yet
         self._asked: Dict[str, bool] = {}  # keys of peers to ask once they are linked: by the user's wish?
-
-    def start(self) -> None:
-        """Begin to gossip."""
-        self.node.every(self.node.settings.gossip_interval, self._tick)
 
     def spread(self, peer: Peer, status: str) -> None:
         """Pass on what has become of a peer (oneself included)."""
         self.news.add(peer, status, len(self.node.peers))
-        if self._timer is None:
+        if not self._timer.active:
             self._timer = self.node.loop.call_later(0, self._tell)
 
     def _tell(self) -> None:
         """Tell a few peers all that is news."""
-        self._timer = None
-        links = self.node.links.open_links()
-        chosen = self.node.loop.random.sample(links, min(NEWS_FANOUT, len(links)))
+        chosen = self.node.links.some(NEWS_FANOUT)
         if chosen:
             records = self.news.take(len(chosen), self.node.loop.now())
             data = create_message(MSG_PEER_NEWS, self.node.me.id, {"peers": records})
@@ -3270,7 +3147,8 @@ class Gossip:
         if self.news and chosen:  # with nobody to tell, it waits until somebody is met
             self._timer = self.node.loop.call_later(NEWS_INTERVAL, self._tell)
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Compare lists with one random peer."""
         for peer in self.node.peers.sample(self.node.loop.random, 1, self.node.peers.present()):
             self.ask(peer)
 
@@ -3289,12 +3167,10 @@ class Gossip:
         link.asked = True
         link.send(MSG_SYNC_PEERS_REQUEST, {"digest": self.node.peers.digest()})
 
-    def met(self, link: Link, verdict: str, was_lost: bool, digest: Any) -> None:
+    def met(self, link: Link, peer: Peer, verdict: str, was_lost: bool, digest: Any) -> None:
         """A link was bound: pass on that the peer is there, and compare lists if there is reason to."""
-        peer = link.peer
-        assert peer is not None
         self.node.loop.call_later(SETTLE_TIME / 4, self.node.settle)
-        if self.news and self._timer is None:
+        if self.news and not self._timer.active:
             self._timer = self.node.loop.call_later(0, self._tell)
         if verdict == NEW:
             self.spread(peer, ALIVE)
@@ -3344,7 +3220,7 @@ class Gossip:
             told = {record.get("instance", "") or record["id"] for record in listed}
             now = self.node.loop.now()
             lacking = [peer.wire(now) for peer in peers.shared() if peer.key not in told]
-            if len(listed) < MAX_PEERS and lacking:
+            if len(listed) < MAX_PEERS:
                 self._send_news(link, lacking)
         link.asked = content.get("more") is True
         self._report(link.peer, len(peers) - before)
@@ -3362,10 +3238,6 @@ class Gossip:
         for start in range(0, len(records), NEWS_BATCH):
             link.send(MSG_PEER_NEWS, {"peers": records[start:start + NEWS_BATCH]})
 
-    def told(self, link: Link, message: Message) -> None:
-        """News from a peer."""
-        self.hear(link, message["content"]["peers"])
-
     def hear(self, link: Link, records: List[Dict[str, Any]]) -> None:
         """Take in records that a peer sent; tell it where we know better."""
         link.traffic.take(self.node.loop.now(), len(records))
@@ -3379,15 +3251,14 @@ class Gossip:
         if len(new) <= max(before, 1):  # a newcomer's first list is no news to anybody else
             for peer in new:
                 self.spread(peer, ALIVE)
-        if answers:
-            self._send_news(link, answers[:NEWS_BATCH])
+        self._send_news(link, answers[:NEWS_BATCH])
 
     def _hear_one(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Peer]:
         node = self.node
         if record.get("instance") == node.me.instance or record["id"] == node.me.id:
             return self._about_me(record), node.me
         if link.peer is not None and record.get("instance") == link.peer.instance:
-            return self._own_word(link, record)
+            return self._own_word(link, link.peer, record)
         return self.hear_of(record, link.connection.remote[0])
 
     def hear_of(self, record: Dict[str, Any], source_ip: str) -> Tuple[str, Peer]:
@@ -3418,13 +3289,11 @@ class Gossip:
             return STALE
         return KNOWN
 
-    def _own_word(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Peer]:
+    def _own_word(self, link: Link, peer: Peer, record: Dict[str, Any]) -> Tuple[str, Peer]:
         """What the far end says of itself: another name, or that it is not gone."""
-        peer = link.peer
-        assert peer is not None
-        if (record["ip"], record["port"]) != peer.address and not self.node.links.seen_there(
-                link, (record["ip"], record["port"])):
-            self.node.links.look((record["ip"], record["port"]))
+        address = (record["ip"], record["port"])
+        if address != peer.address and not self.node.links.seen_there(link, address):
+            self.node.links.look(address)
             return IMPLAUSIBLE, peer
         if record.get("status", ALIVE) != ALIVE:
             return KNOWN, peer
@@ -3438,136 +3307,114 @@ class Gossip:
         return verdict, peer
 
 
-class ServerLink(Handler):
-    """The connection to a discovery server."""
-
-    def __init__(self, discovery: "Discovery") -> None:
-        self.discovery = discovery
-        self.connection: Connection
-        self.traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
-
-    def send(self, msg_type: str, content: Any) -> None:
-        """Send one message to the server."""
-        sender_id = self.discovery.peer_id or self.discovery.node.me.id
-        self.connection.send(create_message(msg_type, sender_id, content, "server"))
-
-    def opened(self) -> None:
-        self.discovery.register(self)
-
-    def received(self, messages: List[Message]) -> None:
-        if not self.traffic.take(self.discovery.node.loop.now(), len(messages)):
-            self.connection.abort("the server sends too much")
-            return
-        for message in messages:
-            self.discovery.received(self, message)
-
-    def spoilt(self, reason: str) -> None:
-        limited_log("bad input", logging.WARNING, "[Discovery] bad input from the server: %s", reason)
-
-    def closed(self, reason: str) -> None:
-        self.discovery.closed(self, reason)
-
-
-class Discovery:
+class Discovery(Handler):
     """The client of the discovery server: registers, sends heartbeats, takes in who is there. When the
     server is gone it tries again, later each time, and any others that were found."""
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
-        self.online = False
+        self.online: Optional[bool] = None  # None until the interface was told
         self.since = node.loop.wall()  # since when it is, or is not, online
         self.reason = ""
         self.peer_id = ""  # what the server calls us: it may see another address than we do
         self._last_seen = ("127.0.0.1", 0.0)  # the last server's address, and when it came or went
-        self._told = False  # whether the interface was told of the server at all
         first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
-        self._candidates: List[Address] = [first]
+        self.candidates: List[Address] = [first]  # the one that is used, or tried next, and further ones
         self._wait = RETRY_SERVER_MIN
         self._tried = float("-inf")  # when
-        self._link: Optional[ServerLink] = None
-        self._timer: Optional[Timer] = None  # of the next try, or of an answer that is due
-        self._heartbeat: Optional[Timer] = None
+        self.connection: Optional[Connection] = None
+        self._traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
+        self._timer = Timer()  # of the next try, or of an answer that is due
+        self._heartbeat = Timer()
 
     @property
     def address(self) -> Address:
         """The server that is used, or tried next."""
-        return self._candidates[0]
+        return self.candidates[0]
 
     def was_online_after(self, when: float) -> bool:
         """Whether a server on another machine was online until after a time on the loop's clock."""
         return not is_loopback(self._last_seen[0]) and (self.online or self._last_seen[1] > when)
 
-    def knows(self, address: Address) -> bool:
-        """Whether an address is that of a server."""
-        return address in self._candidates
-
     def start(self) -> None:
         """Dial the first candidate."""
-        self._timer = None
         self._tried = self.node.loop.now()
         self.peer_id = ""
-        self._link = ServerLink(self)
-        self._link.connection = self.node.loop.connect(self.address, self._link, self.node.settings.timeout)
+        self._traffic = Allowance(MAX_MESSAGES)
+        self.connection = self.node.loop.connect(self.address, self, self.node.settings.timeout)
 
     def found(self, address: Address) -> None:
         """A server was found on the network, or named with --join."""
-        if self._link is not None or self.node.stopping:
+        if self.connection is not None or self.node.stopping:
             return
-        if address not in self._candidates:
+        if address not in self.candidates:
             log.info("[Discovery] found a server at %s:%d", *address)
-        others = [each for each in self._candidates if each != address]
-        self._candidates = [address, *others[:7]]
+        others = [each for each in self.candidates if each != address]
+        self.candidates = [address, *others[:7]]
         if self.node.loop.now() - self._tried > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
-            if self._timer is not None:
-                self._timer.cancel()
+            self._timer.cancel()
             self.start()
 
-    def register(self, link: ServerLink) -> None:
-        """Say who we are; again after a change of name or address."""
-        if link is not self._link or link.connection.state != OPEN:
-            return
-        self.node.adopt_address(link.connection.local[0])
-        me = self.node.me
-        link.send(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip,
-                                 "instance": me.instance, "incarnation": me.incarnation})
-        self._expect_answer("no answer to MSG_REGISTER", self.node.settings.timeout)
+    def opened(self) -> None:
+        self.register()
 
-    def register_again(self) -> None:
-        """Our name or address is another now."""
-        if self.online and self._link is not None:
-            self.register(self._link)
+    def register(self) -> None:
+        """Say who we are; again after a change of name or address."""
+        if self.connection is None or self.connection.state != OPEN:
+            return
+        self.node.adopt_address(self.connection.local[0])
+        me = self.node.me
+        self._ask(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
+                                 "incarnation": me.incarnation}, "no answer to MSG_REGISTER")
+
+    def check(self) -> None:
+        """We may have slept: look at once whether the server still knows us."""
+        if self.online:
+            self._ask(MSG_HEARTBEAT, None, "the server is silent")
+
+    def _ask(self, msg_type: str, content: Any, otherwise: str) -> None:
+        """Send a message to which an answer is due."""
+        self._send(msg_type, content)
+        self._expect_answer(otherwise, self.node.settings.timeout)
+
+    def _send(self, msg_type: str, content: Any) -> None:
+        if self.connection is not None:
+            self.connection.send(create_message(msg_type, self.peer_id or self.node.me.id, content, "server"))
 
     def _expect_answer(self, otherwise: str, within: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        assert self._link is not None
-        self._timer = self.node.loop.call_later(within, self._link.connection.abort, otherwise)
+        self._timer.cancel()
+        if self.connection is not None:
+            self._timer = self.node.loop.call_later(within, self.connection.abort, otherwise)
 
-    def received(self, link: ServerLink, message: Message) -> None:
-        """Something came from the server."""
-        if link is not self._link:
+    def received(self, messages: List[Message]) -> None:
+        assert self.connection is not None
+        if not self._traffic.take(self.node.loop.now(), len(messages)):
+            self.connection.abort("the server sends too much")
             return
-        if not is_loopback(link.connection.remote[0]):
+        if not is_loopback(self.address[0]):
             self.node.detector.heard(None)
-        if message["type"] == MSG_REGISTER_ACK:
-            self._registered(message["content"])
-        elif message["type"] == MSG_PEER_LIST_UPDATE:
-            self._updated(message["content"])
-        elif message["type"] == MSG_ERROR:
-            self.reason = clean(message["content"]["reason"])[:200]
-            limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self.reason)
-            return
-        self.reason = ""
-        if self.online:
-            self._expect_answer("the server is silent", 2.5 * self.node.settings.heartbeat_interval)
+        for message in messages:
+            if message["type"] == MSG_ERROR:
+                self.reason = clean(message["content"]["reason"])[:200]
+                limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self.reason)
+                continue
+            if message["type"] == MSG_REGISTER_ACK:
+                self._registered(message["content"])
+            elif message["type"] == MSG_PEER_LIST_UPDATE:
+                self._updated(message["content"])
+            self.reason = ""
+            if self.online:
+                self._expect_answer("the server is silent", 2.5 * self.node.settings.heartbeat_interval)
+
+    def spoilt(self, reason: str) -> None:
+        limited_log("bad input", logging.WARNING, "[Discovery] bad input from the server: %s", reason)
 
     def _registered(self, content: Dict[str, Any]) -> None:
         parts = split_id(content["peer_id"])
         assert parts is not None
         self._wait = RETRY_SERVER_MIN
         self.peer_id = content["peer_id"]
-        assert self._link is not None
-        self.node.confirm_address(parts[1], self._link.connection)
+        self.node.confirm_address(parts[1], self.address[0])
         if not self.online:
             log.info("[Discovery] registered as %s", content["peer_id"])
             self._set_online(True, "")
@@ -3584,46 +3431,28 @@ class Discovery:
                 self.node.detector.accused(peer, LEFT if reason == "left" else SUSPECT, reason)
 
     def _hear(self, records: List[Dict[str, Any]]) -> None:
-        assert self._link is not None
-        self._link.traffic.take(self.node.loop.now(), len(records))
-        source = self._link.connection.remote[0]
+        self._traffic.take(self.node.loop.now(), len(records))
         for record in records:
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
-                self.node.gossip.hear_of(record, source)
+                self.node.gossip.hear_of(record, self.address[0])
 
     def _beat(self) -> None:
         """A heartbeat now, and the next one later."""
-        self._heartbeat = None
-        if self.online and self._link is not None:
-            self._link.send(MSG_HEARTBEAT, None)
-            self._heartbeat = self.node.loop.call_later(self.node.settings.heartbeat_interval, self._beat)
+        self._send(MSG_HEARTBEAT, None)
+        self._heartbeat = self.node.loop.call_later(self.node.settings.heartbeat_interval, self._beat)
 
-    def check(self) -> None:
-        """We may have slept: look at once whether the server still knows us."""
-        if self.online and self._link is not None:
-            self._link.send(MSG_HEARTBEAT, None)
-            self._expect_answer("the server is silent", self.node.settings.timeout)
-
-    def drop_stranded(self, own: FrozenSet[str]) -> None:
-        """Close a connection from an address that the machine has no more."""
-        if self._link is not None and self._link.connection.state == OPEN and self._link.connection.local[0] not in own:
-            self._link.connection.abort("our address is another now")
-
-    def closed(self, link: ServerLink, reason: str) -> None:
+    def closed(self, reason: str) -> None:
         """The connection is gone, or never was: go on without, and try again."""
-        if link is not self._link:
-            return
-        self._link = None
-        for timer in (self._timer, self._heartbeat):
-            if timer is not None:
-                timer.cancel()
+        self.connection = None
+        self._timer.cancel()
+        self._heartbeat.cancel()
         if self.node.stopping:
             return
         reason = self.reason or reason
         self.reason = ""
         self.node.finder.note(self.address, reason, "server ")
         self._set_online(False, reason)
-        self._candidates.append(self._candidates.pop(0))
+        self.candidates.append(self.candidates.pop(0))
         delay = self._wait * (0.75 + self.node.loop.random.random() / 2)
         self._wait = min(2 * self._wait, RETRY_SERVER_MAX)
         self._timer = self.node.loop.call_later(delay, self.start)
@@ -3632,8 +3461,7 @@ class Discovery:
     def _set_online(self, online: bool, reason: str) -> None:
         if online or self.online:
             self._last_seen = (self.address[0], self.node.loop.now())
-        if online != self.online or not self._told:
-            self._told = True
+        if online != self.online:
             self.online = online
             self.since = self.node.loop.wall()
             if not online:
@@ -3643,13 +3471,12 @@ class Discovery:
 
     def leave(self) -> None:
         """Tell the server that we leave."""
-        for timer in (self._timer, self._heartbeat):
-            if timer is not None:
-                timer.cancel()
-        if self._link is not None:
+        self._timer.cancel()
+        self._heartbeat.cancel()
+        if self.connection is not None:
             if self.online:
-                self._link.send(MSG_UNREGISTER, None)
-            self._link.connection.close("leaving")
+                self._send(MSG_UNREGISTER, None)
+            self.connection.close("leaving")
 
 
 class Finder:
@@ -3660,7 +3487,7 @@ class Finder:
         self.node = node
         self.tried: Dict[str, str] = {}  # what was tried, and what came of it
         self._lan: Optional[Lan] = None
-        self._timer: Optional[Timer] = None
+        self._timer = Timer()
         self._answers = Allowance(BEACON_ANSWERS, 1.0)
 
     def start(self) -> None:
@@ -3681,7 +3508,7 @@ class Finder:
             self._timer = self.node.loop.call_later(wait, self._look)  # first: an error must not end it
         linked = {peer.address for peer in self.node.peers.present()}
         for address in self.node.settings.join:
-            if address not in linked and not self.node.discovery.knows(address):
+            if address not in linked and address not in self.node.discovery.candidates:
                 self.node.links.dial(address)
         if self._lan is not None:
             self._lan.refresh()
@@ -3710,16 +3537,10 @@ class Finder:
         few = self.node.loop.random.random() * len(self.node.peers) < 10  # a thousand need not all answer
         if (known is None or known.gone) and few:
             self.node.links.look(address)
-        if content.get("alone") is True and content.get("answer") is not True and few:
-            if not self._answers.take(self.node.loop.now()):
-                return None
-            return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
-        return None
-
-    def dial_failed(self, address: Address, reason: str) -> None:
-        """Remember what became of an address named by hand."""
-        if address in self.node.settings.join:
-            self.note(address, reason)
+        wanted = content.get("alone") is True and content.get("answer") is not True and few
+        if not wanted or not self._answers.take(self.node.loop.now()):
+            return None
+        return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
 
     def note(self, address: Address, result: str, what: str = "") -> None:
         """Remember what came of trying an address, for the report; the last few are enough."""
@@ -3740,7 +3561,7 @@ class Finder:
             return
         if link.peer is None and link.dialled:
             before = self.node.me.ip
-            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection)
+            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection.remote[0])
             if self.node.me.ip != before:  # it did not believe our address, and was right
                 self.node.loop.call_later(DRAIN_TIMEOUT, self.node.links.dial, link.address)
         if link.peer is None and link.address in self.node.settings.join:
@@ -3766,8 +3587,7 @@ class Finder:
 
     def stop(self) -> None:
         """Look no longer."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         if self._lan is not None:
             self._lan.close()
 
@@ -3788,7 +3608,7 @@ class PeerNode:
         self.stopping = False  # saying goodbye
         self._settled = False
         self._stopped = False
-        self._address_sure = settings.host != "0.0.0.0"
+        self.address_sure = settings.host != "0.0.0.0"
         self._had_address = True  # whether our address is, or was, one of the machine's own: not so behind NAT
         self._own_addresses: Tuple[float, FrozenSet[str]] = (-1e9, frozenset())
         self._listener: Optional[Listener] = None
@@ -3799,21 +3619,24 @@ class PeerNode:
         self.detector = Detector(self)
         self.gossip = Gossip(self)
         self.discovery = Discovery(self)
+        self.present = self.peers.present  # these three are for interfaces: everybody else, by name;
+        self.find = self.peers.find  # those present whom a typed text names, more than one is ambiguous;
+        self.alone = self.finder.report  # why nobody is here
         self.handlers: Dict[str, Callable[[Link, Message], None]] = {
             MSG_CHAT: self.delivery.chat,
-            MSG_CHAT_ACK: self.delivery.acknowledged,
-            MSG_CHAT_REFUSED: self.delivery.refused,
+            MSG_CHAT_ACK: self.delivery.answered,
+            MSG_CHAT_REFUSED: self.delivery.answered,
             MSG_HELLO: self.links.hello,
             MSG_UNREGISTER: self._unregistered,
             MSG_PROBE: self.detector.probed,
             MSG_PROBE_ACK: self.detector.answered,
             MSG_PROBE_REQUEST: self.detector.help_probe,
             MSG_PROBE_RESULT: self.detector.helped,
-            MSG_PEER_NEWS: self.gossip.told,
+            MSG_PEER_NEWS: lambda link, message: self.gossip.hear(link, message["content"]["peers"]),
             MSG_SYNC_PEERS_REQUEST: self.gossip.requested,
             MSG_SYNC_PEERS_RESPONSE: self.gossip.answered,
             MSG_ERROR: self.finder.error,
-            MSG_REGISTER: self._not_a_server,
+            MSG_REGISTER: lambda link, message: link.refuse("this is a peer, not a discovery server: say MSG_HELLO"),
         }
 
     # -- starting and leaving --------------------------------------------------------------------------
@@ -3822,20 +3645,17 @@ class PeerNode:
         """Listen, and look for others. Raises OSError when the port can't be had."""
         settings = self.settings
         self._listener = self.loop.listen(settings.host, settings.port, self.links.accept)
-        ip = settings.host if self._address_sure else self.loop.local_addresses()[0]
+        ip = settings.host if self.address_sure else self.loop.local_addresses()[0]
         self._place(self.me.username, ip, self._listener.address[1])
         log.info("[P2P] listening on %s:%d as %s", settings.host, self.me.port, self.me.id)
         self.emit({"event": "ready", "id": self.me.id, "ip": self.me.ip, "port": self.me.port})
         self.detector.start()
-        self.gossip.start()
+        self._tickers = [Ticker(self.loop, PROBE_INTERVAL, self.detector.tick),
+                         Ticker(self.loop, settings.gossip_interval, self.gossip.tick)]
         self.discovery.start()
         self.finder.start()
         named = settings.server is not None or settings.join
         self.loop.call_later(settings.timeout if named else SETTLE_TIME, self.settle)
-
-    def every(self, interval: float, callback: Callable[[], None]) -> None:
-        """Call back every so many seconds until we stop."""
-        self._tickers.append(Ticker(self.loop, interval, callback))
 
     def settle(self) -> None:
         """The first look around is over: whoever could be found quickly is known. Said once."""
@@ -3854,7 +3674,7 @@ class PeerNode:
     def proceed(self) -> None:
         """Something has come to its end: leave, if that was the last thing to wait for."""
         if self.stopping:
-            if not self.links and not self._stopped:
+            if not self.links.all:
                 self._stop()
         elif self.leaving and not self.delivery.is_waiting():
             self._depart()
@@ -3882,10 +3702,6 @@ class PeerNode:
 
     # -- what an interface asks for --------------------------------------------------------------------
 
-    def present(self) -> List[Peer]:
-        """Everybody else, by name."""
-        return self.peers.present()
-
     def label(self, peer_id: str) -> str:
         """The shortest text that tells a peer from the others, from its id."""
         peer = self.me if peer_id == self.me.id else self.peers.get(peer_id)
@@ -3895,10 +3711,6 @@ class PeerNode:
                 return peer_id
             peer = Peer(*parts)
         return self.peers.label(peer)
-
-    def find(self, text: str) -> List[Peer]:
-        """Those present whom a typed text names; more than one is ambiguous."""
-        return self.peers.find(text)
 
     def chat(self, text: str, to: Optional[str] = None) -> str:
         """Send a text to everybody, or to the peer with the id `to`; return the message's id. Raises ChatError."""
@@ -3952,14 +3764,10 @@ class PeerNode:
         trip = "" if peer.rtt is None else f"{peer.rtt * 1000:.1f} ms"
         return how, f"{max(0, since):.0f} s", trip
 
-    def alone(self) -> List[str]:
-        """Why nobody is here, and what to do; empty if somebody is."""
-        return self.finder.report()
-
     def server_status(self) -> Tuple[bool, str, float]:
         """(online, address, since when as Unix time)."""
         address = self.discovery.address
-        return self.discovery.online, f"{address[0]}:{address[1]}", self.discovery.since
+        return bool(self.discovery.online), f"{address[0]}:{address[1]}", self.discovery.since
 
     @property
     def network_gone(self) -> bool:
@@ -4002,9 +3810,6 @@ class PeerNode:
         link.connection.close("it left")
         self.remove(peer, LEFT, "left")
 
-    def _not_a_server(self, link: Link, message: Message) -> None:
-        link.refuse("this is a peer, not a discovery server: say MSG_HELLO")
-
     # -- oneself ---------------------------------------------------------------------------------------
 
     def deny(self, incarnation: int) -> None:
@@ -4027,26 +3832,20 @@ class PeerNode:
 
     def adopt_address(self, local_ip: str) -> None:
         """A connection left from this address of ours: better than a guess, until somebody confirms one."""
-        if not self._address_sure and not is_loopback(local_ip) and is_peer_ip(local_ip):
+        if not self.address_sure and not is_loopback(local_ip) and is_peer_ip(local_ip):
             self._change(self.me.username, local_ip)
 
-    def confirm_address(self, seen_ip: Any, connection: Connection) -> None:
+    def confirm_address(self, seen_ip: Any, by_ip: str) -> None:
         """The far side of a connection sees us at this address, which beats what we think.
 
         One of this machine's own is believed at once; another one (there is NAT between us, or it lies) only
         while none of our own was confirmed."""
-        if self.settings.host != "0.0.0.0" or not isinstance(seen_ip, str) or not is_peer_ip(seen_ip):
-            return
-        if is_loopback(seen_ip) or is_loopback(connection.remote[0]):
+        if self.settings.host != "0.0.0.0" or not is_peer_ip(seen_ip) or is_loopback(seen_ip) or is_loopback(by_ip):
             return
         own = seen_ip in self.own_addresses()
-        if not self._address_sure or (own and self.me.ip not in self.own_addresses()):
-            self._address_sure, self._had_address = True, own
+        if not self.address_sure or (own and self.me.ip not in self.own_addresses()):
+            self.address_sure, self._had_address = True, own
             self._change(self.me.username, seen_ip)
-
-    def unsure_of_address(self) -> None:
-        """The network is gone; it may come back with another address."""
-        self._address_sure = self.settings.host != "0.0.0.0"
 
     def follow_address(self) -> None:
         """The machine may have another address by now (a new lease, another network): go along."""
@@ -4055,29 +3854,31 @@ class PeerNode:
             return
         new = self.loop.local_addresses()[0]
         if not is_loopback(new):
-            self._address_sure = False
-            self.discovery.drop_stranded(own)
-            self.links.drop_stranded(own)
+            self.address_sure = False
+            for connection in [self.discovery.connection, *(link.connection for link in self.links.all)]:
+                if connection is not None and connection.state == OPEN and connection.local[0] not in own:
+                    connection.abort("our address is another now")  # nothing comes through it any more
             self._change(self.me.username, new)
 
     def _change(self, username: str, ip: str) -> None:
         """Take another name or address, and tell everybody: a change, not a leave and a join."""
         if (username, ip) == (self.me.username, self.me.ip):
             return
-        old = dict(self.me.public)
+        old = self.me.public
         self.me.incarnation += 1
         self._place(username, ip, self.me.port)
-        self.links.forget_own()
+        self.links.own.clear()  # somebody else may get the old one
         log.info("[P2P] now known as %s", self.me.id)
         self.links.announce(old["id"])
         self.gossip.spread(self.me, ALIVE)
-        self.discovery.register_again()
+        if self.discovery.online:
+            self.discovery.register()
         self.emit({"event": "renamed", "peer": self.me.public, "old": old})
 
     def _place(self, username: str, ip: str, port: int) -> None:
         self.me.place(username, ip, port)
         self.my_ids[self.me.id] = None
-        self.peers.me_changed()
+        self.peers.changed()
 
 
 # ======================================================================================================

@@ -696,7 +696,7 @@ def test_a_namesake_is_told_of_once():
     assert len(told) == 1 and "another Alice" in told[0] and f"see you as {view.node.label(view.node.me.id)}." in told[0]
     old = view.node.me.public
     view.node.me.place("Bob", "10.0.0.1", 10001)
-    view.node.peers.me_changed()
+    view.node.peers.changed()
     view.handle({"event": "renamed", "old": old, "peer": view.node.me.public})
     assert "another Bob here" in view.entries[-1].text
 
@@ -3948,7 +3948,7 @@ def test_node_joining_oneself_does_no_harm():
     node = p2pchat.PeerNode(network.start(host), settings, events.append)
     node.start()
     network.run(60)
-    assert len(node.peers) == 0 and address in node.links._own and len(node.links._all) == 0
+    assert len(node.peers) == 0 and address in node.links.own and len(node.links.all) == 0
 
 
 def test_node_addresses_that_echo_our_instance_are_bounded():
@@ -3958,7 +3958,7 @@ def test_node_addresses_that_echo_our_instance_are_bounded():
     for number in range(3 * p2pchat.MAX_DIALS):
         link = p2pchat.Link(rig.ann, ("10.9.9.9", number + 1), dialled=True)
         assert rig.ann.links._objection(link, record) == "this is yourself"
-    assert 0 < len(rig.ann.links._own) <= p2pchat.MAX_DIALS
+    assert 0 < len(rig.ann.links.own) <= p2pchat.MAX_DIALS
 
 
 def test_node_whose_place_is_taken_by_another_process_is_not_tried_again():
@@ -3971,7 +3971,7 @@ def test_node_whose_place_is_taken_by_another_process_is_not_tried_again():
     rig.add("Bob", host)
     rig.run(60)
     assert [peer.username for peer in rig.ann.present()] == ["Bob", "Cy"]
-    assert len(rig.ann.links._all) == 2
+    assert len(rig.ann.links.all) == 2
 
 
 def test_node_a_late_word_of_its_life_does_not_bring_back_one_that_has_left():
@@ -4133,10 +4133,10 @@ def test_node_a_rename_during_the_handshake_costs_no_link():
     rig.run(0.5)  # its hello is on the way
     bob.rename("Rob")
     rig.run(1)
-    links = list(rig.ann.links._all)
+    links = list(rig.ann.links.all)
     bob.chat("hello")
     rig.run(3)
-    assert rig.shown("Ann") == ["hello"] and list(rig.ann.links._all) == links and len(links) == 1
+    assert rig.shown("Ann") == ["hello"] and list(rig.ann.links.all) == links and len(links) == 1
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -6695,19 +6695,18 @@ def hostile_bounds(node):
         "present": (len(node.peers), most),
         "tombstones": (len(node.peers.tombstones()), most + 1),
         "dialling": (len(node.links._dialling), p2pchat.MAX_DIALS),
-        "waiting": (len(node.links._waiting), most),
-        "own": (len(node.links._own), p2pchat.MAX_DIALS),
+        "waiting": (len(node.links.waiting), most),
+        "own": (len(node.links.own), p2pchat.MAX_DIALS),
         "banned": (len(node.links._banned), most),
         "failed": (len(node.links._failed), 2 * most),
         "channels": (len(node.delivery._channels), 2 * most + 1),
         "doubts": (len(node.detector._doubts), most),
         "askers": (len(node.detector._askers), most),
-        "hopeless": (len(node.detector._hopeless), 2 * most + 1),
         "news": (len(node.gossip.news._left), most),
         "asked": (len(node.gossip._asked), p2pchat.MAX_DIALS),
         "tried": (len(node.finder.tried), 64),
         "looked": (len(node.links._looked), p2pchat.MAX_LOOKS),
-        "servers": (len(node.discovery._candidates), 8),
+        "servers": (len(node.discovery.candidates), 8),
     }
     assert all(node.peers.get(peer.id) is peer for peer in node.peers._by_key.values() if not peer.gone)
     over = {name: size for name, (size, bound) in sizes.items() if size > bound}
@@ -7454,7 +7453,7 @@ def hostile_resets(count=500):
             if number % 20 == 0:
                 rig.loop.turn(0)
         rig.served()
-        rig.until(lambda: len(rig.server._sessions) <= 2 and len(rig.alice.links._all) <= 2, 5)
+        rig.until(lambda: len(rig.server._sessions) <= 2 and len(rig.alice.links.all) <= 2, 5)
 
 
 def hostile_datagrams(count=3000):
@@ -7869,13 +7868,13 @@ class HostileTarget:
     def as_server(self):
         """The node's connection to its server."""
         discovery = self.node.discovery
-        if discovery._link is not None:
-            discovery._link.connection.abort("again")
+        if discovery.connection is not None:
+            discovery.connection.abort("again")
             self.loop.pass_time(0)
         discovery._timer.cancel()
         discovery.start()
-        self.loop.answer(discovery._link.connection)
-        return discovery._link.connection
+        self.loop.answer(discovery.connection)
+        return discovery.connection
 
     def session(self):
         return self._accepted(self.server._accept, ("10.0.0.66", 50001))
