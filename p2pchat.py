@@ -111,6 +111,7 @@ SUSPICION = 6.0  # further silence after which it is gone: 11 s after its last s
 REFUSED_SUSPICION = 3.0  # the same when its address refuses connections: time for others to say it lives
 LEFT_SUSPICION = 1.0  # somebody says that it left: time for its answer to a probe; half of it if it refuses
 HEARSAY_SUSPICION = 2.5  # somebody says that it is gone: time for its own answer to a probe
+WARN_INTERVAL = 0.25  # between two probes that say "you are thought gone": others can cause them at will
 PROBE_HELPERS = 3  # peers asked to try one that we cannot reach
 TOMBSTONE_TIME = 3600.0  # how long a removed peer is remembered, so that no old list brings it back
 NEWS_INTERVAL = 0.2  # between two rounds of passing on news (memberlist's gossip interval)
@@ -120,6 +121,7 @@ NEWS_BATCH = 200  # items told at a time: some 30 KiB
 CLOCK_JUMP = 10.0  # a clock that is so far off says that the machine slept
 
 # Links between peers.
+LINKS_TO_ONE = 4  # to the same peer, the newest: two dial each other, and links that broke are not known to have yet
 IDLE_LINKS = 64  # links kept open without being used; some fifty peers are all linked to each other
 IDLE_TIME = 30.0  # unused for so long, a link beyond that number is closed
 MAX_DIALS = 256  # connections being opened at once: half a room that is off holds up the other half but little
@@ -128,6 +130,7 @@ HELLO_TIME = 10.0  # a connection to a peer that has not said who it is by then 
 # Delivery.
 OUTBOX_MESSAGES = 50_000  # waiting for one receiver's acknowledgement
 OUTBOX_BYTES = 4 * 1024 * 1024  # the same in bytes
+GOODBYE_TIME = 0.5  # for what a peer that leaves said over another link of its
 UNREACHABLE_TIME = 15.0  # others say it lives, but we find no way to it: then its messages have failed
 CUT_OFF_FACTOR = 4  # sending so many times one's budget, all refused, ends the connection
 BAN_TIME = 60.0  # and no other is accepted from that instance for so long
@@ -189,6 +192,7 @@ class Settings(NamedTuple):
 # to the part that is certain, so that no line spills. Pure functions, no state.
 # ======================================================================================================
 
+MAX_CLUSTER = 32  # characters that are drawn as one: the longest emoji in use have ten
 MAX_MARKS = 6  # combining marks on one character: Hebrew and Tibetan need four or five
 
 _ZWNJ, _ZWJ, _TEXT_STYLE, _EMOJI_STYLE, _UNKNOWN = "\u200c", "\u200d", "\ufe0e", "\ufe0f", "\ufffd"
@@ -241,7 +245,7 @@ def graphemes(text: str) -> List[str]:
         return list(text)
     clusters: List[str] = []
     for character in text:
-        if clusters and _extends(clusters[-1], character):
+        if clusters and len(clusters[-1]) < MAX_CLUSTER and _extends(clusters[-1], character):
             clusters[-1] += character
         else:
             clusters.append(character)
@@ -560,9 +564,8 @@ class MessageReader:
         position, length = 0, len(text)
         while position < length:
             newline = text.find("\n", position)
-            if newline - position > MAX_LINE:
-                raise BadMessage(f"longer than {MAX_LINE} bytes")
-            message, end = _decode(text, position) if text[position] == "{" else (None, -1)
+            plain = text[position] == "{" and newline - position <= MAX_LINE // 4  # too short to have too many bytes
+            message, end = _decode(text, position) if plain else (None, -1)
             if end == newline:
                 messages.append(_checked(message))
             elif text[position:newline].strip(_BLANKS):  # an empty line is nothing
@@ -676,9 +679,9 @@ def check_peer(peer: Any) -> bool:
     return True
 
 
-def _is_text(check: Callable[[str], Any] = lambda text: True) -> Callable[[Any], bool]:
-    """The check of a text of a length that nobody minds, which passes `check`."""
-    return lambda value: type(value) is str and len(value) <= MAX_TEXT and bool(check(value))
+def _is_text(most: int, check: Callable[[str], Any] = lambda text: True) -> Callable[[Any], bool]:
+    """The check of a text of at most so many characters, which passes `check`; that may be cached."""
+    return lambda value: type(value) is str and len(value) <= most and bool(check(value))
 
 
 def _is_list(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -721,15 +724,14 @@ def _check_content(message: Message, content: Any) -> None:
         _check_fields(f"the content of {kind}", content, _CONTENTS[kind])
 
 
-_NAME = (_is_text(is_username), "1 to 32 characters that can be shown, none of @*:, no slash at the start")
+_NAME = (_is_text(MAX_NAME, is_username), "1 to 32 characters that can be shown, none of @*:, no slash at the start")
 _PORT = (is_port, "an integer from 1 to 65535")
 _COUNT = (is_count, "an integer from 0 to 2**53 - 1")
-_WORDS = (_is_text(), "a text")
-_INSTANCE = (_is_text(lambda text: len(text) <= 32 and text.isascii() and (not text or text.isalnum())),
-             "at most 32 letters and digits")
-_STATUS = (_is_text(RANK.__contains__), "alive, suspect, dead or left")
-_IP = (_is_text(is_peer_ip), "the IPv4 address of one machine")
-_ID = (_is_text(split_id), "username@ip:port")
+_WORDS = (_is_text(MAX_TEXT), "a text")
+_INSTANCE = (_is_text(32, lambda text: not text or text.isascii() and text.isalnum()), "at most 32 letters and digits")
+_STATUS = (_is_text(MAX_NAME, RANK.__contains__), "alive, suspect, dead or left")
+_IP = (_is_text(MAX_NAME, is_peer_ip), "the IPv4 address of one machine")
+_ID = (_is_text(MAX_ID, split_id), "username@ip:port")
 _IDENTITY: Fields = {"instance?": _INSTANCE, "incarnation?": _COUNT}
 _PEER: Fields = {"username": _NAME, "ip": _IP, "port": _PORT, "id": _WORDS, **_IDENTITY, "status?": _STATUS,
                  "age?": _COUNT}
@@ -737,7 +739,7 @@ _ONE = (check_peer, "a peer")
 _PEERS = (_is_list(check_peer), f"a list of at most {MAX_PEERS} peers")
 _GREETER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
 _LEFT = (_is_list(_is_object({"id": _ID, "reason?": _WORDS, **_IDENTITY})), 'a list of {"id", "reason"}')
-_YOU = (_is_object({"ip?": _WORDS}), "an object with the ip that was seen")
+_YOU = (_is_object({"ip?": (_is_text(MAX_ID), "an address")}), "an object with the ip that was seen")
 _CONTENTS: Dict[str, Fields] = {
     MSG_REGISTER: {"username": _NAME, "port": _PORT, **_IDENTITY},
     MSG_REGISTER_ACK: {"peer_id": _ID, "peer_list": _PEERS},
@@ -890,6 +892,7 @@ class PeerList:
         self.me = me
         self._present: Dict[str, Peer] = {}  # by id
         self._by_key: Dict[str, Peer] = {}  # tombstones as well
+        self._at: Dict[str, int] = {}  # how many of those present are at each address
         self._sorted: Optional[List[Peer]] = None
         self._names: Optional[Dict[str, List[Peer]]] = None
 
@@ -966,11 +969,10 @@ class PeerList:
         """Bury a peer: it stays as a tombstone. Returns nothing when it was gone already."""
         if peer.gone or self._present.get(peer.id) is not peer:
             return []
-        del self._present[peer.id]
+        self._take_out(peer)
         peer.status, peer.removed, peer.quiet = status, now, False
         self._by_key.pop(peer.key, None)
         self._by_key[peer.key] = peer  # at the end: tombstones are in the order of their going
-        self.changed()
         self._bound_tombstones(now)
         return [Change(GONE, peer, reason)]
 
@@ -1066,9 +1068,8 @@ class PeerList:
         if not self._may_add(peer):
             return []
         peer.added = now
-        self._present[peer.id] = peer
+        self._put(peer)
         self._by_key[peer.key] = peer
-        self.changed()
         return [Change(JOINED, peer)]
 
     def _may_add(self, peer: Peer) -> bool:
@@ -1077,7 +1078,19 @@ class PeerList:
             return False
         if len(self._present) < MAX_PER_ADDRESS or peer.ip == self.me.ip:
             return True
-        return sum(other.ip == peer.ip for other in self._present.values()) < MAX_PER_ADDRESS
+        return self._at.get(peer.ip, 0) < MAX_PER_ADDRESS
+
+    def _put(self, peer: Peer) -> None:
+        self._present[peer.id] = peer
+        self._at[peer.ip] = self._at.get(peer.ip, 0) + 1
+        self.changed()
+
+    def _take_out(self, peer: Peer) -> None:
+        del self._present[peer.id]
+        self._at[peer.ip] -= 1
+        if not self._at[peer.ip]:
+            del self._at[peer.ip]
+        self.changed()
 
     def _revive(self, known: Peer, peer: Peer, now: float) -> List[Change]:
         if not self._may_add(peer):
@@ -1097,11 +1110,10 @@ class PeerList:
         if peer.id in self._present or peer.id == self.me.id:
             return CONFLICT, self._present.get(peer.id, known), []
         old = known.public
-        del self._present[known.id]
+        self._take_out(known)
         known.place(peer.username, peer.ip, peer.port)
         known.incarnation = peer.incarnation
-        self._present[known.id] = known
-        self.changed()
+        self._put(known)
         return NEW, known, [Change(RENAMED, known, old=old)]
 
     def _displace(self, peer: Peer, now: float) -> List[Change]:
@@ -1269,7 +1281,7 @@ class Connection:
         self._line_started = 0.0
         self._line_timer = Timer()
         self._output: Deque[bytes] = collections.deque()
-        self._owed = 0  # bytes in _output
+        self.owed = 0  # bytes in _output
         self._queued = False  # whether the loop will flush it at the end of this turn
         self._reason = ""  # why it is draining
         self._deadline = Timer()  # of the dial, of stalled output, or of draining
@@ -1285,8 +1297,8 @@ class Connection:
         if self.state not in (OPEN, CONNECTING):
             return
         self._output.append(data)
-        self._owed += len(data)
-        if self._owed > MAX_OUTPUT:
+        self.owed += len(data)
+        if self.owed > MAX_OUTPUT:
             self.abort("it does not read what it is sent")
         elif not self._queued and self.state == OPEN:  # asked here, too: a burst need not make the call
             self._flush_later()
@@ -1308,7 +1320,7 @@ class Connection:
         self.state = CLOSED
         self.hang_up()
         self._output.clear()
-        self._owed = 0
+        self.owed = 0
         self._line_timer.cancel()
         self._deadline.cancel()
         self.loop.call_later(0, self.handler.closed, self._reason or reason)
@@ -1384,11 +1396,11 @@ class SocketConnection(Connection):
 
     def flush(self) -> None:
         self._queued = False
-        before = self._owed
+        before = self.owed
         while self._output and self._send_some():
             pass
         if self._output:
-            if self.state == OPEN and (self._owed < before or not self._deadline.active):
+            if self.state == OPEN and (self.owed < before or not self._deadline.active):
                 self.set_deadline(STALL_TIMEOUT, "it does not read what it is sent")
         elif self.state == DRAINING:
             try:
@@ -1455,7 +1467,7 @@ class SocketConnection(Connection):
         except OSError as error:
             self.abort(_words(error))
             return False
-        self._owed -= sent
+        self.owed -= sent
         if sent < len(data):
             self._output.appendleft(data[sent:])
             return False
@@ -2031,6 +2043,7 @@ class DiscoveryServer:
         self._monitor: Optional[Ticker] = None
         self._sessions: Dict[Session, None] = {}
         self._strangers = Strangers()  # not registered
+        self._registrations: Dict[str, Allowance] = {}  # by address
         self._peers: Dict[str, Session] = {}
         self._joined: Dict[str, None] = {}  # ids, since the last broadcast
         self._left: Dict[str, Dict[str, Any]] = {}
@@ -2108,7 +2121,7 @@ class DiscoveryServer:
         if peer_id not in self._peers and self._is_full(ip):
             session.refuse(f"the server is full: {MAX_PEERS} peers, {MAX_PER_ADDRESS} from one address")
             return
-        if not session.registrations.take(self.loop.now()):
+        if self._registers_too_often(session, ip):
             session.refuse("you register too often")
             return
         former = self._peers.get(peer_id)
@@ -2128,6 +2141,14 @@ class DiscoveryServer:
         self._joined[peer_id] = None
         limited_log(f"registered from {ip}", logging.INFO, "[Server] registered %s", peer_id)
         self._gather()
+
+    def _registers_too_often(self, session: Session, ip: str) -> bool:
+        """Each registration is told to everybody: so many a minute over one connection, and from one address."""
+        if len(self._registrations) > MAX_PEERS:
+            self._registrations.clear()
+        here = self._registrations.setdefault(ip, Allowance(MAX_PER_ADDRESS))
+        within = here.take(self.loop.now()) or ip in self.loop.local_addresses()
+        return not (session.registrations.take(self.loop.now()) and within)
 
     def _is_full(self, ip: str) -> bool:
         """Whether there is no room for another peer at an address; the server's own machine may have any number."""
@@ -2168,6 +2189,8 @@ class DiscoveryServer:
         return False
 
     def _sync_request(self, session: Session, message: Message) -> None:
+        if session.connection.owed > 0:
+            return  # it has not read the last list yet
         for peers in in_lists(each.encoded for each in self._peers.values()):
             content = f'{{"peer_list":[{peers}]}}'
             session.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, self.id, message["sender_id"], content))
@@ -2252,6 +2275,7 @@ class ChatError(Exception):
     """Something that the user asked for can't be done; the text says why, in a sentence for the user."""
 
 
+
 class Link(Handler):
     """A connection to another peer. It is *bound* once we know whose it is: then `peer` is set."""
 
@@ -2271,6 +2295,7 @@ class Link(Handler):
         self.renames = Allowance(MAX_RENAMES)
         self.said = ""  # the id under which we last spoke of ourselves
         self.bound = 0.0  # when it was
+        self.warned = float("-inf")  # when its peer was last told that it is thought gone
         self.ready = False  # what had waited for its peer was sent over it: now what is new may follow
         self.traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
         self.timer = Timer()
@@ -2333,7 +2358,7 @@ class Links:
         self.node = node
         self.current: Dict[str, Link] = {}  # by the peer's key
         self.all: Dict[Link, None] = {}
-        self._dialling: Dict[Address, Optional[Peer]] = {}
+        self.dialling: Dict[Address, Optional[Peer]] = {}
         self.waiting: Dict[Address, Optional[Peer]] = {}  # dials for which there is no room now
         self._failed: Dict[str, Tuple[float, float]] = {}  # by key: when to try again, how long that was
         self._strangers = Strangers()
@@ -2357,13 +2382,13 @@ class Links:
 
     def dial(self, address: Address, peer: Optional[Peer] = None) -> None:
         """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
-        if address in self._dialling or address in self.own or self.node.stopping:
+        if address in self.dialling or address in self.own or self.node.stopping:
             return
-        if len(self._dialling) >= MAX_DIALS:
+        if len(self.dialling) >= MAX_DIALS:
             if len(self.waiting) < MAX_PEERS:
                 self.waiting[address] = peer
             return
-        self._dialling[address] = peer
+        self.dialling[address] = peer
         link = Link(self.node, address, dialled=True)
         self.all[link] = None
         link.connection = self.node.loop.connect(address, link, self.node.settings.timeout)
@@ -2401,8 +2426,6 @@ class Links:
             self.say_hello(link)
         else:
             self.node.confirm_address(content.get("you", {}).get("ip"), link.connection.remote[0])
-            if link.said != self.node.me.id:  # we were renamed since our own hello
-                self.announce(link.said, [link])
         self.node.apply(changes)
         self.node.gossip.met(link, peer, verdict, was_lost, content.get("digest"))
         if not peer.gone and not link.ready:
@@ -2416,6 +2439,8 @@ class Links:
         self._strangers.discard(link.connection)
         if link.dialled:
             self._dial_over(link)
+        for needless in [each for each in self.all if each.peer is peer][:-LINKS_TO_ONE]:
+            needless.connection.abort("one link too many")
         self.current[peer.key] = link
         self._failed.pop(peer.key, None)
         peer.ended = False
@@ -2458,14 +2483,17 @@ class Links:
         """Whether one that we dialled may be known by another address of its machine: not if anybody else is."""
         node, address = self.node, link.address
         known, holder = node.peers.by_key(record["instance"]), node.peers.get(record["id"])
-        strange = known is None or known.gone or known.via == address
-        return link.dialled and address[1] == record["port"] and strange and holder in (None, known)
+        strange = known is None or known.gone or address in (known.via, known.address)
+        elsewhere = link.dialled and address[1] == record["port"] and not node.is_own(record["ip"])
+        return elsewhere and strange and holder in (None, known)
 
     def look(self, address: Address) -> None:
         """Dial an address that somebody named, to see who answers there: few, and none again so soon."""
         now = self.node.loop.now()
         self._looked = {each: when for each, when in self._looked.items() if now - when < QUIET_AFTER}
-        if address != self.node.me.address and address not in self._looked and len(self._looked) < MAX_LOOKS:
+        there = sum(ip == address[0] for ip, _ in self._looked)
+        crowded = there >= MAX_LOOKS // 4 and not self.node.is_own(address[0])  # no machine takes all the places
+        if address not in (self.node.me.address, *self._looked) and not crowded and len(self._looked) < MAX_LOOKS:
             self._looked[address] = now
             self.dial(address)
 
@@ -2503,10 +2531,12 @@ class Links:
 
     def _dial_over(self, link: Link, failure: str = "") -> None:
         """A dial has ended, well or not: whoever waits may dial now."""
-        peer = self._dialling.pop(link.address, None)
+        peer = self.dialling.pop(link.address, None)
+        if failure and link.address in self.node.settings.join:
+            self.node.finder.note(link.address, failure)
+        if peer is not None and link.peer not in (None, peer):
+            failure = REFUSED  # somebody else answers there: it does so no more
         if failure:
-            if link.address in self.node.settings.join:
-                self.node.finder.note(link.address, failure)
             if peer is not None and not peer.gone:
                 wait = min(2 * self._failed.get(peer.key, (0.0, 0.5))[1], 30.0)
                 again = self.node.loop.now() + wait * (0.75 + self.node.loop.random.random() / 2)
@@ -2514,7 +2544,7 @@ class Links:
                 self.node.detector.dial_failed(peer, failure)
             elif peer is not None and failure == REFUSED:
                 peer.ended = True
-        while self.waiting and len(self._dialling) < MAX_DIALS:
+        while self.waiting and len(self.dialling) < MAX_DIALS:
             address = next(iter(self.waiting))
             self.dial(address, self.waiting.pop(address))
 
@@ -2528,7 +2558,7 @@ class Links:
         """Close every link to a peer, and give up dialling it."""
         self._failed.pop(peer.key, None)
         self.waiting.pop(peer.route, None)
-        dialled = peer.route if self._dialling.get(peer.route) is peer else None
+        dialled = peer.route if self.dialling.get(peer.route) is peer else None
         for link in list(self.all):
             if link.peer is peer or (link.peer is None and link.dialled and link.address == dialled):
                 link.connection.abort(reason)
@@ -2569,20 +2599,21 @@ class Links:
 
     def close_all(self) -> None:
         """Say goodbye to all and close: our last incarnation first, or late news of it would call us alive again."""
-        self.announce(self.node.me.id)
+        self.announce()
         for link in list(self.all):
             if link.peer is None and not link.dialled:
                 self.say_hello(link)  # its own hello is under way: then it knows who leaves
+            self.node.delivery.acknowledge(link)
             link.send(MSG_UNREGISTER, None)
             link.connection.close("leaving")
 
-    def announce(self, former_id: str, links: Optional[List[Link]] = None) -> None:
-        """Tell every link our new name or address, still under the old one: what follows is under the new one."""
-        news = create_message(MSG_PEER_NEWS, former_id, {"peers": [self.node.me.wire(self.node.loop.now())]})
-        for link in self.all if links is None else links:
-            if link.peer is not None:
+    def announce(self) -> None:
+        """Tell all to whom we said hello who we are now, under the name that they know: what follows is under ours."""
+        content = {"peers": [self.node.me.wire(self.node.loop.now())]}
+        for link in self.all:
+            if link.said:
+                link.connection.send(create_message(MSG_PEER_NEWS, link.said, content))
                 link.said = self.node.me.id
-                link.connection.send(news)
 
     def some(self, count: int, but: Optional[Peer] = None) -> List[Link]:
         """Up to `count` of the links in use at random, none to the peer `but`."""
@@ -2694,7 +2725,7 @@ class Delivery:
     def fail(self, peer: Peer, reason: str) -> None:
         """Give up all that waits for a peer, and say so."""
         if peer.key in self._channels:
-            for pending in self._channels[peer.key].take():
+            for pending in list(self._channels[peer.key].take()):  # all at once: whoever hears of it may send anew
                 self._failed(peer, pending, reason)
 
     def fail_all(self, reason: str) -> None:
@@ -2733,7 +2764,7 @@ class Delivery:
             elif stalled > QUIET_AFTER - 1:
                 self.node.detector.probe(peer)
                 self.node.detector.look_at(peer)
-        if self.is_waiting():
+        if self.is_waiting() and not self._timer.active:
             self._timer = self.node.loop.call_later(1.0, self._look_after)
 
     def start_over(self) -> None:
@@ -2767,7 +2798,7 @@ class Delivery:
                 return
             channel.shown = link.shown = sequence
         to = message["to"]
-        if to != EVERYONE and to not in self.node.my_ids:
+        if to != EVERYONE and to not in self.node.my_ids and to != self.node.discovery.peer_id:
             self._refuse(link, channel, sequence, "it is meant for somebody else")
             return
         text = message["content"]
@@ -2777,21 +2808,19 @@ class Delivery:
             self._refuse(link, channel, sequence, "you send too much: slow down")
             return
         log.debug("[Chat] received from %s: %d characters", peer.id, len(text))
-        if link.refused is not None:
-            self.acknowledge(link)  # so that a run of refusals holds nothing that was shown
+        self._answer_shown(link, sequence)
         message_id = f"{peer.key}-{sequence}"
         if not sequence:
             message_id = f"{self.node.me.instance}-unnumbered-{next(self._unnumbered)}"
         self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else self.node.me.id,
                         "text": clean(text, newlines=True), "id": message_id})
-        link.acknowledge = max(link.acknowledge, sequence)
 
     def _seen_before(self, link: Link, channel: Channel, sequence: int) -> None:
         """It came again because our answer was lost: answer as before."""
         if any(first <= sequence <= last for first, last in channel.refused):
-            self._refuse(link, channel, sequence, "it was refused before")
+            self._answer_refused(link, sequence, "it was refused before")
         else:
-            link.acknowledge = max(link.acknowledge, sequence)
+            self._answer_shown(link, sequence)
 
     def _within_budget(self, link: Link, channel: Channel, size: int) -> bool:
         """Whether a sender that seems to have spent its budget has: it comes back at a steady rate."""
@@ -2814,14 +2843,22 @@ class Delivery:
         if not sequence:
             link.send(MSG_ERROR, {"reason": reason})
             return
-        if channel.refused and channel.refused[-1][1] < sequence and link.refused is not None:
+        if link.refused is not None and channel.refused and channel.refused[-1][1] == link.refused[1]:
             channel.refused[-1] = (channel.refused[-1][0], sequence)
         else:
             channel.refused.append((sequence, sequence))
+        self._answer_refused(link, sequence, reason)
+
+    def _answer_refused(self, link: Link, sequence: int, reason: str) -> None:
         if link.refused is None or link.refused[2] != reason:
             self.acknowledge(link)
             link.refused = (sequence, sequence, reason)
         link.refused = (link.refused[0], sequence, reason)
+
+    def _answer_shown(self, link: Link, sequence: int) -> None:
+        if link.refused is not None:
+            self.acknowledge(link)  # so that a run of refusals holds nothing that was shown
+        link.acknowledge = max(link.acknowledge, sequence)
 
     def acknowledge(self, link: Link) -> None:
         """Tell the far end what became of its messages, in few messages of ours."""
@@ -2831,7 +2868,8 @@ class Delivery:
             link.send(MSG_CHAT_REFUSED, {"id": first, "upto": last, "reason": reason})
         if link.acknowledge:
             upto, link.acknowledge = link.acknowledge, 0
-            link.send(MSG_CHAT_ACK, {"upto": upto})
+            to = link.peer.id if link.peer else EVERYONE
+            link.connection.send(create_raw(MSG_CHAT_ACK, self.node.me.id, to, f'{{"upto":{upto}}}'))
 
     def _stranger(self, link: Link, message: Message) -> Optional[Peer]:
         """A program that chats without having said hello: who it says it is, if nobody else is that."""
@@ -2929,11 +2967,12 @@ class Detector:
 
     def probe(self, peer: Peer, status: str = ALIVE) -> None:
         """Ask a peer for a sign of life, and tell it what is said of it."""
-        link = self.node.links.current.get(peer.key)
+        link, now = self.node.links.current.get(peer.key), self.node.loop.now()
         if link is None:
             self.node.links.want(peer)
-        else:
-            number = int(self.node.loop.now() * 1_000_000)
+        elif status == ALIVE or now - link.warned >= WARN_INTERVAL:
+            link.warned = link.warned if status == ALIVE else now
+            number = int(now * 1_000_000)
             link.send(MSG_PROBE, {"number": number, "incarnation": peer.incarnation, "status": status})
 
     def probed(self, link: Link, message: Message) -> None:
@@ -3045,8 +3084,10 @@ class Detector:
         others += self.node.discovery.was_online_after(self.contact)
         if not self.cut_off and others > 1 and now - self.contact > QUIET_AFTER:
             self._network_gone()
-        if self.cut_off and now - self.contact < TOMBSTONE_TIME:
-            again = self.node.loop.call_later(SUSPICION, self._expired, peer)
+        local = peer.ip == self.node.me.ip  # which a pulled cable does not hide
+        asked = doubt.hearsay and now - doubt.since < HEARSAY_SUSPICION and peer.route in self.node.links.dialling
+        if asked or (self.cut_off and not local and now - self.contact < TOMBSTONE_TIME):
+            again = self.node.loop.call_later(WARN_INTERVAL if asked else SUSPICION, self._expired, peer)
             self._doubts[peer.key] = doubt._replace(timer=again)
         else:
             self.node.remove(peer, LEFT if doubt.reason == "left" else DEAD, doubt.reason)
@@ -3266,6 +3307,9 @@ class Gossip:
         node = self.node
         if is_loopback(record["ip"]) and not node.is_own(source_ip):
             return IMPLAUSIBLE, node.me
+        known = node.peers.by_key(record.get("instance", ""))
+        if known is not None and known.key in node.links.current and not known.gone and record["id"] != known.id:
+            return KNOWN, known  # a new name comes by its own word
         verdict, peer, changes = node.peers.hear(record, node.loop.now())
         if verdict == NEW or (verdict == KNOWN and peer.unverified is not None and not peer.gone):
             node.detector.vouched(peer)
@@ -3292,7 +3336,8 @@ class Gossip:
     def _own_word(self, link: Link, peer: Peer, record: Dict[str, Any]) -> Tuple[str, Peer]:
         """What the far end says of itself: another name, or that it is not gone."""
         address = (record["ip"], record["port"])
-        if address != peer.address and not self.node.links.seen_there(link, address):
+        elsewhere = address != peer.address and not self.node.links.seen_there(link, address)
+        if elsewhere or self.node.peers.get(record["id"]) not in (None, peer):  # or that is somebody else's place
             self.node.links.look(address)
             return IMPLAUSIBLE, peer
         if record.get("status", ALIVE) != ALIVE:
@@ -3317,6 +3362,7 @@ class Discovery(Handler):
         self.since = node.loop.wall()  # since when it is, or is not, online
         self.reason = ""
         self.peer_id = ""  # what the server calls us: it may see another address than we do
+        self._said = ""  # the name under which we registered
         self._last_seen = ("127.0.0.1", 0.0)  # the last server's address, and when it came or went
         first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
         self.candidates: List[Address] = [first]  # the one that is used, or tried next, and further ones
@@ -3364,6 +3410,7 @@ class Discovery(Handler):
             return
         self.node.adopt_address(self.connection.local[0])
         me = self.node.me
+        self._said = me.username
         self._ask(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
                                  "incarnation": me.incarnation}, "no answer to MSG_REGISTER")
 
@@ -3419,6 +3466,8 @@ class Discovery(Handler):
             log.info("[Discovery] registered as %s", content["peer_id"])
             self._set_online(True, "")
             self._beat()
+        if self._said != self.node.me.username:  # we were renamed since we registered
+            self.register()
         self._hear(content["peer_list"])
         self.node.settle()
 
@@ -3781,7 +3830,8 @@ class PeerNode:
         for change in changes:
             peer = change.peer
             detail = change.reason or (f"formerly {change.old['id']}" if change.old else "")
-            log.info("[P2P] %s: %s%s", change.kind, peer.id, f" ({detail})" if detail else "")
+            detail = f" ({detail})" if detail else ""
+            limited_log(change.kind, logging.INFO, "[P2P] %s: %s%s", change.kind, peer.id, detail)
             if change.kind == GONE:
                 self.detector.forget(peer)
                 self.links.drop(peer, change.reason)
@@ -3808,7 +3858,10 @@ class PeerNode:
         assert link.peer is not None
         peer = link.peer
         link.connection.close("it left")
-        self.remove(peer, LEFT, "left")
+        if any(each.peer is peer and each.connection.state == OPEN for each in self.links.all):
+            self.loop.call_later(GOODBYE_TIME, self.remove, peer, LEFT, "left")  # it says goodbye there as well
+        else:
+            self.remove(peer, LEFT, "left")
 
     # -- oneself ---------------------------------------------------------------------------------------
 
@@ -3869,7 +3922,7 @@ class PeerNode:
         self._place(username, ip, self.me.port)
         self.links.own.clear()  # somebody else may get the old one
         log.info("[P2P] now known as %s", self.me.id)
-        self.links.announce(old["id"])
+        self.links.announce()
         self.gossip.spread(self.me, ALIVE)
         if self.discovery.online:
             self.discovery.register()
@@ -5364,9 +5417,9 @@ class CursesInterface(Interface):
         super().__init__(loop, settings)
         self.form: Optional[StartForm] = None
         self._next: Optional[Settings] = None  # to be started with, when the node before has stopped
-        self._frame: Optional[Timer] = None
+        self._frame = Timer()
         self._drawn = 0.0
-        self._escape: Optional[Timer] = None
+        self._escape = Timer()
 
     def chat(self) -> None:
         if self.settings.username is None:
@@ -5405,12 +5458,11 @@ class CursesInterface(Interface):
 
     def changed(self) -> None:
         """Draw soon: at the end of this turn, or when the frame before has been seen."""
-        if self._frame is None:
+        if not self._frame.active:
             wait = max(0.0, self._drawn + FRAME - self.loop.now())
             self._frame = self.loop.call_later(wait, self.guard, self._draw)
 
     def _draw(self) -> None:
-        self._frame = None
         rows, cols = self.terminal.size()
         if self.form is not None:
             self.terminal.draw(render_form(self.form, rows, cols))
@@ -5433,8 +5485,7 @@ class CursesInterface(Interface):
             self.loop.unwatch(0)
             self.leave()
             return
-        if self._escape is not None:
-            self._escape.cancel()
+        self._escape.cancel()
         presses = self._keys.feed(data)
         self._press(presses if self._keys.brackets else without_burst(presses))
         if self._keys.waiting:
@@ -5620,8 +5671,8 @@ class LineWriter:
         if self._state == "broken":
             return
         self._output += line.encode("utf-8", "replace") + b"\n"
-        if self._state == "idle":
-            self._state = "scheduled"
+        if self._state == "idle" or len(self._output) > MAX_UNREAD:
+            self._state = "scheduled" if self._state == "idle" else self._state
             self._loop.call_later(0, self._flush)
 
     def when_empty(self, call: Callable[[], None]) -> None:

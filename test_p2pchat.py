@@ -1762,10 +1762,10 @@ class SimConnection(p2pchat.Connection):
         self._queued = False
         if self.state not in (p2pchat.OPEN, p2pchat.DRAINING):
             return
-        if self._output and (not self._in_flight or self._in_flight + self._owed <= SIM_KERNEL_BUFFER):
+        if self._output and (not self._in_flight or self._in_flight + self.owed <= SIM_KERNEL_BUFFER):
             data = b"".join(self._output)
             self._output.clear()
-            self._owed = 0
+            self.owed = 0
             self._in_flight += len(data)
             self.transmit(data)
             if self.state == p2pchat.OPEN:
@@ -6694,7 +6694,7 @@ def hostile_bounds(node):
     sizes = {
         "present": (len(node.peers), most),
         "tombstones": (len(node.peers.tombstones()), most + 1),
-        "dialling": (len(node.links._dialling), p2pchat.MAX_DIALS),
+        "dialling": (len(node.links.dialling), p2pchat.MAX_DIALS),
         "waiting": (len(node.links.waiting), most),
         "own": (len(node.links.own), p2pchat.MAX_DIALS),
         "banned": (len(node.links._banned), most),
@@ -7087,7 +7087,7 @@ def test_hostile_our_own_instance_at_a_victims_address():
     world.run(5)
     assert mallory.end
     world.alice.links.dial(("10.0.0.3", 40001))
-    assert ("10.0.0.3", 40001) in world.alice.links._dialling
+    assert ("10.0.0.3", 40001) in world.alice.links.dialling
 
 
 def test_hostile_word_on_our_own_address():
@@ -7157,7 +7157,7 @@ def test_hostile_list_of_ghosts():
     mallory.say("MSG_PEER_NEWS", {"peers": ghosts})
     for _ in range(30):
         world.run(1)
-        assert len(world.alice.links._dialling) <= p2pchat.MAX_DIALS
+        assert len(world.alice.links.dialling) <= p2pchat.MAX_DIALS
     assert len(dialled) < 4 * p2pchat.MAX_DIALS, "dials in 30 s that one message led to"
     world.add("Carol", "10.0.0.4")
     world.run(10)
@@ -7490,7 +7490,7 @@ def hostile_no_reader(megabytes=24):
             rig.until(lambda: taken, 2)
             for _ in range(megabytes):
                 taken[0].send(bytes(1_000_000))
-                assert taken[0]._owed <= p2pchat.MAX_OUTPUT
+                assert taken[0].owed <= p2pchat.MAX_OUTPUT
                 rig.loop.turn(0)
             assert taken[0].state == p2pchat.CLOSED
             rig.served()
