@@ -785,7 +785,7 @@ class Peer:
     """A peer as we know it. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added", "heard",
-                 "vouched", "unverified", "removed", "ended", "quiet", "rtt", "via", "_encoded")
+                 "vouched", "unverified", "removed", "ended", "quiet", "rtt", "via", "_encoded", "_weight")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -813,6 +813,7 @@ class Peer:
         self.username, self.ip, self.port = username, ip, port
         self.id = f"{username}@{ip}:{port}"
         self._encoded: Optional[Tuple[int, str]] = None
+        self._weight = (-1, 0)
 
     @property
     def key(self) -> str:
@@ -837,7 +838,9 @@ class Peer:
     @property
     def weight(self) -> int:
         """Its share in the digest of a list."""
-        return hash64(f"{self.id} {self.instance} {self.incarnation}")
+        if self._weight[0] != self.incarnation:
+            self._weight = (self.incarnation, hash64(f"{self.id} {self.instance} {self.incarnation}"))
+        return self._weight[1]
 
     @property
     def encoded(self) -> str:
@@ -894,6 +897,7 @@ class PeerList:
         self._by_key: Dict[str, Peer] = {}  # tombstones as well
         self._at: Dict[str, int] = {}  # how many of those present are at each address
         self._sorted: Optional[List[Peer]] = None
+        self._ring: Optional[List[Peer]] = None  # those present, from the one behind us on
         self._names: Optional[Dict[str, List[Peer]]] = None
 
     def __len__(self) -> int:
@@ -1000,12 +1004,11 @@ class PeerList:
         """The `count` peers behind us on the ring, whom we probe, and those before us, who probe us.
 
         So each is probed by `count` others, whatever the number of peers: the cost for one is constant."""
-        ring = sorted(self._present.values(), key=lambda peer: peer.ring)
-        if len(ring) <= count:
-            return ring, ring
-        position = sum(peer.ring < self.me.ring for peer in ring)
-        turned = ring[position:] + ring[:position]
-        return turned[:count], turned[-count:]
+        if self._ring is None:
+            self._ring = sorted(self._present.values(), key=lambda peer: peer.ring)
+            position = sum(peer.ring < self.me.ring for peer in self._ring)
+            self._ring = self._ring[position:] + self._ring[:position]
+        return self._ring[:count], self._ring[-count:]
 
     # -- names -----------------------------------------------------------------------------------------
 
@@ -1141,7 +1144,7 @@ class PeerList:
 
     def changed(self) -> None:
         """Somebody came or went, or has another name, oneself included."""
-        self._sorted = None
+        self._sorted = self._ring = None
         self._names = None
 
 
@@ -1177,7 +1180,6 @@ class News:
         return [item[0].wire(now, item[1]) for _, item in items]
 
 
-@functools.lru_cache(maxsize=4 * MAX_PEERS)  # a list is hashed whole in every round: two texts a peer
 def hash64(text: str) -> int:
     """64 bits of a good hash, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
@@ -2892,7 +2894,7 @@ class Doubt(NamedTuple):
     since: float
     timer: Timer
     reason: str
-    hearsay: bool
+    hearsay: bool  # there is nothing against it but what others say
 
 
 class Detector:
@@ -3013,12 +3015,12 @@ class Detector:
         doubt = self._doubts.get(peer.key)
         if doubt is not None and doubt.hearsay:
             if reason == REFUSED:
-                self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=True)
+                self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=False)
             else:  # it may be leaving just now: look again
                 self.node.loop.call_later(0.3, self.node.links.want, peer)
         elif (reason == REFUSED and peer.key not in self.node.links.current
-              and self.node.loop.now() - peer.vouched > QUIET_AFTER):
-            self.doubt(peer, REFUSED_SUSPICION, "connection refused", hearsay=False)
+              and self.node.loop.now() - peer.vouched > QUIET_AFTER
+              and self.doubt(peer, REFUSED_SUSPICION, "connection refused", hearsay=False)):
             self.node.gossip.spread(peer, SUSPECT)
 
     # -- doubting --------------------------------------------------------------------------------------
@@ -3039,12 +3041,12 @@ class Detector:
         self.doubt(peer, fuse, reason or ("left" if status == LEFT else "silent"), hearsay=status != SUSPECT)
         self.probe(peer, status)
 
-    def doubt(self, peer: Peer, fuse: float, reason: str, hearsay: bool) -> None:
-        """Give a peer `fuse` seconds to show that it lives, and ask others to try it."""
+    def doubt(self, peer: Peer, fuse: float, reason: str, hearsay: bool) -> bool:
+        """Give a peer `fuse` seconds to show that it lives, and ask others to try it; False if it has less already."""
         now = self.node.loop.now()
         doubt = self._doubts.get(peer.key)
         if peer.gone or (doubt is not None and doubt.timer.when <= now + fuse):
-            return
+            return False
         if doubt is not None:
             doubt.timer.cancel()
         timer = self.node.loop.call_later(fuse, self._expired, peer)
@@ -3052,6 +3054,7 @@ class Detector:
         self.probe(peer, SUSPECT)
         for link in self.node.links.some(PROBE_HELPERS, but=peer):
             link.send(MSG_PROBE_REQUEST, {"peer": peer.wire(now)})
+        return True
 
     def help_probe(self, link: Link, message: Message) -> None:
         """Somebody can't reach a peer and asks whether we can."""

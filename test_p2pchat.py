@@ -3987,6 +3987,158 @@ def test_node_a_late_word_of_its_life_does_not_bring_back_one_that_has_left():
     assert [event["peer"]["username"] for event in rig.saw("Ann", "joined")].count("Bob") == 1
 
 
+def test_node_who_leaves_tells_first_what_was_shown():
+    """A bot answers the last word of one that leaves: the answer is shown, and known to be."""
+    rig = NodeRig("Ann", "Bob", delay=(0.01, 0.02))
+    rig.answers["Ann", "chat"] = lambda event: rig.ann.chat("pong", event["from"]["id"])
+    rig.bob.chat("ping")
+    rig.bob.leave()
+    rig.run(10)
+    assert rig.shown("Bob") == ["pong"]
+    assert len(rig.saw("Ann", "delivered")) == 1 and not rig.saw("Ann", "failed")
+
+
+def test_node_a_goodbye_waits_for_what_was_said_over_the_other_link():
+    """Between two with two links, an acknowledgement over the one may come behind the goodbye over the other."""
+    for seed in range(12):
+        rig = NodeRig("Ann", "Bob", seed=seed, delay=(0.01, 0.4))
+        rig.ann.loop.enter(rig.ann.links.dial, rig.bob.me.address)
+        rig.run(3)
+        rig.bob.chat("are you still there?")
+        rig.run(0.3)
+        rig.ann.loop.enter(rig.ann.leave)
+        rig.run(10)
+        assert rig.bob.present() == []
+        assert len(rig.shown("Ann")) == len(rig.saw("Bob", "delivered"))
+
+
+@pytest.mark.parametrize("seed", [1, 6, 7])
+def test_node_who_leaves_before_its_hello_is_answered_does_not_come_back(seed):
+    """It told its old incarnation with its hello, and denies a suspicion just before it leaves."""
+    rig = NodeRig("Ann", "Cy", seed=seed, delay=(0.25, 0.25))
+    bob = rig.add("Bob", join=(rig.cy.me.address,))
+
+    def between():
+        return rig.cy.me.key in bob.links.current and any(
+            link.dialled and link.peer is None and link.said and link.address == rig.ann.me.address for link in bob.links.all)
+
+    rig.network.run_until(lambda: between() or rig.ann.me.key in bob.links.current, 10, 0.01)
+    bob.loop.enter(bob.deny, bob.me.incarnation)
+    rig.run(0.01)
+    bob.loop.enter(bob.leave)
+    rig.run(20)
+    for name in ("Ann", "Cy"):
+        came = [event for event in rig.saw(name, "joined") if event["peer"]["username"] == "Bob"]
+        assert len(came) <= 1 and "Bob" not in [peer.username for peer in rig.nodes[name].present()]
+
+
+def test_node_what_was_shown_is_not_told_as_refused_when_it_comes_again():
+    """Two refused and between them one shown; the answers are lost with the link, and all three come again."""
+    rig = NodeRig("Ann", "Bob", settings={"budget": 2000}, delay=(0.05, 0.05))
+    rig.ann.chat("a" * 1500)
+    rig.run(1)
+    link = rig.bob.links.current[rig.ann.me.key]
+    for text in ("b" * 1500, "c", "d" * 1500):
+        rig.ann.chat(text)
+    rig.run(0.06)
+    rig.network.break_link(link.connection)
+    rig.run(20)
+    assert rig.shown("Bob") == ["a" * 1500, "c"]
+    assert [event["text"][0] for event in rig.saw("Ann", "failed")] == ["b", "d"]
+    assert len(rig.saw("Ann", "delivered")) == 2
+
+
+def test_node_one_on_the_same_machine_that_dies_is_removed_though_the_network_is_gone():
+    rig = NodeRig()
+    mine = rig.network.host("mine")
+    rig.add("Ann", mine, port=5000)
+    rig.add("Al", mine, port=5001)
+    rig.add("Bob", port=5000)
+    rig.add("Cy", port=5000)
+    rig.run(10)
+    for name in ("Bob", "Cy"):
+        rig.nodes[name].loop.crash(reset=False)
+    rig.run(30)
+    assert rig.ann.network_gone and len(rig.ann.present()) == 3
+    rig.al.loop.crash(reset=True)
+    rig.run(30)
+    assert [peer.username for peer in rig.ann.present()] == ["Bob", "Cy"]
+
+
+def test_node_a_machine_on_two_networks_answers_at_the_address_that_the_server_lists():
+    """Bob has confirmed Ann's address on the first network; the server on the second lists the other one."""
+    rig = NodeRig()
+    left, right = rig.network.host("bob", "10.9.1.2"), rig.network.host("cy", "10.9.2.2")
+    both, middle = rig.network.host("ann", "10.9.1.1", "10.9.2.1"), rig.network.host("server", "10.9.2.100")
+
+    def routed(node, table):
+        """Let a node reach the networks that it is on, each from its address there."""
+        connect = node.loop.connect
+
+        def reach(address, *rest):
+            own = table.get(address[0].rpartition(".")[0])
+            connection = connect(address if own else ("10.255.0.1", 1), *rest)
+            connection.local = (own, connection.local[1]) if own else connection.local
+            return connection
+
+        node.loop.connect = reach
+
+    tables = {"Bob": {"10.9.1": "10.9.1.2"}, "Ann": {"10.9.1": "10.9.1.1", "10.9.2": "10.9.2.1"}, "Cy": {"10.9.2": "10.9.2.2"}}
+    server = p2pchat.DiscoveryServer(rig.network.start(middle), p2pchat.ServerSettings(lan=False))
+    for name, host, join in (("Bob", left, ()), ("Ann", both, (("10.9.1.2", 5000),))):
+        rig.add(name, host, server=("10.9.2.100", 9999), join=join)
+        routed(rig.nodes[name], tables[name])
+        rig.run(1)
+    rig.run(5)
+    assert rig.ann.me.ip == "10.9.1.1"
+    server.start()
+    routed(rig.add("Cy", right, server=("10.9.2.100", 9999), join=()), tables["Cy"])
+    rig.run(45)
+    assert "Ann@10.9.2.1:5000" in [peer.id for peer in rig.cy.present()]
+    rig.cy.chat("to the address that the server gave", "Ann@10.9.2.1:5000")
+    rig.run(5)
+    assert rig.shown("Ann") == ["to the address that the server gave"] and not rig.saw("Cy", "failed")
+
+
+def test_node_whose_port_is_taken_by_another_name_is_known_to_be_gone_soon():
+    """Killed and restarted under another name: who is found there is not dialled again and again."""
+    world = SimWorld(1, 12, by="lan", delay=(0.001, 0.02))
+    world.settle(60)
+    world.network.run(20)
+    gone = world.peers[1]
+    gone.crash()
+    other = SimPeer(world, gone.host, "other", port=gone.node.me.port)
+    world.peers.append(other)
+    assert world.network.run_until(lambda: all(gone.instance not in peer.sees() for peer in world.living()), 20) < 8
+    world.network.run(60)
+    assert len(other.node.links.all) <= 2 * 11
+
+
+def test_node_a_rename_before_the_server_has_answered_reaches_it():
+    network = SimNetwork(1)
+    server = p2pchat.DiscoveryServer(network.start(network.host("server", "10.0.0.1")), p2pchat.ServerSettings(lan=False))
+    server.start()
+    settings = p2pchat.Settings("Bob", server=("10.0.0.1", 9999), lan=False)
+    node = p2pchat.PeerNode(network.start(network.host("bob", "10.0.0.2")), settings, lambda event: None)
+    node.start()
+    network.run_until(lambda: node.discovery.connection.state == p2pchat.OPEN, 2, 0.0001)
+    assert not node.discovery.online
+    node.loop.enter(node.rename, "Robert")
+    network.run(5)
+    assert server.peer_ids == [node.me.id] and node.me.username == "Robert"
+
+
+def test_node_what_is_sent_again_from_within_a_failure_is_not_failed_with_the_rest():
+    rig = NodeRig("Ann", "Bob")
+    rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
+    rig.ann.chat("first")
+    rig.ann.chat("second")
+    rig.answers["Ann", "failed"] = lambda event: len(rig.saw("Ann", "sent")) < 4 and rig.ann.chat("again")
+    rig.ann.loop.enter(rig.ann.delivery.fail, rig.ann.present()[0], "for a test")
+    assert [event["text"] for event in rig.saw("Ann", "failed")] == ["first", "second"]
+    assert rig.ann.delivery.is_waiting()
+
+
 def test_node_leaving_waits_for_what_is_under_way():
     rig = NodeRig("Ann", "Bob", delay=(0.2, 0.4))
     rig.ann.chat("last words")
@@ -7253,6 +7405,183 @@ def test_hostile_flood_by_one_that_is_always_somebody_else():
     world.run(5)
     assert len([event for event in world.events["Alice"] if event["event"] == "chat"]) < 200
     world.check()
+
+
+def test_hostile_requests_about_a_peer_get_nobody_banned():
+    """36,000 requests to try Bob in 20 s, each of which could make Alice ask him, and him deny."""
+    world = HostileWorld()
+    mallory = world.attack(world.alice)
+    data = p2pchat.create_message("MSG_PROBE_REQUEST", mallory.peer.id, {"peer": world.bob.me.wire(0.0)})
+    news = p2pchat.create_message("MSG_PEER_NEWS", mallory.peer.id, {"peers": [world.bob.me.wire(0.0, "suspect")] * 100})
+    for turn in range(200):
+        for _ in range(180):
+            mallory.send(data)
+        mallory.send(news)
+        mallory.say("MSG_PROBE_ACK", {"number": turn})  # it lives
+        world.run(0.1)
+    world.run(15)
+    assert world.sees("Alice", "Bob") and world.sees("Bob", "Alice") and world.chats()
+    left = [event["peer"]["username"] for events in world.events.values() for event in events if event["event"] == "left"]
+    assert set(left) <= {"Mallory"}
+
+
+def test_hostile_hearsay_renames_nobody_whom_we_hear():
+    world = HostileWorld()
+    mallory = world.attack(world.alice)
+    for number in range(1, 20):
+        bob = world.bob.me
+        forged = dict(bob.wire(0.0), username="Teacher", id=f"Teacher@{bob.ip}:{bob.port}", incarnation=bob.incarnation + 1)
+        mallory.say("MSG_PEER_NEWS", {"peers": [forged]})
+        world.run(0.004)
+        world.bob.chat(f"I am Bob {number}")
+        world.run(0.5)
+    assert not [event for event in world.events["Alice"] if event["event"] == "renamed"]
+    assert {event["from"]["username"] for event in world.events["Alice"] if event["event"] == "chat"} == {"Bob"}
+    assert world.chats()
+
+
+def test_hostile_links_of_one_peer_are_few():
+    """One instance says hello on 500 connections: the newest few are kept."""
+    world = HostileWorld()
+    several = [Mallory(world.evil, world.alice.me.address) for _ in range(500)]
+    world.run(0.5)
+    for mallory in several:
+        mallory.hello()
+    world.run(2)
+    assert len(world.alice.links.all) <= 1 + p2pchat.LINKS_TO_ONE
+    assert sum(mallory.end is None for mallory in several) <= p2pchat.LINKS_TO_ONE
+    world.check()
+
+
+def test_hostile_own_word_takes_no_living_peers_place():
+    """Another program on Bob's machine says, over its own link, that it is now Bob at Bob's port."""
+    world = HostileWorld()
+    loop = world.network.start(world.network.hosts["Bob"], "another user")
+    mallory = Mallory(loop, world.alice.me.address)
+    mallory.peer.place("Mallory", world.bob.me.ip, 666)
+    world.run(0.5)
+    mallory.hello()
+    world.run(1)
+    for number in range(1, 10):
+        record = dict(mallory.peer.wire(0.0), username="Bob", port=world.bob.me.port, id=world.bob.me.id,
+                      incarnation=mallory.peer.incarnation + number)
+        mallory.say("MSG_PEER_NEWS", {"peers": [record]})
+        world.run(0.5)
+        assert world.chats()
+    assert "MSG_CHAT" not in mallory.kinds()
+    assert not [event for event in world.events["Alice"] if event["event"] == "left" and event["peer"]["username"] == "Bob"]
+
+
+def test_hostile_registrations_from_one_address_are_few():
+    """Register and hang up, again and again, a connection each: what that makes the server tell all is bounded."""
+    rig = ServerRig()
+    friend = rig.registered("Friend", "10.0.0.2")
+    for number in range(p2pchat.MAX_PER_ADDRESS + 50):
+        client = rig.registered(f"M{number}", "10.0.0.66", 5)
+        client.connection.abort("bye")
+    rig.network.run(1)
+    told = sum(len(update["joined"]) + len(update["left"]) for update in friend.take("MSG_PEER_LIST_UPDATE"))
+    assert told <= 2 * p2pchat.MAX_PER_ADDRESS
+    assert "too often" in client.take("MSG_ERROR")[0]["reason"]
+    assert rig.registered("Honest", "10.0.0.3").take("MSG_REGISTER_ACK")
+
+
+def test_hostile_who_does_not_read_a_list_gets_no_second():
+    rig = ServerRig()
+    for number in range(20):
+        rig.registered(f"Peer{number}", f"10.0.1.{number + 1}")
+    client = rig.client("10.0.0.66")
+    for _ in range(100):
+        client.say("MSG_SYNC_PEERS_REQUEST", None)
+    rig.network.run(1)
+    assert len(client.take("MSG_SYNC_PEERS_RESPONSE")) == 1
+    client.say("MSG_SYNC_PEERS_REQUEST", None)
+    rig.network.run(1)
+    assert len(client.take("MSG_SYNC_PEERS_RESPONSE")) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hostile_left_is_forged_while_a_slow_link_is_opened(seed):
+    """A forged "left" about one to whom the link has just broken, with 300 to 500 ms each way."""
+    rig = NodeRig("Ann", "Bob", "Cy", seed=seed, delay=(0.3, 0.5))
+    rig.run(8)
+    record = rig.bob.me.wire(0.0, "left")
+    rig.network.break_link(rig.ann.links.current[rig.bob.me.key].connection)
+    rig.run(0.3)
+    rig.ann.loop.enter(rig.ann.gossip.hear_of, record, "10.0.0.99")
+    rig.run(15)
+    assert not [event for name in rig.nodes for event in rig.saw(name, "left")]
+
+
+def test_hostile_visits_are_not_each_a_line_of_the_log():
+    world = HostileWorld()
+    with hostile_log() as lines:
+        for number in range(300):
+            mallory = Mallory(world.evil, world.alice.me.address, instance=f"x{number}")
+            mallory.peer.incarnation += number
+            world.run(0.01)
+            mallory.hello()
+            mallory.say("MSG_UNREGISTER", None)
+            world.run(0.01)
+    assert len(lines) < 200
+
+
+def test_hostile_beacons_of_one_machine_leave_room_for_others():
+    """One machine shouts 200 beacons a second: two others, parted until now, still find each other."""
+    network = SimNetwork(3)
+    hosts = [network.host(name) for name in ("ann", "bob", "evil")]
+    lan, number = SimLan(network.start(hosts[2]), lambda data, sender: None), itertools.count(1)
+
+    def shout():
+        port = next(number)
+        lan.shout(p2pchat.create_message("MSG_BEACON", "x@10.0.0.9:1", {"role": "peer", "port": port, "instance": f"i{port}"}))
+        network.post(0.005, shout)
+
+    network.cut(hosts[:1], hosts[1:2])
+    nodes = [p2pchat.PeerNode(network.start(host), p2pchat.Settings(host.name), lambda event: None) for host in hosts[:2]]
+    for node in nodes:
+        node.start()
+    network.run(10.37)
+    shout()
+    network.run(5)
+    network.heal()
+    network.run_until(lambda: all(len(node.peers) for node in nodes), 20)
+
+
+def test_hostile_a_peer_elsewhere_is_not_on_our_own_machine():
+    """Whoever is dialled at its address may not call itself one at 127.0.0.1, or at ours."""
+    rig = NodeRig("Ann")
+    for ip in ("127.0.0.1", rig.ann.me.ip):
+        evil = rig.network.start(rig.network.host(f"evil at {ip}"))
+        record = hostile_record("root", ip, 7, "eee", 5)
+
+        class Liar(p2pchat.Handler):
+            def received(self, messages):
+                self.connection.send(p2pchat.create_message("MSG_HELLO", record["id"], {"peer": record}))
+
+        def accept(connection):
+            liar = Liar()
+            liar.connection = connection
+            return liar
+
+        evil.listen("0.0.0.0", 7, accept)
+        rig.ann.loop.enter(rig.ann.links.look, (evil.host.addresses[0], 7))
+        rig.run(10)
+    assert rig.ann.present() == []
+
+
+def test_hostile_long_texts_are_not_remembered():
+    """What the checks of names and addresses remember is bounded in length as in number."""
+    remembered = (p2pchat.is_username, p2pchat.is_peer_ip)
+    before = [cache.cache_info().misses for cache in remembered]
+    for number in range(5):
+        long = f"{number}" + "x" * 1000
+        peer = {"id": f"x@{long}:1", "ip": long, "port": 1, "username": long}
+        left = {"joined": [], "left": [{"id": f"{long}@{long}:1", "reason": ""}]}
+        for kind, content in (("MSG_REGISTER", {"username": long, "port": 5}), ("MSG_PEER_NEWS", {"peers": [peer]}),
+                              ("MSG_PEER_LIST_UPDATE", left)):
+            assert p2pchat.parse_message(p2pchat.create_message(kind, "x@10.0.0.1:1", content)) is None
+    assert [cache.cache_info().misses for cache in remembered] == before
 
 
 def test_hostile_flood_of_names():
