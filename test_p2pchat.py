@@ -251,6 +251,14 @@ def test_graphemes_and_width(text, clusters, columns):
     assert p2pchat.width(text) == columns
 
 
+@pytest.mark.parametrize("text", ["👩\u200d" * 2000 + "👩", "\u1100" + "\u1161" * 4000, "⬛" + "\u200d⬛" * 4000],
+                         ids=["emoji", "hangul", "squares"])
+def test_graphemes_are_short(text):
+    """What is remembered of a cluster, and what it takes to build one, has a bound."""
+    clusters = p2pchat.graphemes(p2pchat.clean(text))
+    assert max(map(len, clusters)) <= p2pchat.MAX_CLUSTER and "".join(clusters) == p2pchat.clean(text)
+
+
 def test_cut_and_pad():
     assert p2pchat.cut("日本語", 5) == "日本"
     assert p2pchat.cut("日本語テ", 6, "…") == "日本…"
@@ -1078,6 +1086,23 @@ def test_codec_reader_is_the_same_however_the_stream_is_cut(name, stream, count,
         messages += reader.feed(stream[start:start + step])
     assert messages == [codec_message()] * count
     assert (reader.error is not None) is spoilt
+
+
+@pytest.mark.parametrize("character", ["x", "é", "日"])
+def test_codec_a_line_is_measured_in_bytes(character):
+    """As parse_message does it, whatever the characters, at the bound and one beyond it."""
+    room = p2pchat.MAX_LINE - len(codec_line(""))
+    text = character * (room // len(character.encode()))
+    for more, good in (("", True), (character, False)):
+        line = codec_line(text + more)
+        reader = p2pchat.MessageReader()
+        assert len(reader.feed(line + b"\n")) == good and (reader.error is None) is good
+        assert (p2pchat.parse_message(line) is not None) is good
+
+
+def codec_line(padding):
+    """A good message with a further key, as UTF-8."""
+    return json.dumps(dict(codec_message(), padding=padding), ensure_ascii=False).encode()
 
 
 def test_codec_end_of_stream_ends_a_message():
@@ -2589,6 +2614,20 @@ def test_loop_accepting_pauses_when_descriptors_are_used_up(monkeypatch):
         for connection in accepted:
             connection.abort("the test is over")
         listener.close()
+
+
+def test_loop_a_dial_without_a_descriptor_fails_like_any_other():
+    """It may be sent to, closed and aborted; its handler hears once that it is gone."""
+    with LoopRig() as rig:
+        room, rig.loop._most = rig.loop._most, 0
+        for use in ("send", "close", "abort"):
+            heard = []
+            handler = type("Noting", (p2pchat.Handler,), {"closed": lambda self, reason: heard.append(reason)})()
+            connection = rig.loop.connect(("127.0.0.1", 9), handler, 1.0)
+            getattr(connection, use)(b"x" if use == "send" else "enough")
+            rig.turn_until(lambda: heard)
+            assert heard == ["too many open files"]
+        rig.loop._most = room
 
 
 def loop_taker(accepted):
@@ -5771,6 +5810,25 @@ def test_a_reader_that_does_not_read():
             for _ in range(200):
                 ann.event("delivered")
             assert [slow.event("chat")["text"].split()[0] for _ in range(200)] == [str(number) for number in range(200)]
+
+
+def test_a_reader_that_never_reads_is_given_up():
+    """Output that nobody reads is kept up to a bound; then it is said, once."""
+    code = """
+import sys, p2pchat
+p2pchat.MAX_UNREAD = 1_000_000
+loop, told = p2pchat.Loop(), []
+writer = p2pchat.LineWriter(loop, told.append)
+most = 0
+for number in range(50):
+    writer.write("x" * 100_000)
+    loop.turn(0)
+    most = max(most, len(writer._output))
+sys.stderr.write(f"{told} {most <= p2pchat.MAX_UNREAD + 100_001}")
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=dict(os.environ, PYTHONPATH=os.path.dirname(PTY_PROGRAM))) as process:
+        assert process.stderr.read() == "['nobody reads it'] True"
 
 
 def test_the_port_is_taken():
