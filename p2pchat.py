@@ -2395,6 +2395,11 @@ class Links:
         self.all[link] = None
         link.connection = self.node.loop.connect(address, link, self.node.settings.timeout)
 
+    def is_asked(self, peer: Peer, since: float) -> bool:
+        """Whether a dial to a peer waits for its hello: one that was begun by `since`, or that somebody accepted."""
+        dials = [link for link in self.all if link.dialled and link.peer is None and link.address == peer.route]
+        return any(link.said or link.used <= since for link in dials)
+
     def say_hello(self, link: Link) -> None:
         """Say who we are; in an answer also at which address we see the other."""
         node = self.node
@@ -3015,7 +3020,11 @@ class Detector:
         doubt = self._doubts.get(peer.key)
         if doubt is not None and doubt.hearsay:
             if reason == REFUSED:
-                self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=False)
+                self._doubts[peer.key] = doubt._replace(hearsay=False)  # its machine says so, too
+                if self.node.loop.now() - doubt.since > LEFT_SUSPICION:
+                    self._expired(peer)
+                else:
+                    self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=False)
             else:  # it may be leaving just now: look again
                 self.node.loop.call_later(0.3, self.node.links.want, peer)
         elif (reason == REFUSED and peer.key not in self.node.links.current
@@ -3088,7 +3097,8 @@ class Detector:
         if not self.cut_off and others > 1 and now - self.contact > QUIET_AFTER:
             self._network_gone()
         local = peer.ip == self.node.me.ip  # which a pulled cable does not hide
-        asked = doubt.hearsay and now - doubt.since < HEARSAY_SUSPICION and peer.route in self.node.links.dialling
+        asked = (doubt.hearsay and now - doubt.since < HEARSAY_SUSPICION
+                 and self.node.links.is_asked(peer, doubt.since + LEFT_SUSPICION / 2))
         if asked or (self.cut_off and not local and now - self.contact < TOMBSTONE_TIME):
             again = self.node.loop.call_later(WARN_INTERVAL if asked else SUSPICION, self._expired, peer)
             self._doubts[peer.key] = doubt._replace(timer=again)
