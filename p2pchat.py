@@ -3100,6 +3100,7 @@ class Detector:
         asked = (doubt.hearsay and now - doubt.since < HEARSAY_SUSPICION
                  and self.node.links.is_asked(peer, doubt.since + LEFT_SUSPICION / 2))
         if asked or (self.cut_off and not local and now - self.contact < TOMBSTONE_TIME):
+            doubt.timer.cancel()
             again = self.node.loop.call_later(WARN_INTERVAL if asked else SUSPICION, self._expired, peer)
             self._doubts[peer.key] = doubt._replace(timer=again)
         else:
