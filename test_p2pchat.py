@@ -4748,7 +4748,7 @@ def script_bad_input(cast, target_of):
     """Each row is answered with MSG_ERROR, closed and logged once, and the next good client is served."""
     log_file = cast.log_of("target")
     program = target_of(cast, log_file)
-    yield lambda: os.path.exists(log_file) and "listening on" in bad_input_log(log_file), 10, "it listens"
+    yield lambda: os.path.exists(log_file) and "listening on" in bad_input_log(log_file), 30, "it listens"
     line = [line for line in bad_input_log(log_file).splitlines() if "listening on" in line][0]
     address = "127.0.0.1", int(line.partition("127.0.0.1:")[2].split()[0])
     for row, data in BAD_INPUT_FOR_BOTH.items():
@@ -4805,7 +4805,7 @@ def script_one_shot(cast):
     address = "127.0.0.1", cast.port_of(server)
     assert raw_list(address) == []
     alice = cast.peer("Alice", server)
-    yield lambda: alice.saw("server", online=True), 10, "it is registered"
+    yield lambda: alice.saw("server", online=True), 30, "it is registered"
     assert raw_list(address) == ["Alice"]
     peer_address = alice.events[0]["ip"], alice.events[0]["port"]
     raw_ask(peer_address, raw_message("MSG_CHAT", "hello from a shell"))
@@ -4826,13 +4826,13 @@ def script_end_of_input(cast):
     server = cast.server()
     yield cast.listening(server)
     bob = cast.peer("Bob", server)
-    yield lambda: bob.saw("server", online=True), 10, "Bob is there"
+    yield lambda: bob.saw("server", online=True), 30, "Bob is there"
     for number, kind in enumerate(("--json", "--plain")):
         alice = cast.peer("Alice", server, kind=kind)
         alice.say(f"one {number}")
         alice.process.stdin.write(f"two {number}".encode())  # its last line has no end
         alice.end_input()
-        yield lambda: alice.status() is not None, 10, "it leaves by itself"
+        yield lambda: alice.status() is not None, 30, "it leaves by itself"
         assert alice.status() == 0, alice.tail()
         expected = [f"one {number}", f"two {number}"]
         yield lambda: bob.heard()[-2:] == expected, 5, "all was delivered"
@@ -4842,7 +4842,7 @@ def script_end_of_input(cast):
     bob.signal(signal.SIGSTOP)
     alice.say("nobody will see this")
     alice.end_input()
-    yield lambda: alice.status() is not None, 10, "it does not wait for ever"
+    yield lambda: alice.status() is not None, 30, "it does not wait for ever"
     assert alice.status() == 1 and alice.saw("failed")[0]["text"] == "nobody will see this"
 
 
@@ -4874,7 +4874,7 @@ def script_port_taken(cast):
         server, peer = cast.server("-q", port=port), cast.peer("Alice", None, "--port", str(port))
         for program in (server, peer):
             program.end_input()
-            yield lambda: program.status() is not None, 10, "it gives up"
+            yield lambda: program.status() is not None, 30, "it gives up"
             yield lambda: program.errors, 5, "it says why"
             assert program.status() == 1 and len(program.errors) == 1, program.tail()
             assert str(port) in program.errors[0] and "--port" in program.errors[0]
