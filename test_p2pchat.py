@@ -5283,7 +5283,20 @@ class PtyScreen:
         return "\n".join("".join(row).rstrip() for row in self.cells)
 
 
-class PtyProgram:
+class PtyProcess:
+    """A program that is killed, if it still runs, when its `with` ends; then `close` gives back what was opened."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.close()
+
+
+class PtyProgram(PtyProcess):
     """A peer on a terminal of its own."""
 
     def __init__(self, *arguments, rows=24, cols=80, term="vt52", code=None, env=None):
@@ -5301,13 +5314,7 @@ class PtyProgram:
         self.screen = PtyScreen(rows, cols)
         self.output = b""
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+    def close(self):
         os.close(self.master)
         os.close(self.slave)
 
@@ -5345,7 +5352,7 @@ def pty_peer(name, *more):
     return ["peer", *user, "--host", "127.0.0.1", "--no-lan", "--timeout", "2", *more]
 
 
-class PtyPipe:
+class PtyPipe(PtyProcess):
     """A peer with pipes: --json or --plain."""
 
     def __init__(self, name, *more):
@@ -5353,13 +5360,7 @@ class PtyPipe:
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
         self.rest = b""
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+    def close(self):
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             pipe.close()
 
