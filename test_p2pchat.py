@@ -4496,8 +4496,9 @@ class ProgramCast:
 
     def server(self, *options, port=0, constants=None):
         """A discovery server on the loopback interface."""
-        return self.start("server", "server", *LOOPBACK_ONLY, "--port", str(port), *options,
-                          constants=constants)
+        server = self.start("server", "server", *LOOPBACK_ONLY, "--port", str(port), *options, constants=constants)
+        server.port = port
+        return server
 
     def peer(self, name, server=None, *options, kind="--json", constants=None):
         """A peer on the loopback interface; without a server it looks for one where there is none."""
@@ -4506,11 +4507,11 @@ class ProgramCast:
                           constants=constants)
 
     def port_of(self, server):
-        """The port that a server says it listens on; 0 before it has said so."""
+        """The port that a server says it listens on; before it has said so the one it was given, 0 for any."""
         for line in server.errors:
             if "listening on" in line:
                 return int(line.rpartition(":")[2])
-        return 0
+        return server.port
 
     def listening(self, *servers):
         """What to wait for: these servers listen."""
