@@ -117,6 +117,7 @@ TOMBSTONE_TIME = 3600.0  # how long a removed peer is remembered, so that no old
 NEWS_INTERVAL = 0.2  # between two rounds of passing on news (memberlist's gossip interval)
 NEWS_FANOUT = 3  # peers told in one round
 NEWS_ROUNDS = 4  # times an item is sent on, times the number of digits of the number of peers
+NEWS_TIME = 5.0  # for so long who has gone is told to everybody who is met
 NEWS_BATCH = 200  # items told at a time: some 30 KiB
 CLOCK_JUMP = 10.0  # a clock that is so far off says that the machine slept
 
@@ -3227,11 +3228,14 @@ class Gossip:
         self.node.loop.call_later(SETTLE_TIME / 4, self.node.settle)
         if self.news and not self._timer.active:
             self._timer = self.node.loop.call_later(0, self._tell)
+        now = self.node.loop.now()
+        gone = [each.wire(now) for each in self.node.peers.tombstones() if now - each.removed < NEWS_TIME]
+        self._send_news(link, gone[-NEWS_BATCH:])  # what was news a moment ago has passed by one who has just come
         if verdict == NEW:
             self.spread(peer, ALIVE)
         elif verdict == STALE:  # it is thought gone: it must know, to be able to deny it
             status = peer.status if peer.gone else SUSPECT
-            link.send(MSG_PEER_NEWS, {"peers": [peer.wire(self.node.loop.now(), status)]})
+            link.send(MSG_PEER_NEWS, {"peers": [peer.wire(now, status)]})
         wanted = peer.key in self._asked
         if wanted or (link.dialled and digest != self.node.peers.digest() and (not self._synced or was_lost)):
             self._request(link)

@@ -4178,6 +4178,22 @@ def test_node_what_is_sent_again_from_within_a_failure_is_not_failed_with_the_re
     assert rig.ann.delivery.is_waiting()
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_node_a_newcomer_hears_who_left_just_before_it_came(seed):
+    """Cy has a list that is a moment old: it is told by the first whom it meets, not by the next comparison."""
+    rig = NodeRig("Ann", "Bob", "Dan", seed=seed, delay=(0.05, 0.3))
+    old = rig.bob.me.wire(rig.bob.loop.now())
+    rig.bob.leave()
+    rig.network.run_until(lambda: all(len(rig.nodes[name].present()) == 1 for name in ("Ann", "Dan")), 3)
+    rig.run(2)
+    cy = rig.add("Cy")
+    cy.gossip._synced = True  # it had that list from somebody else
+    cy.loop.enter(cy.gossip.hear_of, old, "10.0.0.99")
+    assert [peer.username for peer in cy.present()] == ["Bob"]
+    rig.run(2)
+    assert [peer.username for peer in cy.present()] == ["Ann", "Dan"]
+
+
 def test_node_leaving_waits_for_what_is_under_way():
     rig = NodeRig("Ann", "Bob", delay=(0.2, 0.4))
     rig.ann.chat("last words")
