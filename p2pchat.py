@@ -4000,7 +4000,7 @@ class LineEditor:
         self._place = 0  # in the history; at its end is the line being written
         self._draft = ""
         self._cut = ""
-        self.joining = False  # the key before cut as well: what is cut now belongs to it
+        self._joining = False  # nothing was done since the last cut: what is cut now belongs to it
 
     @property
     def text(self) -> str:
@@ -4009,15 +4009,16 @@ class LineEditor:
 
     def set(self, text: str) -> None:
         """Another line in its place, the cursor at its end."""
-        self.left, self.right = text, ""
+        self.left, self.right, self._joining = text, "", False
 
     def insert(self, text: str) -> None:
         """Put a text at the cursor."""
         self.left += text
+        self._joining = False
 
     def move(self, left: int) -> None:
         """Put the cursor so many characters from the beginning."""
-        self.left, self.right = self.text[:left], self.text[left:]
+        self.left, self.right, self._joining = self.text[:left], self.text[left:], False
 
     def before(self) -> int:
         """Where the character left of the cursor begins; what a reader takes for one is one."""
@@ -4042,6 +4043,7 @@ class LineEditor:
 
     def delete(self, where: int) -> str:
         """Take out, and return, what stands between the cursor and a place."""
+        self._joining = False
         if where < len(self.left):
             gone, self.left = self.left[where:], self.left[:where]
         else:
@@ -4051,12 +4053,12 @@ class LineEditor:
 
     def cut(self, where: int) -> None:
         """The same, and keep it for yank(); pieces cut one after the other are kept as one."""
-        backwards = where < len(self.left)
+        backwards, joining = where < len(self.left), self._joining
         gone = self.delete(where)
-        if self.joining:
+        if joining:
             gone = gone + self._cut if backwards else self._cut + gone
         if gone:
-            self._cut, self.joining = gone, True
+            self._cut, self._joining = gone, True
 
     def yank(self) -> None:
         """Insert what was cut last."""
@@ -4380,8 +4382,6 @@ class ChatView:
     def _begin(self, name: str) -> None:
         """Before each key: what was only said until then goes. Its handler sees in _before which came before."""
         self._before, self._key = self._key, name
-        if name not in _CUTTING:
-            self.line.joining = False
         if name not in ("focus-in", "focus-out"):
             self.hint = ""
             self.fresh.clear()
@@ -4794,7 +4794,6 @@ KEYS = EDIT_KEYS + VIEW_KEYS
 _KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
 _KEYS["focus-in"] = Key("", "", lambda view: view.look(True))
 _KEYS["focus-out"] = Key("", "", lambda view: view.look(False))
-_CUTTING = frozenset(("ctrl-w", "ctrl-u", "ctrl-k", "alt-d", "alt-backspace"))
 
 
 def _first_word(text: str) -> int:
@@ -5066,7 +5065,7 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
     for at, (label, line) in enumerate(form.fields):
         typed, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line, cols)
         none = "" if line.text or line is form.name else "(none: whoever is found on this network)"
-        ranked.append((0 if at == form.at else 2, [Span(typed[row]), Span(none, "dim")]))
+        ranked.append((0 if at == form.at else 2, [Span(typed[row if at == form.at else 0]), Span(none, "dim")]))
         column = place if at == form.at else column
     keys = "Enter starts, Ctrl-C leaves, Esc goes on without a server, Tab goes to the other field."
     ranked += [(5, [Span(f" Port    {form.port}", "dim")]), (5, [])]

@@ -298,6 +298,7 @@ def test_wrap(text, cols, lines):
     (["one two", "<ctrl-left>", "<ctrl-u>"], "", "two"),
     (["a b c", "<ctrl-w>", "<ctrl-w>", "<ctrl-y>"], "a b c", ""),
     (["a", "<ctrl-u>", "b", "<ctrl-u>", "<ctrl-y>"], "b", ""),
+    (["a b", "<ctrl-w>", "<backspace>", "<ctrl-w>", "<ctrl-y>"], "a", ""),
     (["🧑\u200d🚀e\u0301", "<left>"], "🧑\u200d🚀", "e\u0301"),
     (["🧑\u200d🚀e\u0301", "<backspace>", "<backspace>"], "", ""),
     (["日本", "<home>", "<delete>"], "", "本"),
@@ -901,6 +902,14 @@ def test_the_start_form():
     assert small.startswith(" Name    Bob\n Server") and "Ctrl-C leaves" in small
     row, column = p2pchat.render_form(form, 24, 80).cursor
     assert rows[row][:column].endswith("Bob")
+    form.line.insert("by the window in the corner")
+    form.key("tab")
+    small = "\n".join("".join(span.text for span in line) for line in p2pchat.render_form(form, 5, 20).lines)
+    assert small.startswith(" Name    Bobby the w\n"), "a field that is not being written shows its beginning"
+    form.key("tab")
+    for name in ("ctrl-w", "left", "right", "ctrl-w", "ctrl-y"):
+        form.key(name)
+    assert form.line.text == "Bobby the window in the ", "only what is cut at one go is kept as one"
 
 
 # -- codec ---------------------------------------------------------------------------------------------
