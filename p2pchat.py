@@ -2321,6 +2321,8 @@ class Link(Handler):
 
     def received(self, messages: List[Message]) -> None:
         node = self.node
+        if node.detector.check_clock() and self.connection.state != OPEN:
+            return  # it lay here while we were stopped
         self.used = node.loop.now()
         if not self.traffic.take(self.used, len(messages)) and node.settings.budget:  # lifted, that lifts this as well
             node.links.ban(self)
@@ -2569,6 +2571,12 @@ class Links:
         dialled = peer.route if self.dialling.get(peer.route) is peer else None
         for link in list(self.all):
             if link.peer is peer or (link.peer is None and link.dialled and link.address == dialled):
+                link.connection.abort(reason)
+
+    def abort_all(self, reason: str) -> None:
+        """Close every open link without reading what has come: what was not acknowledged is sent again."""
+        for link in list(self.all):
+            if link.connection.state == OPEN:
                 link.connection.abort(reason)
 
     def ban(self, link: Link) -> None:
@@ -3163,6 +3171,8 @@ class Detector:
         if max(late, jump) > CLOCK_JUMP:
             log.warning("[P2P] the clock jumped by %d s: looking who is still there", max(late, jump))
             self.node.discovery.check()
+        if late >= QUIET_AFTER - PROBE_INTERVAL:  # what was sent to us meanwhile may be given up already
+            self.node.links.abort_all("this process was stopped")
         self._start_over()
         return True
 

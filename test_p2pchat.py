@@ -3391,7 +3391,7 @@ def mishap_crash(world, peer, seconds):
 
 def mishap_leave(world, peer, seconds):
     """It leaves, and comes again."""
-    if len(world.living()) > 4:
+    if len(world.living()) > 4 and not peer.loop.frozen:
         peer.leave()
         world.network.post(7 + seconds, peer.restart)
 
@@ -3943,6 +3943,25 @@ def test_node_a_full_queue_is_reported(monkeypatch):
     rig.bob.loop.thaw()
     rig.run(5)
     assert rig.shown("Bob") == ["m0", "m1", "m2"]
+
+
+@pytest.mark.parametrize("seconds", [3, 6, 9, 12, 20])
+def test_node_a_stopped_peer_shows_nothing_that_was_reported_undelivered(seconds):
+    """What lies in its kernel when it runs again may be given up already: it is sent again, or not shown."""
+    for seed in range(5):
+        rig = NodeRig("Ann", "Bob", "Cy", seed=seed)
+        rig.run(seed / 2)
+        rig.bob.loop.freeze()
+        for number in range(2 * seconds):
+            rig.run(0.5)
+            if len(rig.ann.peers) == 2:
+                rig.ann.chat(f"m{number}")
+        rig.bob.loop.thaw()
+        rig.run(20)
+        texts = [event["text"] for event in rig.saw("Ann", "sent")]
+        failed = [event["text"] for event in rig.saw("Ann", "failed")]
+        assert texts and rig.shown("Bob") == [text for text in texts if text not in failed], seed
+        assert len(rig.shown("Cy")) == len(texts) and bool(failed) == (seconds > 10), seed
 
 
 def test_node_a_cut_off_peer_that_is_refused_knows_that_the_network_is_back():
