@@ -786,7 +786,7 @@ class Peer:
     """A peer as we know it. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added", "heard",
-                 "vouched", "unverified", "removed", "ended", "quiet", "rtt", "via", "_encoded", "_weight")
+                 "vouched", "unverified", "removed", "ended", "quiet", "rtt", "via", "asked", "_encoded", "_weight")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -801,6 +801,7 @@ class Peer:
         self.quiet = False
         self.rtt: Optional[float] = None
         self.via: Optional[Address] = None  # another address of its machine, at which we reached it
+        self.asked = float("-inf")  # when it was asked where it is: somebody elsewhere says to be it
         self.place(username, ip, port)
 
     @classmethod
@@ -1570,22 +1571,26 @@ class Lan:
     """Beacons: datagrams to everybody on the local network, and straight answers to them.
 
     One socket on the port that all share hears what is sent to the group or broadcast. One socket for
-    each local address sends, so that a datagram leaves by every interface, and hears straight answers."""
+    each local address sends, so that a datagram leaves by every interface, and hears straight answers.
+    While another program keeps the port for itself, these alone must do."""
 
     def __init__(self, loop: "Loop", host: str, port: int, heard: Callable[[bytes, Address], Optional[bytes]]) -> None:
-        """`heard(datagram, sender)` returns the answer, if any. Raises OSError when there is no way."""
+        """`heard(datagram, sender)` returns the answer, if any."""
         self._loop = loop
         self._host = host
         self._port = port
         self._heard = heard
         self._senders: Dict[str, socket.socket] = {}
-        # Bound to the group, a socket hears nothing else: nothing that came from outside the loopback.
-        self._shared = self._open(LAN_GROUP if is_loopback(host) and os.name == "posix" else "", port)
+        self._shared: Optional[socket.socket] = None
+        self.problem = ""  # in words, why shouts of others can't be heard
         self.refresh()
 
     def refresh(self) -> None:
-        """Follow the machine's addresses: cables are plugged, leases change."""
+        """Follow the machine's addresses: cables are plugged, leases change. Try again for the port, if need be."""
         current = set(self._addresses())
+        if self._shared is None and self._share():
+            for ip in list(self._senders):
+                self._drop(ip)  # to join the group
         for ip in sorted(set(self._senders) - current):
             self._drop(ip)
         for ip in sorted(current - set(self._senders)):
@@ -1605,7 +1610,19 @@ class Lan:
         """Stop sending and hearing."""
         for ip in list(self._senders):
             self._drop(ip)
-        self._close(self._shared)
+        if self._shared is not None:
+            self._close(self._shared)
+
+    def _share(self) -> bool:
+        """Open the socket on the port; False if that can't be had now."""
+        # Bound to the group, a socket hears nothing else: nothing that came from outside the loopback.
+        ip = LAN_GROUP if is_loopback(self._host) and os.name == "posix" else ""
+        try:
+            self._shared, self.problem = self._open(ip, self._port), ""
+        except OSError as error:
+            self.problem = f"can't listen on UDP port {self._port}: {_words(error)}"
+            limited_log("beacons", logging.WARNING, "[Lan] %s; trying again", self.problem)
+        return self._shared is not None
 
     def _addresses(self) -> List[str]:
         if self._host not in ("", "0.0.0.0"):
@@ -1624,13 +1641,16 @@ class Lan:
         try:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(ip))
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 1)
-            self._shared.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
+            if self._shared is not None:
+                self._shared.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
         except OSError as error:
             log.debug("[P2P] not in the group on %s: %s", ip, _words(error))
 
     def _drop(self, ip: str) -> None:
         self._close(self._senders.pop(ip))
         member = socket.inet_aton(LAN_GROUP) + socket.inet_aton(ip)
+        if self._shared is None:
+            return
         try:
             self._shared.setsockopt(socket.IPPROTO_IP, socket.IP_DROP_MEMBERSHIP, member)
         except OSError:
@@ -1889,17 +1909,24 @@ def find_local_addresses() -> List[str]:
 
 def _interface_addresses(sock: socket.socket) -> List[str]:
     try:
+        import array
         import fcntl
+        import struct
     except ImportError:  # Windows: there the host name resolves to all of them
         try:
             return socket.gethostbyname_ex(socket.gethostname())[2]
         except OSError:
             return []
-    request = 0x8915 if sys.platform == "linux" else 0xC0206921  # SIOCGIFADDR
     found = []
+    if sys.platform == "linux":  # SIOCGIFCONF: an interface may have several, and is listed with each
+        size, room = 40 if sys.maxsize > 2 ** 32 else 32, array.array("B", bytes(16000))  # of a struct ifreq
+        answer = fcntl.ioctl(sock.fileno(), 0x8912, struct.pack("iP", len(room), room.buffer_info()[0]))
+        for start in range(0, struct.unpack("iP", answer)[0], size):
+            found.append(socket.inet_ntoa(room[start + 20:start + 24]))
+        return found
     for _, name in socket.if_nameindex():
         try:
-            answer = fcntl.ioctl(sock.fileno(), request, name.encode()[:15].ljust(40, b"\0"))
+            answer = fcntl.ioctl(sock.fileno(), 0xC0206921, name.encode()[:15].ljust(40, b"\0"))  # SIOCGIFADDR
             found.append(socket.inet_ntoa(answer[20:24]))
         except OSError:
             pass  # an interface without an IPv4 address
@@ -1939,6 +1966,14 @@ def parse_address(text: str) -> Address:
     if not is_peer_ip(ip):
         raise ValueError(f"{host!r} is not an address that a machine can have")
     return ip, int(port)
+
+
+def check_reach(host: str, addresses: Iterable[Address]) -> None:
+    """Raises ValueError if one who listens on `host` is to dial what it must not: the loopback is this machine only."""
+    for ip, port in addresses:
+        if is_loopback(host) and not is_loopback(ip):
+            raise ValueError(f"--host {host} keeps everything on this machine, and {ip}:{port} is not 127.0.0.1: "
+                             "leave out --host, or name 127.0.0.1")
 
 
 def port_problem(host: str, port: int, error: OSError) -> str:
@@ -2066,12 +2101,9 @@ class DiscoveryServer:
         self._listener = self.loop.listen(self.settings.host, self.settings.port, self._accept)
         log.info("[Server] starting")
         self.id = f"server@{self.address[0]}:{self.address[1]}"
-        self._monitor = Ticker(self.loop, self.settings.check_interval, self._drop_silent)
+        self._monitor = Ticker(self.loop, self.settings.check_interval, self._tick)
         if self.settings.lan:
-            try:
-                self._lan = self.loop.lan(self.settings.host, DEFAULT_PORT, self._beacon)
-            except OSError as error:
-                log.warning("[Server] can't be found on the local network: %s", error)
+            self._lan = self.loop.lan(self.settings.host, DEFAULT_PORT, self._beacon)
         log.info("[Server] listening on %s:%d", *self.address)
 
     def stop(self) -> None:
@@ -2106,6 +2138,11 @@ class DiscoveryServer:
         self._strangers.discard(session.connection)
         if session.peer_id is not None and not self._stopping:
             self._drop(session, f"connection lost: {reason}")
+
+    def _tick(self) -> None:
+        self._drop_silent()
+        if self._lan is not None:
+            self._lan.refresh()
 
     def _drop_silent(self) -> None:
         limit = self.loop.now() - self.settings.heartbeat_timeout
@@ -2297,6 +2334,7 @@ class Link(Handler):
         self.asked = False  # for its list, and it has not answered yet
         self.renames = Allowance(MAX_RENAMES)
         self.said = ""  # the id under which we last spoke of ourselves
+        self.failure = ""  # in words, why the two ends do not go on
         self.bound = 0.0  # when it was
         self.warned = float("-inf")  # when its peer was last told that it is thought gone
         self.ready = False  # what had waited for its peer was sent over it: now what is new may follow
@@ -2387,7 +2425,7 @@ class Links:
 
     def dial(self, address: Address, peer: Optional[Peer] = None) -> None:
         """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
-        if address in self.dialling or address in self.own or self.node.stopping:
+        if address in self.dialling or address in self.own or self.node.stopping or not self.node.may_reach(address[0]):
             return
         if len(self.dialling) >= MAX_DIALS:
             if len(self.waiting) < MAX_PEERS:
@@ -2422,8 +2460,7 @@ class Links:
         record = content["peer"]
         objection = self._objection(link, record)
         if objection:
-            if link.dialled:
-                self.node.finder.note(link.address, f"it said: {record['id']}; answered: {objection}")
+            link.failure = f"{record['id']} answers there: {objection}"
             link.refuse(objection)
             return
         before = self.node.peers.by_key(record["instance"])
@@ -2438,6 +2475,8 @@ class Links:
             self.node.confirm_address(content.get("you", {}).get("ip"), link.connection.remote[0])
         self.node.apply(changes)
         self.node.gossip.met(link, peer, verdict, was_lost, content.get("digest"))
+        if peer.rtt is None:
+            self.node.detector.probe(peer)  # for /who: on the ring only neighbours are probed
         if not peer.gone and not link.ready:
             self.node.delivery.resume(peer, link)
 
@@ -2473,7 +2512,7 @@ class Links:
             self.look(claimed)
             return f"you say that you are at {claimed[0]}:{claimed[1]}, but I see you at {link.connection.remote[0]}"
         holder = node.peers.get(record["id"])
-        if not link.dialled and holder is not None and holder.key != record["instance"]:
+        if not link.dialled and holder is not None and holder.key != record["instance"] and not self._is_mute(holder):
             self.look(claimed)
             return "another peer has that id; I am looking which of you answers there"
         known = node.peers.by_key(record["instance"])
@@ -2497,6 +2536,13 @@ class Links:
         elsewhere = link.dialled and address[1] == record["port"] and not node.is_own(record["ip"])
         return elsewhere and strange and holder in (None, known)
 
+    def _is_mute(self, peer: Peer) -> bool:
+        """Whether nothing links us to a peer, and its machine has not answered a dial for a while: a firewall
+        that lets nobody in. Who links to us from there, at its id, is its program started anew."""
+        dials = [link for link in self.all if link.connection.state == CONNECTING and link.address == peer.route]
+        since = self.node.loop.now() - LEFT_SUSPICION
+        return peer.key not in self.current and any(link.used <= since for link in dials)
+
     def look(self, address: Address) -> None:
         """Dial an address that somebody named, to see who answers there: few, and none again so soon."""
         now = self.node.loop.now()
@@ -2508,7 +2554,13 @@ class Links:
             self.dial(address)
 
     def _is_lively(self, peer: Peer) -> bool:
-        return peer.key in self.current and self.node.loop.now() - peer.heard < QUIET_AFTER
+        """Whether a peer is where we know it to be; one that said nothing lately has time to answer a probe first."""
+        now = self.node.loop.now()
+        if peer.key in self.current and now - peer.heard < QUIET_AFTER:
+            return True
+        if peer.asked <= peer.heard:
+            peer.asked = now
+        return now - peer.asked < LEFT_SUSPICION
 
     def closed(self, link: Link, reason: str) -> None:
         """A link is gone. Another one to the same peer takes over; else the peer is looked after."""
@@ -2542,8 +2594,7 @@ class Links:
     def _dial_over(self, link: Link, failure: str = "") -> None:
         """A dial has ended, well or not: whoever waits may dial now."""
         peer = self.dialling.pop(link.address, None)
-        if failure and link.address in self.node.settings.join:
-            self.node.finder.note(link.address, failure)
+        self.node.finder.dialled(link, link.failure or failure)
         if peer is not None and link.peer not in (None, peer):
             failure = REFUSED  # somebody else answers there: it does so no more
         if failure:
@@ -2560,6 +2611,7 @@ class Links:
 
     def _no_hello(self, link: Link) -> None:
         if link.peer is None:
+            link.failure = "what listens there does not answer as a peer does"
             link.refuse("no MSG_HELLO came")
             if link.dialled:
                 link.connection.abort("it does not answer")
@@ -2730,8 +2782,8 @@ class Delivery:
         assert peer is not None
         if peer.key in self._channels:
             channel = self._channels[peer.key]
-            channel.progress = self.node.loop.now()
             for pending in channel.take(content["upto"]):
+                channel.progress = self.node.loop.now()
                 if message["type"] == MSG_CHAT_ACK or pending.sequence < content["id"]:
                     self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
                 else:
@@ -3333,7 +3385,7 @@ class Gossip:
     def hear_of(self, record: Dict[str, Any], source_ip: str) -> Tuple[str, Peer]:
         """Hearsay about a third peer."""
         node = self.node
-        if is_loopback(record["ip"]) and not node.is_own(source_ip):
+        if (is_loopback(record["ip"]) and not node.is_own(source_ip)) or not node.may_reach(record["ip"]):
             return IMPLAUSIBLE, node.me
         known = node.peers.by_key(record.get("instance", ""))
         if known is not None and known.key in node.links.current and not known.gone and record["id"] != known.id:
@@ -3393,6 +3445,7 @@ class Discovery(Handler):
         self._said = ""  # the name under which we registered
         self._last_seen = ("127.0.0.1", 0.0)  # the last server's address, and when it came or went
         first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
+        self._first = first
         self.candidates: List[Address] = [first]  # the one that is used, or tried next, and further ones
         self._wait = RETRY_SERVER_MIN
         self._tried = float("-inf")  # when
@@ -3422,9 +3475,10 @@ class Discovery(Handler):
         if self.connection is not None or self.node.stopping:
             return
         if address not in self.candidates:
-            log.info("[Discovery] found a server at %s:%d", *address)
-        others = [each for each in self.candidates if each != address]
-        self.candidates = [address, *others[:7]]
+            limited_log("server", logging.INFO, "[Discovery] found a server at %s:%d", *address)
+        others = [each for each in self.candidates if each not in (address, self._first)]
+        first = [self._first] if address != self._first else []  # others never drive it out
+        self.candidates = [address, *first, *others[:6]]
         if self.node.loop.now() - self._tried > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
             self._timer.cancel()
             self.start()
@@ -3440,7 +3494,7 @@ class Discovery(Handler):
         me = self.node.me
         self._said = me.username
         self._ask(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
-                                 "incarnation": me.incarnation}, "no answer to MSG_REGISTER")
+                                 "incarnation": me.incarnation}, "what listens there does not answer as a server does")
 
     def check(self) -> None:
         """We may have slept: look at once whether the server still knows us."""
@@ -3490,6 +3544,7 @@ class Discovery(Handler):
         self._wait = RETRY_SERVER_MIN
         self.peer_id = content["peer_id"]
         self.node.confirm_address(parts[1], self.address[0])
+        self.node.finder.note(self.address, "online, and knows nobody else", "server ")
         if not self.online:
             log.info("[Discovery] registered as %s", content["peer_id"])
             self._set_online(True, "")
@@ -3563,6 +3618,8 @@ class Finder:
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.tried: Dict[str, str] = {}  # what was tried, and what came of it
+        self._reached: Dict[Address, str] = {}  # whom we met at an address named by hand: the peer's key
+        self._beacon_heard = float("-inf")  # when, the last one of somebody else
         self._lan: Optional[Lan] = None
         self._timer = Timer()
         self._answers = Allowance(BEACON_ANSWERS, 1.0)
@@ -3570,11 +3627,7 @@ class Finder:
     def start(self) -> None:
         """Begin to look, at once."""
         if self.node.settings.lan and self.node.settings.server is None:
-            try:
-                self._lan = self.node.loop.lan(self.node.settings.host, DEFAULT_PORT, self._heard)
-            except OSError as error:
-                log.warning("[P2P] can't look for others on the local network: %s", error)
-                self.tried["local network"] = str(error)
+            self._lan = self.node.loop.lan(self.node.settings.host, DEFAULT_PORT, self._heard)
         self._look()
 
     def _look(self) -> None:
@@ -3583,13 +3636,18 @@ class Finder:
         if self._lan is not None or self.node.settings.join:
             wait = BEACON_ALONE if alone else BEACON_SETTLED * (0.75 + self.node.loop.random.random() / 2)
             self._timer = self.node.loop.call_later(wait, self._look)  # first: an error must not end it
-        linked = {peer.address for peer in self.node.peers.present()}
+        known = {peer.address for peer in self.node.peers.present()}.union(self.node.discovery.candidates)
         for address in self.node.settings.join:
-            if address not in linked and address not in self.node.discovery.candidates:
+            if address not in known and not self._is_met(address):
                 self.node.links.dial(address)
         if self._lan is not None:
             self._lan.refresh()
             self._lan.shout(self._beacon(answer=False, size=BEACON_SIZE))
+
+    def _is_met(self, address: Address) -> bool:
+        """Whether the peer at an address named by hand is there, by whatever address it is known."""
+        peer = self.node.peers.by_key(self._reached.get(address, ""))
+        return peer is not None and not peer.gone
 
     def _beacon(self, answer: bool, size: int) -> bytes:
         node = self.node
@@ -3612,12 +3670,32 @@ class Finder:
             return None
         known = self.node.peers.by_key(content.get("instance", ""))
         few = self.node.loop.random.random() * len(self.node.peers) < 10  # a thousand need not all answer
+        self._beacon_heard = self.node.loop.now()
         if (known is None or known.gone) and few:
             self.node.links.look(address)
+            if address in self.node.links.dialling:
+                self._hint(address)
         wanted = content.get("alone") is True and content.get("answer") is not True and few
         if not wanted or not self._answers.take(self.node.loop.now()):
             return None
         return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
+
+    def dialled(self, link: Link, failure: str) -> None:
+        """A dial has ended: with a failure, or with the peer that answers there."""
+        key = f"{link.address[0]}:{link.address[1]}"
+        if link.peer is not None:
+            self.tried.pop(key, None)
+            if link.address in self.node.settings.join:
+                self._reached[link.address] = link.peer.key
+        elif link.address in self.node.settings.join:
+            self.note(link.address, failure)
+        elif key in self.tried:
+            self.note(link.address, f"heard on the local network, but {failure}")
+
+    def _hint(self, address: Address) -> None:
+        """A beacon led to a dial: if that fails, the report says so."""
+        if f"{address[0]}:{address[1]}" not in self.tried:
+            self.note(address, "heard on the local network, but not met yet")
 
     def note(self, address: Address, result: str, what: str = "") -> None:
         """Remember what came of trying an address, for the report; the last few are enough."""
@@ -3632,17 +3710,16 @@ class Finder:
         content = message["content"]
         reason = clean(content["reason"])[:200]
         limited_log("error", logging.INFO, "[P2P] %s:%d says: %s", *link.connection.remote, reason)
-        if content.get("role") == "server" and link.dialled:
+        if content.get("role") == "server" and link.dialled and link.address in self.node.settings.join:
             self.node.discovery.found(link.address)
-            link.connection.close("a server")
+            link.connection.close("a discovery server")
             return
         if link.peer is None and link.dialled:
             before = self.node.me.ip
             self.node.confirm_address(content.get("you", {}).get("ip"), link.connection.remote[0])
             if self.node.me.ip != before:  # it did not believe our address, and was right
                 self.node.loop.call_later(DRAIN_TIMEOUT, self.node.links.dial, link.address)
-        if link.peer is None and link.address in self.node.settings.join:
-            self.note(link.address, reason)
+        link.failure = f"it says: {reason}"
 
     def server_failed(self) -> None:
         """With no server, and nothing else to look for, there is nothing to wait for."""
@@ -3654,12 +3731,14 @@ class Finder:
         node = self.node
         if len(node.peers):
             return []
-        lines = ["Nobody else is here yet.", f"You are {node.me.id}."]
+        lines = ["Nobody else is here.", f"You are {node.me.id}."]
         lines += [f"Tried {what}: {result}." for what, result in self.tried.items()]
-        if self._lan is not None:
-            lines.append(f"Looked on the local network (UDP port {DEFAULT_PORT}): no answer.")
+        if self._lan is not None and node.loop.now() - self._beacon_heard > 2 * BEACON_SETTLED:
+            problem = self._lan.problem or "no answer"
+            lines.append(f"Looked on the local network (UDP port {DEFAULT_PORT}): {problem}.")
         where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
-        lines.append(f"To connect {where}: python3 p2pchat.py peer --join {node.me.ip}:{node.me.port}")
+        only = " --host 127.0.0.1" if is_loopback(node.settings.host) else ""
+        lines.append(f"To connect {where}: python3 p2pchat.py peer{only} --join {node.me.ip}:{node.me.port}")
         return lines
 
     def stop(self) -> None:
@@ -3745,7 +3824,7 @@ class PeerNode:
         if self.leaving:
             return
         self.leaving = True
-        self.loop.call_later(self.settings.timeout, self._depart)
+        self.loop.call_later(self.settings.timeout, self.depart)
         self.proceed()
 
     def proceed(self) -> None:
@@ -3754,9 +3833,11 @@ class PeerNode:
             if not self.links.all:
                 self._stop()
         elif self.leaving and not self.delivery.is_waiting():
-            self._depart()
+            self.depart()
 
-    def _depart(self) -> None:
+    def depart(self) -> None:
+        """Leave without waiting: what is still under way fails."""
+        self.leaving = True
         if self.stopping:
             return
         self.delivery.fail_all("you left before it was delivered")
@@ -3911,6 +3992,10 @@ class PeerNode:
         """Whether an address is this machine's."""
         return ip == self.me.ip or is_loopback(ip) or ip in self.own_addresses()
 
+    def may_reach(self, ip: str) -> bool:
+        """Whether to dial an address: one who listens on the loopback only stays on this machine."""
+        return not is_loopback(self.settings.host) or self.is_own(ip)
+
     def adopt_address(self, local_ip: str) -> None:
         """A connection left from this address of ours: better than a guess, until somebody confirms one."""
         if not self.address_sure and not is_loopback(local_ip) and is_peer_ip(local_ip):
@@ -3931,7 +4016,8 @@ class PeerNode:
     def follow_address(self) -> None:
         """The machine may have another address by now (a new lease, another network): go along."""
         own = self.own_addresses()
-        if self.settings.host != "0.0.0.0" or self.me.ip in own or not self._had_address:
+        settled = self.me.ip in own and not is_loopback(self.me.ip)  # loopback: there was no network at the start
+        if self.settings.host != "0.0.0.0" or settled or not self._had_address:
             return
         new = self.loop.local_addresses()[0]
         if not is_loopback(new):
@@ -5288,10 +5374,13 @@ class Interface:
             self.node.leave()
 
     def interrupt(self) -> None:
-        """Leave; when already doing so, end at once."""
-        if self.node is not None and self.node.leaving:
+        """Leave; when already doing so, wait for nothing more; then end at once."""
+        if self.node is None or self.node.stopping:
             self.loop.stop()
-        self.leave()
+        elif self.node.leaving:
+            self.node.depart()
+        else:
+            self.leave()
 
     def _report(self, failure: BaseException) -> str:
         """One line: what happened, and where more is said about it."""
@@ -5574,9 +5663,11 @@ class CursesInterface(Interface):
             name, server = check_username(form.name.text.strip()), None
             try:
                 server = parse_address(form.server.text.strip()) if form.server.text.strip() else None
+                check_reach(self.settings.host, [server] if server else [])
             except ValueError:
                 if wait:  # else it goes on without
                     raise
+                server = None
         except ValueError as error:
             form.message = f"{str(error).rstrip('.')}."
             return
@@ -6019,6 +6110,11 @@ def run_server(options: argparse.Namespace) -> int:
 def run_peer(options: argparse.Namespace) -> int:
     """The chat, in one of the three ways."""
     settings = Settings(**_chosen(options, Settings._fields))._replace(join=tuple(options.join))
+    try:
+        check_reach(settings.host, [*settings.join, *([settings.server] if settings.server else [])])
+    except ValueError as error:
+        sys.stderr.write(f"p2pchat: {error}\n")
+        return 2
     kind: Callable[[Loop, Settings], Interface] = options.kind or (CursesInterface if has_screen() else PlainInterface)
     return kind(Loop(), settings).run()
 

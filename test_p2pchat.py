@@ -34,6 +34,7 @@ import tempfile
 import termios
 import time
 import tracemalloc
+import types
 import unicodedata
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -116,7 +117,7 @@ class ViewNode:
         return ["name   address"] + [f"{peer.username}   {peer.ip}:{peer.port}" for peer in self.present()]
 
     def alone(self):
-        return [] if self.present() else ["Nobody else is here yet."]
+        return [] if self.present() else ["Nobody else is here."]
 
     def server_status(self):
         return self.online, "10.0.0.9:9999", self.loop.seconds
@@ -686,7 +687,7 @@ def test_the_line_where_reading_stopped():
 
 def test_what_is_said_at_the_start():
     view = view_make()
-    view.node.alone = lambda: ["Nobody else is here yet.", "You are Alice@10.0.0.1:10001.", "Tried x: refused."]
+    view.node.alone = lambda: ["Nobody else is here.", "You are Alice@10.0.0.1:10001.", "Tried x: refused."]
     for event in ({"event": "ready", "id": view.node.me.id}, {"event": "server", "online": True, "address": "h:1", "reason": ""},
                   {"event": "server", "online": False, "address": "h:1", "reason": "refused"}, {"event": "settled"}):
         view.handle(event)
@@ -1932,6 +1933,7 @@ class SimLan:
         self.loop = loop
         self.heard = heard
         self.port = loop.host.free_port()
+        self.problem = ""
         loop.network.lans.append(self)
 
     def refresh(self):
@@ -4219,7 +4221,186 @@ def test_node_a_newcomer_hears_who_left_just_before_it_came(seed):
     cy.loop.enter(cy.gossip.hear_of, old, "10.0.0.99")
     assert [peer.username for peer in cy.present()] == ["Bob"]
     rig.run(2)
-    assert [peer.username for peer in cy.present()] == ["Ann", "Dan"]
+    assert "Ann" in [peer.username for peer in cy.present()] and rig.saw("Cy", "left")[0]["peer"]["username"] == "Bob"
+
+
+@pytest.mark.parametrize("size", [3, 10])
+def test_node_an_instance_that_lives_is_not_moved_by_a_stranger(size):
+    """Somebody else has its instance from a list. One of whom nothing was heard lately is asked first."""
+    world = SimWorld(3, size, delay=(0.001, 0.01))
+    world.settle(30)
+    world.network.run(30)
+    ann, bob = max(itertools.permutations(world.peers, 2),
+                   key=lambda pair: -pair[0].node.peers.by_key(pair[1].instance).heard)
+    stranger = SimStranger(world, ann)
+    stranger.link.connection.abort("not yet")
+    stranger.me.update(instance=bob.instance, incarnation=bob.node.me.incarnation + 1)
+    for _ in range(60):
+        stranger.link.connection = stranger.loop.connect(ann.node.me.address, stranger.link, 5)
+        world.network.run(0.5)
+        assert ann.node.peers.get(bob.node.me.id) is ann.node.peers.by_key(bob.instance)
+    assert stranger.got and all(message["type"] == "MSG_ERROR" for message in stranger.got)
+
+
+def test_node_an_instance_is_believed_elsewhere_however_late_it_tries_again():
+    """Once nothing came from its old address in the time for an answer to a probe."""
+    rig = NodeRig("Ann", "Bob")
+    bob = rig.ann.peers.by_key(rig.bob.me.instance)
+    record = dict(bob.wire(0.0), id="Bob@10.9.9.9:5000", ip="10.9.9.9")
+    link = types.SimpleNamespace(address=("10.9.9.9", 41000), dialled=False,
+                                 connection=types.SimpleNamespace(remote=("10.9.9.9", 41000)))
+    rig.ann.detector._expired = lambda peer: None
+    rig.network.unplug(rig.network.hosts["Bob"])
+    for _ in range(2):
+        assert rig.ann.links._objection(link, record) == "that instance is at 10.0.0.3:5000, and still answers"
+        rig.run(8)
+    assert not bob.gone and rig.ann.links._objection(link, record) == ""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_node_a_walled_peer_that_restarts_is_back_at_once(seed):
+    """Its port is fixed, its firewall answers no dial: that alone keeps nobody out for long."""
+    rig = NodeRig("Ann", "Bob", seed=seed)
+    walled = rig.network.host("Walled")
+    walled.walled = True
+    first = rig.add("Walled", host=walled)
+    rig.network.run_until(lambda: len(rig.bob.peers) == len(first.peers) == 2, 10)
+    rig.run(5)
+    first.loop.crash()
+    rig.run(1.5)
+    again = rig.add("Walled", host=walled)
+    rig.network.run_until(lambda: rig.ann.peers.by_key(again.me.instance) in rig.ann.present(), 3)
+    rig.network.run_until(lambda: rig.bob.peers.by_key(again.me.instance) in rig.bob.present(), 6)
+    again.chat("back")
+    rig.run(2)
+    assert rig.shown("Ann") == rig.shown("Bob") == ["back"] and again.me.id == first.me.id
+
+
+def test_node_all_links_have_a_round_trip_time():
+    rig = NodeRig(*(f"p{number}" for number in range(8)), delay=(0.05, 0.05))
+    rig.run(5)
+    for node in rig.nodes.values():
+        header, *rows = node.who()
+        assert header.split() == ["name", "address", "heard", "ago", "trip"] and len(rows) == 7
+        assert all(row.endswith(" ms") and 90 < float(row.split()[-2]) < 120 for row in rows), node.who()
+
+
+def test_node_an_acknowledgement_of_nothing_new_is_no_progress():
+    """One that acknowledges the same message over and over holds what is under way for no longer than a silent one."""
+    rig = NodeRig("Ann", "Bob", settings={"timeout": 60.0})
+    rig.ann.chat("first")
+    rig.run(1)
+    rig.bob.handlers["MSG_CHAT"] = lambda link, message: None
+    rig.ann.chat("second")
+    link = rig.bob.links.current[rig.ann.me.instance]
+    for _ in range(25):
+        link.send("MSG_CHAT_ACK", {"upto": 1})
+        rig.run(1)
+    assert [event["text"] for event in rig.saw("Ann", "failed")] == ["second"]
+
+
+def test_node_a_named_server_is_not_driven_out():
+    """However many others claim to be servers: the one that the user named is tried on and on."""
+    rig = NodeRig("Ann", settings={"server": ("10.0.0.99", 9999)})
+    discovery = rig.ann.discovery
+    rig.network.host("others", "10.8.0.1")  # nothing listens there
+    for number in range(100):
+        rig.run(0.3)
+        discovery.found(("10.8.0.1", 1000 + number))
+        assert ("10.0.0.99", 9999) in discovery.candidates and len(discovery.candidates) <= 8
+    server = p2pchat.DiscoveryServer(rig.network.start(rig.network.host("server", "10.0.0.99")), p2pchat.ServerSettings())
+    server.start()
+    rig.run(300)
+    assert server.peer_ids == [rig.ann.me.id]
+
+
+def test_node_only_who_was_named_by_hand_is_believed_to_be_a_server():
+    for join in (True, False):
+        rig = NodeRig("Ann")
+        server = p2pchat.DiscoveryServer(rig.network.start(rig.network.host("server")), p2pchat.ServerSettings(port=777))
+        server.start()
+        address = (rig.network.hosts["server"].addresses[0], 777)
+        bob = rig.add("Bob", join=(address,) if join else ())
+        bob.links.look(address)
+        rig.run(20)
+        assert (address in bob.discovery.candidates) == join == bool(server.peer_ids)
+
+
+def test_node_a_peer_joined_by_another_of_its_addresses_is_dialled_once():
+    network = SimNetwork()
+    ann_host = network.host("ann", "10.0.0.1", "10.0.1.1")
+    ann = p2pchat.PeerNode(network.start(ann_host), p2pchat.Settings("Ann", lan=False, port=5000), print)
+    bob = p2pchat.PeerNode(network.start(network.host("bob")),
+                           p2pchat.Settings("Bob", lan=False, port=5000, join=(("10.0.1.1", 5000),)), lambda event: None)
+    ann.emit = lambda event: None
+    dials, connect = [], bob.loop.connect
+    bob.loop.connect = lambda address, *rest: (dials.append(address), connect(address, *rest))[1]
+    ann.start()
+    bob.start()
+    network.run(600)
+    assert dials.count(("10.0.1.1", 5000)) == 1 and len(ann.links.all) == 1 == len(bob.present())
+
+
+def test_node_a_network_that_comes_later_gives_the_address():
+    """A laptop that is on before its network: /who names an address that others can reach."""
+    network = SimNetwork()
+    host = network.host("ann", "127.0.0.1")
+    ann = p2pchat.PeerNode(network.start(host), p2pchat.Settings("Ann", lan=False, port=5000), lambda event: None)
+    ann.start()
+    network.run(5)
+    assert ann.me.ip == "127.0.0.1"
+    network.move(host, "10.0.0.7")
+    network.run(10)
+    assert ann.me.ip == "10.0.0.7" and "--join 10.0.0.7:5000" in ann.alone()[-1]
+
+
+def test_node_on_the_loopback_knows_and_dials_nobody_elsewhere():
+    """--host 127.0.0.1 keeps everything on the machine, whatever is heard from one who is on the network, too."""
+    network = SimNetwork()
+    here, there = network.host("here"), network.host("there")
+    nodes = {}
+    for name, host, settings in (
+            ("Cy", there, {}), ("Bob", here, {"join": ((there.addresses[0], 5001),)}),
+            ("Ann", here, {"host": "127.0.0.1", "join": (("127.0.0.1", 5002), (there.addresses[0], 5001))})):
+        settings = p2pchat.Settings(name, lan=False, port=5001 + len(nodes), **settings)
+        nodes[name] = p2pchat.PeerNode(network.start(host), settings, lambda event: None)
+        nodes[name].start()
+        network.run(1)
+    dials, connect = [], nodes["Ann"].loop.connect
+    nodes["Ann"].loop.connect = lambda address, *rest: (dials.append(address), connect(address, *rest))[1]
+    network.run(60)
+    assert [peer.username for peer in nodes["Ann"].present()] == ["Bob"]
+    assert {ip for ip, _ in dials} <= {"127.0.0.1", *here.addresses}
+    assert {peer.username for peer in nodes["Bob"].present()} == {"Ann", "Cy"}
+
+
+def test_node_alone_says_what_was_tried():
+    """Who was heard but could not be met; a server that is online; and that nothing was heard, only if so."""
+    rig = NodeRig("Ann")
+    host, walled = rig.network.hosts["Ann"].addresses[0], rig.network.host("walled")
+    walled.walled = True
+    p2pchat.DiscoveryServer(rig.network.start(rig.network.host("server", "10.0.0.99")), p2pchat.ServerSettings()).start()
+    zoe = rig.add("Zoe", join=((host, 7000), ("10.0.0.99", 9999)), lan=True)
+    beacon = p2pchat.create_message("MSG_BEACON", "x", {"role": "peer", "port": 5000, "instance": "w"})
+    zoe.loop.enter(zoe.finder._heard, beacon, (walled.addresses[0], 5))
+    rig.run(7)
+    report = zoe.alone()
+    assert f"Tried {host}:7000: refused." in report
+    assert f"Tried {walled.addresses[0]}:5000: heard on the local network, but no answer within 5 s." in report
+    assert "Tried server 10.0.0.99:9999: online, and knows nobody else." in report
+    silent = "Looked on the local network (UDP port 9999): no answer."
+    assert silent not in report
+    rig.run(30)
+    assert silent in zoe.alone()
+
+
+def test_node_alone_repeats_what_the_other_side_said():
+    rig = NodeRig("Ann")
+    address = rig.ann.me.address
+    rig.ann.links._objection = lambda link, record: "not you"
+    bob = rig.add("Bob", join=(address,))
+    rig.run(3)
+    assert f"Tried {address[0]}:{address[1]}: it says: not you." in bob.alone()
 
 
 def test_node_leaving_waits_for_what_is_under_way():
