@@ -3736,8 +3736,10 @@ class Finder:
         if self._lan is not None and node.loop.now() - self._beacon_heard > 2 * BEACON_SETTLED:
             problem = self._lan.problem or "no answer"
             lines.append(f"Looked on the local network (UDP port {DEFAULT_PORT}): {problem}.")
+        if not node.has_network:
+            return [*lines, "This machine has no address on a network at the moment."]
         where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
-        only = " --host 127.0.0.1" if is_loopback(node.settings.host) else ""
+        only = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
         lines.append(f"To connect {where}: python3 p2pchat.py peer{only} --join {node.me.ip}:{node.me.port}")
         return lines
 
@@ -3991,6 +3993,11 @@ class PeerNode:
     def is_own(self, ip: str) -> bool:
         """Whether an address is this machine's."""
         return ip == self.me.ip or is_loopback(ip) or ip in self.own_addresses()
+
+    @property
+    def has_network(self) -> bool:
+        """Whether the address that we are known by is still this machine's; not asked behind NAT."""
+        return self.settings.host != "0.0.0.0" or self.me.ip in self.own_addresses() or not self._had_address
 
     def may_reach(self, ip: str) -> bool:
         """Whether to dial an address: one who listens on the loopback only stays on this machine."""
@@ -4739,6 +4746,10 @@ class ChatView:
     @command("/whois NAME")
     def _whois(self, rest: str) -> None:
         """name, address and state of one peer."""
+        me = self.node.me
+        if rest.casefold().lstrip("@") in (me.username.casefold(), me.id.casefold()):
+            self.answer(f"You are {me.id}.")
+            return
         peer = self._one(rest)
         said = self._spoke.get(peer.id)
         spoke = f"last spoke at {self.clock(said)}" if said is not None else "has not spoken yet"
@@ -6003,8 +6014,8 @@ SERVER_OPTIONS: Tuple[Row, ...] = (
     ("check-interval", _seconds, "S", "look for silent peers so often (10 s)"),
 )
 PEER_OPTIONS: Tuple[Row, ...] = (
-    ("user", _username, "NAME", "your name (without it, a form asks)"),
-    ("server", _address, "HOST[:PORT]", "discovery server (127.0.0.1:9999, and any found on the local network)"),
+    ("user", _username, "NAME", "your name (without it, a form asks; --plain and --json take the login name)"),
+    ("server", _address, "HOST[:PORT]", "the only discovery server (127.0.0.1:9999, and any found on the local network)"),
     ("join", _address, "HOST:PORT", "a peer or server to connect to; may be given several times"),
     _HOST,
     ("port", _port, "N", "TCP port to listen on (0: chosen by the system)"),

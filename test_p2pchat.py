@@ -468,6 +468,11 @@ def test_commands_that_cannot_be_done(line, word):
     assert word in view_answer(view, line) and view.node.sent == [] and view.refused == 1
 
 
+def test_whois_knows_oneself():
+    view = view_make("Bob")
+    assert view_answer(view, "/whois alice") == "You are Alice@10.0.0.1:10001." and not view.refused
+
+
 def test_nothing_that_was_typed_is_dropped():
     view = view_make("Bob")
     for command in p2pchat.COMMANDS.values():
@@ -4352,6 +4357,9 @@ def test_node_a_network_that_comes_later_gives_the_address():
     network.move(host, "10.0.0.7")
     network.run(10)
     assert ann.me.ip == "10.0.0.7" and "--join 10.0.0.7:5000" in ann.alone()[-1]
+    network.move(host)
+    network.run(10)
+    assert "no address on a network" in ann.alone()[-1] and "--join" not in "".join(ann.alone())
 
 
 def test_node_on_the_loopback_knows_and_dials_nobody_elsewhere():
@@ -5091,6 +5099,25 @@ def script_signals(cast):
     yield lambda: peers[3].saw("server", online=False), 5, "the server's goodbye is heard"
 
 
+def script_interrupted_twice(cast):
+    """Ctrl-C waits for what is under way; again, it waits no longer, and says what was not delivered."""
+    alice, bob = cast.peer("Alice", None), None
+    yield lambda: alice.saw("ready"), 10, "Alice listens"
+    bob = cast.peer("Bob", None, "--join", f"127.0.0.1:{alice.saw('ready')[0]['port']}")
+    yield cast.together(alice, bob)
+    bob.signal(signal.SIGSTOP)
+    alice.say("does anybody read this?")
+    yield lambda: alice.saw("sent"), 5, "it is on its way"
+    alice.signal(signal.SIGINT)
+    yield lambda: alice.saw("notice", error=True) or alice.say("and this?"), 3, "it is leaving: no more is sent"
+    assert not alice.saw("failed")
+    alice.signal(signal.SIGINT)
+    yield lambda: alice.status() is not None, 2, "it has left"
+    assert alice.status() == 1 and alice.saw("stopped"), alice.tail()
+    assert [event["id"] for event in alice.saw("failed")] == [event["id"] for event in alice.saw("sent")], alice.tail()
+    bob.signal(signal.SIGCONT)
+
+
 def script_port_taken(cast):
     """One line on stderr that names the port and the option, exit status 1."""
     with socket.socket() as taken:
@@ -5116,6 +5143,8 @@ WRONG_OPTIONS = {
     "peer --user A --server 127.0.0.1:0": "port",
     "peer --user A --server :9999": "HOST",
     "peer --user A --join nowhere.invalid:1": "nowhere.invalid",
+    "peer --user A --host 127.0.0.1 --join 10.0.0.1:1": "leave out --host",
+    "peer --user A --host 127.0.0.1 --server 10.0.0.1": "10.0.0.1:9999",
     "peer --user A --timeout never": "never",
     "peer --user A --gossip-interval 0": "seconds",
     "peer --user A --heartbeat-interval -1": "seconds",
@@ -5222,6 +5251,12 @@ class SoakPlan:
         return all(peer.heard(name) == words[name]
                    for peer in self.stable for name in words if name != peer.name)
 
+    def both(self):
+        """How many messages were shown, and reported undelivered as well."""
+        ids = [(program, program.saw("ready")[0]["id"]) for program in self.cast.programs if program.saw("ready")]
+        shown = {(event["id"], me) for program, me in ids for event in program.saw("chat")}
+        return sum((event["id"], event["to"]["id"]) in shown for program, _ in ids for event in program.saw("failed"))
+
     def check(self):
         """At the end: what those who stayed said to each other never failed; nothing was shown twice."""
         stable = {peer.name for peer in self.stable}
@@ -5253,7 +5288,7 @@ def script_soak(cast, seconds=8.0, count=12, seed=1):
     yield lambda: all(len(peer.present()) == count - 1 for peer in living), 30, "in the end all see all"
     kinds = ("chat", "delivered", "failed")
     seen = {kind: sum(len(each.saw(kind)) for each in cast.programs) for kind in kinds}
-    return {"spoken": sum(plan.spoken.values()), **seen, **plan.faults}
+    return {"spoken": sum(plan.spoken.values()), **seen, "both": plan.both(), **plan.faults}
 
 
 def soak(arguments):
@@ -5377,6 +5412,20 @@ def script_split(cast):
         net.close()
 
 
+def test_namespace_all_addresses_of_an_interface_are_found():
+    net = NamespaceNet(1, "addresses")
+    try:
+        net.build()
+        net._ip("-n", net.hosts[0], "address", "add", "10.99.0.77/24", "dev", "eth0")
+        net._ip("-n", net.hosts[0], "address", "add", "10.98.0.1/24", "dev", "eth0")
+        ask = [sys.executable, "-c", "import p2pchat; print(*p2pchat.find_local_addresses())"]
+        found = subprocess.check_output(["ip", "netns", "exec", net.hosts[0], *ask], timeout=20,
+                                        cwd=os.path.dirname(PROGRAM_FILE)).decode().split()
+        assert sorted(found) == ["10.98.0.1", "10.99.0.1", "10.99.0.77", "127.0.0.1"] and found[-1] == "127.0.0.1"
+    finally:
+        net.close()
+
+
 PROCESS_SCRIPTS = {
     "chat": script_chat,
     "server killed": script_server_killed,
@@ -5387,6 +5436,7 @@ PROCESS_SCRIPTS = {
     "one shot": script_one_shot,
     "end of input": script_end_of_input,
     "signals": script_signals,
+    "interrupted twice": script_interrupted_twice,
     "port taken": script_port_taken,
     "wrong options": script_wrong_options,
     "soak": script_soak,
@@ -7798,6 +7848,16 @@ def test_hostile_left_is_forged_while_a_slow_link_is_opened(seed):
     assert not [event for name in rig.nodes for event in rig.saw(name, "left")]
 
 
+def test_hostile_servers_that_are_announced_are_not_each_a_line_of_the_log():
+    rig = NodeRig("Ann", settings={"lan": True})
+    with hostile_log() as lines:
+        for number in range(1, 2000):
+            beacon = p2pchat.make_beacon("x", {"role": "server", "port": number}, p2pchat.BEACON_SIZE)
+            rig.ann.loop.enter(rig.ann.finder._heard, beacon, ("10.9.9.9", 5))
+            rig.run(0.01)
+    assert rig.ann.discovery.candidates and len(lines) < 100
+
+
 def test_hostile_visits_are_not_each_a_line_of_the_log():
     world = HostileWorld()
     with hostile_log() as lines:
@@ -8068,6 +8128,36 @@ def hostile_resets(count=500):
                 rig.loop.turn(0)
         rig.served()
         rig.until(lambda: len(rig.server._sessions) <= 2 and len(rig.alice.links.all) <= 2, 5)
+
+
+def test_lan_while_another_program_keeps_the_port():
+    """Others can't be heard then, but be shouted to, and answer; the port is taken as soon as it is free."""
+    heard = []
+    with contextlib.closing(p2pchat.Loop()) as loop, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        lan = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: heard.append(data))
+        other = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: b"answer")
+        assert lan.problem == other.problem == f"can't listen on UDP port {port}: address already in use"
+        lan.shout(b"nobody hears this")
+        taken.close()
+        other.refresh()
+        assert not other.problem and lan.problem
+        lan.shout(b"is anybody there?")
+        real_until(loop, lambda: heard == [b"answer"])
+        lan.refresh()
+        other.shout(b"now you hear me")
+        real_until(loop, lambda: heard[1:] == [b"now you hear me"])
+        lan.close()
+        other.close()
+
+
+def real_until(loop, condition, limit=5.0):
+    """Turn a real loop until something has happened."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        loop.turn(0.05)
 
 
 def hostile_datagrams(count=3000):
