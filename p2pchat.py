@@ -1620,8 +1620,10 @@ class Lan:
         try:
             self._shared, self.problem = self._open(ip, self._port), ""
         except OSError as error:
-            self.problem = f"can't listen on UDP port {self._port}: {_words(error)}"
-            limited_log("beacons", logging.WARNING, "[Lan] %s; trying again", self.problem)
+            problem = f"can't listen on UDP port {self._port}: {_words(error)}"
+            if problem != self.problem:
+                log.warning("[Lan] %s; trying again", problem)
+            self.problem = problem
         return self._shared is not None
 
     def _addresses(self) -> List[str]:
@@ -3734,8 +3736,8 @@ class Finder:
         lines = ["Nobody else is here.", f"You are {node.me.id}."]
         lines += [f"Tried {what}: {result}." for what, result in self.tried.items()]
         if self._lan is not None and node.loop.now() - self._beacon_heard > 2 * BEACON_SETTLED:
-            problem = self._lan.problem or "no answer"
-            lines.append(f"Looked on the local network (UDP port {DEFAULT_PORT}): {problem}.")
+            result = f", but {self._lan.problem}" if self._lan.problem else f" (UDP port {DEFAULT_PORT}): no answer"
+            lines.append(f"Looked on the local network{result}.")
         if not node.has_network:
             return [*lines, "This machine has no address on a network at the moment."]
         where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
@@ -4747,7 +4749,7 @@ class ChatView:
     def _whois(self, rest: str) -> None:
         """name, address and state of one peer."""
         me = self.node.me
-        if rest.casefold().lstrip("@") in (me.username.casefold(), me.id.casefold()):
+        if not self.node.find(rest) and rest.casefold().lstrip("@") in (me.username.casefold(), me.id.casefold()):
             self.answer(f"You are {me.id}.")
             return
         peer = self._one(rest)
@@ -6015,7 +6017,7 @@ SERVER_OPTIONS: Tuple[Row, ...] = (
 )
 PEER_OPTIONS: Tuple[Row, ...] = (
     ("user", _username, "NAME", "your name (without it, a form asks; --plain and --json take the login name)"),
-    ("server", _address, "HOST[:PORT]", "the only discovery server (127.0.0.1:9999, and any found on the local network)"),
+    ("server", _address, "HOST[:PORT]", "the discovery server, and no other (127.0.0.1:9999, and any on the local network)"),
     ("join", _address, "HOST:PORT", "a peer or server to connect to; may be given several times"),
     _HOST,
     ("port", _port, "N", "TCP port to listen on (0: chosen by the system)"),

@@ -471,6 +471,8 @@ def test_commands_that_cannot_be_done(line, word):
 def test_whois_knows_oneself():
     view = view_make("Bob")
     assert view_answer(view, "/whois alice") == "You are Alice@10.0.0.1:10001." and not view.refused
+    view = view_make("Alice")
+    assert view_answer(view, "/whois alice").startswith("Alice is Alice@10.0.0.2")
 
 
 def test_nothing_that_was_typed_is_dropped():
