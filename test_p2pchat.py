@@ -3731,17 +3731,17 @@ def scenario_server(seed, size=3):
 
 # name: (scenario, sizes in the suite, seeds in the suite, sizes when asked for, most seeds that make sense)
 SCENARIOS = {
-    "newcomer-16": (scenario_newcomer, {"size": 16}, 3, {"size": 16}, 300),
+    "newcomer-16": (scenario_newcomer, {"size": 16}, 10, {"size": 16}, 300),
     "newcomer-64": (scenario_newcomer, {"size": 64}, 1, {"size": 64}, 300),
     "newcomer-256": (scenario_newcomer, None, 0, {"size": 256}, 40),
     "newcomer-1000": (scenario_newcomer, None, 0, {"size": 1000}, 10),
     "hundred": (scenario_hundred, {"calm": 20}, 1, {}, 50),
-    "churn": (scenario_churn, {"size": 12, "minutes": 6, "crashes": 2, "leaves": 2, "restarts": 2}, 3,
+    "churn": (scenario_churn, {"size": 12, "minutes": 6, "crashes": 2, "leaves": 2, "restarts": 2}, 5,
               {}, 300),
     "halves": (scenario_halves, {"size": 10}, 2, {}, 300),
     "cut-off": (scenario_cut_off, {"size": 8}, 2, {}, 300),
     "partly": (scenario_partly, {"seconds": 60}, 2, {}, 300),
-    "delivery": (scenario_delivery, {"minutes": 2}, 3, {}, 300),
+    "delivery": (scenario_delivery, {"minutes": 2}, 4, {}, 300),
     "mess": (scenario_mess, {"minutes": 2}, 2, {}, 300),
     "bytes-16": (scenario_bytes, {"size": 16}, 1, {"size": 16}, 1),
     "bytes-64": (scenario_bytes, {"size": 64}, 1, {"size": 64}, 1),
@@ -3763,8 +3763,11 @@ SCENARIOS = {
 @pytest.mark.parametrize("name", [name for name, (_, sizes, *_) in SCENARIOS.items() if sizes is not None])
 def test_scenario(name):
     scenario, sizes, seeds, _, _ = SCENARIOS[name]
+    columns = collections.defaultdict(list)
     for seed in range(1, seeds + 1):
-        scenario(seed, **sizes)
+        for key, value in scenario(seed, **sizes).items():
+            columns[key].append(value)
+    assert not simulate_limits(name, columns), dict(columns)
 
 
 def test_ideal_gossip_is_what_the_issue_says():
