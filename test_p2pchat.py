@@ -2705,6 +2705,121 @@ def test_loop_a_burst_of_connections_is_taken_at_once():
         listener.close()
 
 
+# -- beacon sockets --------------------------------------------------------------------------------------
+
+
+class LanSocket:
+    """A datagram socket that only notes what is done with it."""
+
+    def __init__(self, *kind):
+        self.kind = kind
+        self.options, self.sent = [], []
+        self.bound = None
+        self.closed = False
+
+    def setsockopt(self, *option):
+        self.options.append(option)
+
+    def bind(self, address):
+        self.bound = address
+
+    def setblocking(self, flag):
+        assert not flag
+
+    def sendto(self, data, address):
+        self.sent.append((data, address))
+
+    def close(self):
+        self.closed = True
+
+    def members(self, option=socket.IP_ADD_MEMBERSHIP):
+        """The interfaces on which it has joined the group, or left it."""
+        group = socket.inet_aton(p2pchat.LAN_GROUP)
+        return [socket.inet_ntoa(value[4:]) for _, name, value in self.options if name == option and value[:4] == group]
+
+
+class LanLoop:
+    """What the beacon sockets know of their loop."""
+
+    def __init__(self, *addresses):
+        self.addresses = list(addresses)
+
+    def local_addresses(self):
+        return self.addresses
+
+    def set_interest(self, sock, interest, ready=None, owner=None):
+        pass
+
+
+@pytest.fixture
+def lan_sockets(monkeypatch):
+    """The sockets that are made during a test, none of which is real."""
+    made = []
+    monkeypatch.setattr(p2pchat.socket, "socket", lambda *kind: made.append(LanSocket(*kind)) or made[-1])
+    return made
+
+
+def lan_opened(made, host, *addresses):
+    """Beacon sockets on a machine with such addresses: (the lan, the socket that hears, those that send by address)."""
+    lan = p2pchat.Lan(LanLoop(*addresses), host, 9999, lambda data, sender: None)
+    shared, *senders = made
+    return lan, shared, {sock.bound[0]: sock for sock in senders}
+
+
+def test_lan_joins_the_group_and_shouts_both_ways_on_every_network(lan_sockets):
+    """Some networks swallow multicast and some broadcast: each goes out by every interface, and none farther."""
+    lan, shared, senders = lan_opened(lan_sockets, "0.0.0.0", "10.0.0.1", "10.1.0.1", "127.0.0.1")
+    assert shared.bound == ("", 9999) and shared.members() == ["10.0.0.1", "10.1.0.1"]
+    assert sorted(senders) == ["10.0.0.1", "10.1.0.1"]
+    lan.shout(b"beacon")
+    for ip, sock in senders.items():
+        assert sock.sent == [(b"beacon", (target, 9999)) for target in (p2pchat.LAN_GROUP, "255.255.255.255")]
+        assert (socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(ip)) in sock.options
+        assert (socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 1) in sock.options
+        assert (socket.SOL_SOCKET, socket.SO_BROADCAST, 1) in sock.options
+
+
+def test_lan_follows_the_addresses_of_the_machine(lan_sockets):
+    lan, shared, senders = lan_opened(lan_sockets, "0.0.0.0", "10.0.0.1", "127.0.0.1")
+    lan._loop.addresses = ["10.5.0.1", "127.0.0.1"]
+    lan.refresh()
+    assert senders["10.0.0.1"].closed and shared.members(socket.IP_DROP_MEMBERSHIP) == ["10.0.0.1"]
+    assert lan_sockets[-1].bound == ("10.5.0.1", 0) and shared.members() == ["10.0.0.1", "10.5.0.1"]
+    lan.shout(b"beacon")
+    assert len(lan_sockets[-1].sent) == 2 and senders["10.0.0.1"].sent == []
+    lan.close()
+    assert all(sock.closed for sock in lan_sockets)
+
+
+def test_lan_on_the_loopback_nothing_goes_out_and_nothing_comes_in(lan_sockets):
+    lan, shared, senders = lan_opened(lan_sockets, "127.0.0.1", "10.0.0.1", "127.0.0.1")
+    assert shared.bound == (p2pchat.LAN_GROUP, 9999) and shared.members() == ["127.0.0.1"]
+    lan.shout(b"beacon")
+    assert list(senders) == ["127.0.0.1"] and senders["127.0.0.1"].sent == [(b"beacon", (p2pchat.LAN_GROUP, 9999))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a socket hears that is bound to a group is up to the system")
+def test_lan_with_real_sockets():
+    """On the loopback a shout is heard, and answered straight; what was not sent to the group is not heard."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outsider, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        loop, log = p2pchat.Loop(), []
+        asked = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: log.append(("asked", data)) or b"answer")
+        asker = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: log.append(("asker", data)))
+        outsider.sendto(b"past the group", ("127.0.0.1", port))
+        asker.shout(b"question")
+        end = time.monotonic() + 5
+        while len(log) < 3:
+            assert time.monotonic() < end, log
+            loop.turn(0.02)
+        assert sorted(log) == [("asked", b"question"), ("asker", b"answer"), ("asker", b"question")]
+        asked.close()
+        asker.close()
+        loop.close()
+
+
 # -- discovery server ----------------------------------------------------------------------------------
 
 
