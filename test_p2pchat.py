@@ -1965,6 +1965,28 @@ class SimLan:
             self.loop.network.lans.remove(self)
 
 
+class SimShouter:
+    """A program that shouts beacons by hand, and keeps those of others that reach it."""
+
+    def __init__(self, network, name="shouter"):
+        self.loop = network.start(network.host(name))
+        self.heard = []  # what they say
+        self.times = collections.defaultdict(list)  # and when it came, by who says it
+        self.lan = SimLan(self.loop, self._hear)
+
+    def _hear(self, data, sender):
+        message = p2pchat.parse_message(data)
+        if sender[0] != self.loop.host.addresses[0]:
+            self.heard.append(message["content"])
+            self.times[message["sender_id"].partition("@")[0]].append(self.loop.now())
+
+    def shout(self, **content):
+        """One beacon, of a peer that nobody knows."""
+        ip = self.loop.host.addresses[0]
+        content = {"role": "peer", "port": 7, "instance": f"at{ip.replace('.', 'x')}", **content}
+        self.lan.shout(p2pchat.make_beacon(f"Eve@{ip}:{content['port']}", content, p2pchat.BEACON_SIZE))
+
+
 def sim_count(census, segment):
     """Add a segment's bytes to the count of each message type in it."""
     for line in segment.splitlines(True):
@@ -3025,6 +3047,15 @@ def test_server_a_beacon_is_answered_by_no_more_than_it_brought():
     content = dict(question, server_wanted=False)
     assert rig.server._beacon(p2pchat.make_beacon("a", content, 512), ("10.0.0.1", 5)) is None
     assert rig.server._beacon(b"garbage", ("10.0.0.1", 5)) is None
+
+
+@pytest.mark.parametrize("lan", [True, False])
+def test_server_is_found_on_the_local_network_unless_told_not_to(lan):
+    rig = ServerRig(lan=lan)
+    seeker = SimShouter(rig.network)
+    seeker.shout(server_wanted=True)
+    rig.network.run(1)
+    assert [content["role"] for content in seeker.heard] == ["server"] * lan
 
 
 def test_server_registering_again_and_again_is_not_told_to_everybody_for_ever():
@@ -4696,6 +4727,102 @@ def test_node_who_was_thought_gone_is_sent_to_as_soon_as_it_is_back(seed):
     rig.run(3)
     for name in rig.nodes:
         assert sorted(rig.shown(name)) == sorted(f"from {other}" for other in rig.nodes if other != name)
+
+
+# -- peer node: beacons --------------------------------------------------------------------------------
+
+
+def beacon_rig(*names, **settings):
+    """Peers who find each other by beacons, and one who shouts by hand."""
+    rig = NodeRig(*names, settings={"lan": True, "join": (), **settings})
+    return rig, SimShouter(rig.network)
+
+
+def test_node_shouts_often_while_it_is_alone_and_rarely_in_company():
+    rig, listener = beacon_rig("Ann")
+    rig.run(30)
+    assert 28 <= len(listener.times["Ann"]) <= 31
+    rig.add("Bob", lan=True, join=())
+    rig.network.run_until(lambda: len(rig.ann.peers) == len(rig.bob.peers) == 1, 5)
+    rig.run(15)
+    listener.times.clear()
+    rig.run(120)
+    assert all(9 <= len(listener.times[name]) <= 16 for name in ("Ann", "Bob")), listener.times
+
+
+def test_node_a_beacon_of_one_that_is_alone_is_answered_straight():
+    rig, seeker = beacon_rig("Ann")
+    before = len(seeker.heard)
+    seeker.shout(alone=True, answer=False)
+    rig.run(0.1)
+    answers = [content for content in seeker.heard[before:] if content["answer"]]
+    assert [(content["role"], content["port"], content["instance"]) for content in answers] == [("peer", 5000, rig.ann.me.instance)]
+
+
+@pytest.mark.parametrize("content", [{"alone": True, "answer": True}, {"alone": False}, {}])
+def test_node_other_beacons_are_not_answered(content):
+    """An answer is not answered in its turn; who is not alone finds the others through those whom it knows."""
+    rig, seeker = beacon_rig("Ann")
+    seeker.shout(**content)
+    rig.run(5)
+    assert seeker.heard and not [heard for heard in seeker.heard if heard["answer"]]
+
+
+def test_node_no_lan_neither_shouts_nor_answers():
+    rig, seeker = beacon_rig("Ann", lan=False)
+    seeker.shout(alone=True)
+    rig.run(20)
+    assert seeker.heard == []
+
+
+def test_node_answers_to_beacons_are_few_in_a_second():
+    rig, seeker = beacon_rig("Ann")
+    rig.run(0.5)
+    for rest in (3 * p2pchat.BEACON_ANSWERS, 1):
+        seeker.heard.clear()
+        for _ in range(rest):
+            seeker.shout(alone=True)
+        rig.run(1)
+        assert len([heard for heard in seeker.heard if heard["answer"]]) == min(rest, p2pchat.BEACON_ANSWERS)
+        rig.run(1)
+
+
+# -- peer node: /who -----------------------------------------------------------------------------------
+
+
+def who_row(node, name):
+    """What /who says of one: (heard, ago, trip)."""
+    (row,) = [line for line in node.who() if line.startswith(f"{name} ")]
+    heard, ago, *trip = re.split(r"  +", row)[2:]
+    return heard, ago, trip[0] if trip else ""
+
+
+def test_node_who_says_how_long_a_trip_takes():
+    rig = NodeRig("Ann", "Bob", delay=(0.02, 0.02))
+    assert who_row(rig.ann, "Bob") == ("directly", "0 s", "")
+    rig.run(p2pchat.PROBE_INTERVAL + 1)
+    heard, _, trip = who_row(rig.ann, "Bob")
+    assert heard == "directly" and trip == "40.0 ms"
+
+
+def test_node_who_says_that_one_is_quiet():
+    rig = NodeRig("Ann", "Bob")
+    rig.bob.loop.freeze()
+    rig.network.run_until(lambda: rig.saw("Ann", "quiet"), 10)
+    heard, ago, _ = who_row(rig.ann, "Bob")
+    assert heard == "quiet" and int(ago.split()[0]) >= 3
+    rig.bob.loop.thaw()
+    rig.network.run_until(lambda: len(rig.saw("Ann", "quiet")) == 2, 10)
+    assert who_row(rig.ann, "Bob")[0] == "directly"
+
+
+def test_node_who_says_that_one_is_heard_through_others():
+    rig = NodeRig("Ann", "Bob", "Cy")
+    rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
+    rig.network.run_until(lambda: who_row(rig.ann, "Bob")[0] == "through others", 30)
+    assert who_row(rig.ann, "Cy")[0] == "directly"
+    rig.network.heal()
+    rig.network.run_until(lambda: who_row(rig.ann, "Bob")[0] == "directly", 30)
 
 
 # ======================================================================================================
