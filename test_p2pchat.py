@@ -9069,6 +9069,108 @@ def test_hostile_a_stranger_under_many_names_has_one_budget():
     assert world.chats("Bob", "Alice")
 
 
+# -- bounds: what the network fills, with constants so small that a test can --------------------------------
+
+
+def test_hostile_bytes_that_wait_for_one_peer_are_bounded(monkeypatch):
+    """What has no room any more is reported at once; the rest arrives, and then there is room again."""
+    monkeypatch.setattr(p2pchat, "OUTBOX_BYTES", 1500)
+    rig = NodeRig("Ann", "Bob")
+    rig.bob.loop.freeze()
+    for letter in "abc":
+        rig.ann.chat(letter * 500)
+    assert [(event["text"][0], event["reason"]) for event in rig.saw("Ann", "failed")] == [
+        ("c", "too much is waiting for it already")]
+    hostile_bounds(rig.ann)
+    rig.bob.loop.thaw()
+    rig.run(5)
+    rig.ann.chat("d" * 500)
+    rig.run(5)
+    assert [text[0] for text in rig.shown("Bob")] == ["a", "b", "d"] and len(rig.saw("Ann", "failed")) == 1
+
+
+def test_hostile_tombstones_are_bounded_and_the_oldest_go_first(monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
+    peers = member_list()
+    for number in range(20):
+        peers.hear(member_record("X", 4, f"x{number}"), 9.0)
+        peers.remove(peers.by_key(f"x{number}"), "dead", "silent", 10.0 + number)
+    assert [peer.key for peer in peers.tombstones()] == [f"x{number}" for number in range(15, 20)]
+
+
+def test_hostile_tombstones_that_others_tell_of_are_bounded(monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
+    rig = NodeRig("Ann", "Bob")
+    for number in range(40):
+        record = hostile_record("X", f"10.8.0.{number + 1}", instance=f"x{number}", status="dead")
+        rig.ann.loop.enter(rig.ann.gossip.hear_of, record, rig.bob.me.ip)
+    assert 5 <= len(rig.ann.peers.tombstones()) <= 10
+    rig.bob.leave()
+    rig.run(5)
+    hostile_bounds(rig.ann)
+
+
+def test_hostile_channels_of_strangers_make_room(monkeypatch):
+    """Whoever chats has its place in memory: those who are forgotten leave theirs to others."""
+    monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
+    rig = NodeRig("Ann", "Bob")
+    rig.bob.chat("first")
+    for number in range(30):
+        loop = rig.network.start(rig.network.host(f"stranger {number}"))
+        stranger = Mallory(loop, rig.ann.me.address)
+        stranger.say("MSG_CHAT", f"text {number}", f"S@{loop.host.addresses[0]}:7")
+        rig.run(0.1)
+        hostile_bounds(rig.ann)
+    rig.bob.chat("last")
+    rig.run(1)
+    assert rig.shown("Ann") == ["first", *(f"text {number}" for number in range(30)), "last"]
+
+
+def test_hostile_dials_at_once_are_bounded(monkeypatch):
+    """So many addresses to try, none of which answers: few at a time, and no more wait than a list has peers."""
+    monkeypatch.setattr(p2pchat, "MAX_PEERS", 6)
+    monkeypatch.setattr(p2pchat, "MAX_DIALS", 3)
+    rig = NodeRig()
+    rig.add("Ann", join=tuple(("10.8.0.1", port) for port in range(1, 31)))
+    dialling, waiting = [], []
+    for _ in range(60):
+        rig.run(0.25)
+        dialling.append(sum(each.remote[0] == "10.8.0.1" for each in rig.ann.loop.connections))
+        waiting.append(len(rig.ann.links.waiting))
+    assert (max(dialling), max(waiting)) == (3, 6)
+
+
+def test_hostile_servers_that_beacons_name_are_bounded():
+    """The last few that were heard of are kept, the latest first."""
+    network, events = SimNetwork(1), []
+    node = p2pchat.PeerNode(network.start(network.host("ann")), p2pchat.Settings("Ann"), events.append)
+    node.start()
+    liars = [SimShouter(network, f"liar {number}") for number in range(20)]
+    network.run(1)
+    for liar in liars:
+        network.run_until(lambda: node.discovery.connection is None, 5, 0.01)
+        liar.shout(role="server", port=9999)
+        network.run(0.02)
+        hostile_bounds(node)
+    kept = {ip for ip, _ in node.discovery.candidates}
+    assert 1 < len(kept) and liars[-1].loop.host.addresses[0] in kept and liars[0].loop.host.addresses[0] not in kept
+
+
+def test_hostile_askers_about_one_peer_are_bounded(monkeypatch):
+    """Each who asks us to try a silent peer is told once when it answers: so many, and no more."""
+    monkeypatch.setattr(p2pchat, "IDLE_LINKS", 3)
+    world = HostileWorld()
+    askers = [world.attack(world.alice, name=f"M{number}", port=600 + number, instance=f"m{number}") for number in range(8)]
+    world.bob.loop.freeze()
+    for _ in range(2):
+        for asker in askers:
+            asker.say("MSG_PROBE_REQUEST", {"peer": world.bob.me.wire(0.0)})
+    world.run(0.5)
+    world.bob.loop.thaw()
+    world.run(0.5)
+    assert sorted(asker.kinds().count("MSG_PROBE_RESULT") for asker in askers) == [0] * 5 + [1] * 3
+
+
 # -- README --------------------------------------------------------------------------------------------
 
 
