@@ -4825,6 +4825,172 @@ def test_node_who_says_that_one_is_heard_through_others():
     rig.network.run_until(lambda: who_row(rig.ann, "Bob")[0] == "directly", 30)
 
 
+# -- peer node: what it does by itself -------------------------------------------------------------------
+
+
+def requests_in(rig, seconds):
+    """Bytes of the requests for lists that are sent in the next seconds."""
+    rig.network.census = {}
+    rig.run(seconds)
+    census, rig.network.census = rig.network.census, None
+    return census.get("MSG_SYNC_PEERS_REQUEST", 0)
+
+
+@pytest.mark.parametrize("wall, noticed", [(3600, True), (-86400, True), (5, False), (0, False)])
+def test_node_a_jump_of_the_wall_clock_alone_is_noticed(wall, noticed):
+    """A laptop that slept: its other clock may have stood still. It asks everybody at once who is still there."""
+    rig = NodeRig("Ann", "Bob", "Cy", settings={"gossip_interval": 3600.0})
+    assert requests_in(rig, 60) == 0
+    rig.ann.loop.jump(0, wall=wall)
+    assert bool(requests_in(rig, p2pchat.PROBE_INTERVAL + 0.1)) == noticed
+    rig.run(30)
+    assert all(len(node.peers) == 2 for node in rig.nodes.values()) and not rig.saw("Ann", "left")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_node_an_address_to_join_is_tried_until_somebody_answers_there(dark):
+    """Nobody listens there yet, or the machine is not even on."""
+    rig = NodeRig()
+    host = rig.network.host("Bob")
+    host.dark = dark
+    rig.add("Ann", join=((host.addresses[0], 5000),))
+    rig.run(60)
+    why = "no answer within 5 s" if dark else "refused"
+    assert f"Tried {host.addresses[0]}:5000: {why}." in rig.ann.alone()
+    rig.network.plug(host)
+    rig.add("Bob", host, join=())
+    rig.network.run_until(lambda: rig.ann.present() and rig.bob.present(), 10)
+
+
+def test_node_links_that_nobody_uses_are_closed_when_there_are_many(monkeypatch):
+    """Nobody is lost by that, and what is said is still heard by all."""
+    monkeypatch.setattr(p2pchat, "IDLE_LINKS", 5)
+    calm = {"gossip_interval": 3600.0}  # or every link would be used now and then
+    rig = NodeRig(*(f"p{number}" for number in range(5)), settings=calm)
+    first = rig.nodes["p0"]
+    rig.run(120)
+    assert all(len(node.links.current) == 4 for node in rig.nodes.values()), "few are all linked to each other"
+    for number in range(5, 12):
+        rig.add(f"p{number}", **calm)
+    rig.network.run_until(lambda: all(len(node.peers) == 11 for node in rig.nodes.values()), 60)
+    first.chat("one")
+    rig.run(120)
+    assert max(len(node.links.all) for node in rig.nodes.values()) <= p2pchat.IDLE_LINKS + 2 * p2pchat.NEIGHBOURS
+    first.chat("two")
+    rig.run(5)
+    assert all(rig.shown(name)[-1:] == ["two"] and not rig.saw(name, "left") for name in rig.nodes if name != "p0")
+
+
+def test_node_its_list_says_who_is_gone():
+    """To a peer that asks; not to a stranger."""
+    world = HostileWorld(names=("Alice", "Bob", "Carol"))
+    bob = world.bob.me
+    world.bob.leave()
+    world.run(60)
+    for hello in (True, False):
+        asker = world.attack(world.alice, hello)
+        asker.heard.clear()
+        asker.say("MSG_SYNC_PEERS_REQUEST", {"digest": "another"})
+        world.run(0.5)
+        (answer,) = [message["content"] for message in asker.heard if message["type"] == "MSG_SYNC_PEERS_RESPONSE"]
+        told = [record for record in answer["peer_list"] if record["instance"] == bob.instance]
+        assert [record["status"] for record in told] == ["left"] * hello and all(55 <= each["age"] <= 61 for each in told)
+
+
+def test_node_its_incarnation_starts_at_the_time_of_day():
+    """So a process that takes up an earlier one's place is newer than all that is known of that."""
+    rig = NodeRig("Ann")
+    first = rig.ann.me.incarnation
+    assert first == int(rig.ann.loop.wall() * 1000) == SIM_EPOCH * 1000
+    rig.run(10)
+    assert rig.add("Bob").me.incarnation == first + 10_000
+
+
+def silent_rig():
+    """Ann and Bob and one who speaks by hand and is linked to Ann; then Bob's process is stopped."""
+    world = SimWorld(1, 2, by="lan")
+    world.settle(30)
+    ann, bob = world.peers
+    eve = SimStranger(world, ann)
+    world.network.run(5)
+    world.witness.strict = False
+    bob.loop.freeze()
+    eve.got.clear()
+    return world, bob, eve
+
+
+def told_of(eve, kind, peer):
+    """The records of a peer in messages of a kind that she got."""
+    contents = [message["content"] for message in eve.got if message["type"] == kind]
+    records = [record for content in contents for record in content.get("peers", [content.get("peer")])]
+    return [record for record in records if record["instance"] == peer.instance]
+
+
+def test_node_others_are_asked_to_try_one_that_is_silent():
+    world, bob, eve = silent_rig()
+    world.network.run_until(lambda: told_of(eve, "MSG_PROBE_REQUEST", bob), p2pchat.QUIET_AFTER + 2)
+
+
+def test_node_whom_others_hear_is_not_quiet():
+    """Ann and Bob can't reach each other; Cy, who is asked, reaches both."""
+    rig = NodeRig("Ann", "Bob", "Cy")
+    rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
+    rig.run(120)
+    assert not [event for name in rig.nodes for event in rig.saw(name, "quiet") + rig.saw(name, "left")]
+
+
+def test_node_that_one_is_suspect_is_told_to_others_and_to_itself():
+    world, bob, eve = silent_rig()
+    world.network.run_until(lambda: told_of(eve, "MSG_PEER_NEWS", bob), p2pchat.QUIET_AFTER + 4)
+    assert [record["status"] for record in told_of(eve, "MSG_PEER_NEWS", bob)][0] == "suspect"
+    assert bob.instance in world.peers[0].sees()
+
+
+# -- peer node: its own address, and an address that refuses ----------------------------------------------
+
+
+def test_node_alone_it_takes_the_new_address_of_its_machine():
+    """Nobody is there who could say at which address it is seen."""
+    rig = NodeRig("Ann")
+    rig.run(10)
+    rig.network.move(rig.network.hosts["Ann"], "10.44.0.1")
+    rig.network.run_until(lambda: rig.saw("Ann", "renamed"), p2pchat.QUIET_AFTER + 2 * p2pchat.PROBE_INTERVAL)
+    assert rig.saw("Ann", "renamed")[0]["peer"]["id"] == rig.ann.me.id == "Ann@10.44.0.1:5000"
+    assert any("--join 10.44.0.1:5000" in line for line in rig.ann.alone())
+    bob = rig.add("Bob", join=(("10.44.0.1", 5000),))
+    rig.network.run_until(lambda: bob.present(), 5)
+    assert bob.present()[0].id == rig.ann.me.id
+
+
+def test_node_others_know_it_by_the_new_address_of_its_machine():
+    """It is renamed, and has neither left nor come; what was said meanwhile arrives."""
+    rig = NodeRig("Ann", "Bob", "Cy")
+    rig.run(10)
+    rig.network.move(rig.network.hosts["Ann"], "10.44.0.1")
+    rig.bob.chat("where are you?")
+    rig.run(20)
+    for name in ("Bob", "Cy"):
+        assert [event["peer"]["id"] for event in rig.saw(name, "renamed")] == ["Ann@10.44.0.1:5000"]
+        assert len(rig.saw(name, "joined")) == 2 and not rig.saw(name, "left")
+    assert rig.shown("Ann") == ["where are you?"] == rig.shown("Cy") and not rig.saw("Bob", "failed")
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_node_one_that_is_said_to_be_dead_and_refuses_is_gone_at_once(off):
+    """Its machine says so, too. A machine that is off says nothing: that is no proof."""
+    rig = NodeRig("Ann", "Bob", "Cy")
+    rig.run(10)
+    record = rig.bob.me.wire(0.0, "dead")
+    rig.bob.loop.crash(reset=False)
+    if not off:
+        rig.network.plug(rig.network.hosts["Bob"])
+    rig.ann.loop.enter(rig.ann.gossip.hear_of, record, rig.cy.me.ip)
+    rig.run((p2pchat.LEFT_SUSPICION + p2pchat.HEARSAY_SUSPICION) / 2)
+    assert bool(rig.saw("Ann", "left")) == (not off)
+    rig.run(10)
+    assert [event["peer"]["username"] for event in rig.saw("Ann", "left")] == ["Bob"]
+
+
 # ======================================================================================================
 # Processes
 #
