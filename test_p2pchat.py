@@ -4906,15 +4906,15 @@ def test_node_its_incarnation_starts_at_the_time_of_day():
     assert rig.add("Bob").me.incarnation == first + 10_000
 
 
-def silent_rig():
-    """Ann and Bob and one who speaks by hand and is linked to Ann; then Bob's process is stopped."""
+def silent_rig(killed=False):
+    """Ann and Bob and one who speaks by hand and is linked to Ann; then Bob's process is stopped, or killed."""
     world = SimWorld(1, 2, by="lan")
     world.settle(30)
     ann, bob = world.peers
     eve = SimStranger(world, ann)
     world.network.run(5)
     world.witness.strict = False
-    bob.loop.freeze()
+    bob.crash() if killed else bob.loop.freeze()
     eve.got.clear()
     return world, bob, eve
 
@@ -4939,11 +4939,24 @@ def test_node_whom_others_hear_is_not_quiet():
     assert not [event for name in rig.nodes for event in rig.saw(name, "quiet") + rig.saw(name, "left")]
 
 
-def test_node_that_one_is_suspect_is_told_to_others_and_to_itself():
-    world, bob, eve = silent_rig()
+@pytest.mark.parametrize("killed", [False, True])
+def test_node_that_one_is_suspect_is_told_to_others(killed):
+    """They may hear it, and it may hear of it through them, and deny it."""
+    world, bob, eve = silent_rig(killed)
     world.network.run_until(lambda: told_of(eve, "MSG_PEER_NEWS", bob), p2pchat.QUIET_AFTER + 4)
     assert [record["status"] for record in told_of(eve, "MSG_PEER_NEWS", bob)][0] == "suspect"
     assert bob.instance in world.peers[0].sees()
+
+
+def test_node_neighbours_who_crash_together_are_known_to_be_gone_in_time():
+    """Those who probed the last of them are gone as well: those whom it probed miss it."""
+    world = SimWorld(1, 9)
+    world.settle(30)
+    world.network.run(10)
+    ring = sorted(world.peers, key=lambda peer: peer.node.me.ring)
+    for peer in ring[:3]:
+        peer.crash(reset=False)
+    world.settle(CRASH_KNOWN)
 
 
 # -- peer node: its own address, and an address that refuses ----------------------------------------------
