@@ -4959,6 +4959,25 @@ def test_node_neighbours_who_crash_together_are_known_to_be_gone_in_time():
     world.settle(CRASH_KNOWN)
 
 
+def test_node_after_a_sleep_all_who_are_gone_are_missed_at_once():
+    """Not only neighbours; nobody who is there remembers them."""
+    world = SimWorld(1, 12)
+    world.settle(30)
+    sleeper, other, *gone = world.peers
+    world.witness.strict = False
+    sleeper.loop.freeze()
+    world.network.unplug(sleeper.host)
+    world.network.run(60)
+    for peer in gone:
+        peer.crash(reset=False)
+    other.crash()
+    other.restart()
+    world.network.plug(sleeper.host)
+    sleeper.loop.thaw()
+    assert len(sleeper.sees()) == 11
+    world.settle(CRASH_KNOWN)
+
+
 # -- peer node: its own address, and an address that refuses ----------------------------------------------
 
 
