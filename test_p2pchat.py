@@ -2823,10 +2823,10 @@ def test_lan_on_the_loopback_nothing_goes_out_and_nothing_comes_in(lan_sockets):
 @pytest.mark.skipif(sys.platform != "linux", reason="what a socket hears that is bound to a group is up to the system")
 def test_lan_with_real_sockets():
     """On the loopback a shout is heard, and answered straight; what was not sent to the group is not heard."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outsider, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        free.close()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outsider:
         loop, log = p2pchat.Loop(), []
         asked = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: log.append(("asked", data)) or b"answer")
         asker = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: log.append(("asker", data)))
@@ -4755,8 +4755,8 @@ def test_node_a_beacon_of_one_that_is_alone_is_answered_straight():
     before = len(seeker.heard)
     seeker.shout(alone=True, answer=False)
     rig.run(0.1)
-    answers = [content for content in seeker.heard[before:] if content["answer"]]
-    assert [(content["role"], content["port"], content["instance"]) for content in answers] == [("peer", 5000, rig.ann.me.instance)]
+    (answer,) = [content for content in seeker.heard[before:] if content["answer"]]
+    assert (answer["role"], answer["port"], answer["instance"]) == ("peer", 5000, rig.ann.me.instance)
 
 
 @pytest.mark.parametrize("content", [{"alone": True, "answer": True}, {"alone": False}, {}])
@@ -4894,7 +4894,8 @@ def test_node_its_list_says_who_is_gone():
         world.run(0.5)
         (answer,) = [message["content"] for message in asker.heard if message["type"] == "MSG_SYNC_PEERS_RESPONSE"]
         told = [record for record in answer["peer_list"] if record["instance"] == bob.instance]
-        assert [record["status"] for record in told] == ["left"] * hello and all(55 <= each["age"] <= 61 for each in told)
+        assert [record["status"] for record in told] == ["left"] * hello
+        assert all(55 <= record["age"] <= 61 for record in told)
 
 
 def test_node_its_incarnation_starts_at_the_time_of_day():
@@ -9358,7 +9359,8 @@ def test_hostile_askers_about_one_peer_are_bounded(monkeypatch):
     """Each who asks us to try a silent peer is told once when it answers: so many, and no more."""
     monkeypatch.setattr(p2pchat, "IDLE_LINKS", 3)
     world = HostileWorld()
-    askers = [world.attack(world.alice, name=f"M{number}", port=600 + number, instance=f"m{number}") for number in range(8)]
+    askers = [world.attack(world.alice, name=f"M{number}", port=600 + number, instance=f"m{number}")
+              for number in range(8)]
     world.bob.loop.freeze()
     for _ in range(2):
         for asker in askers:
