@@ -4799,7 +4799,6 @@ def who_row(node, name):
 
 def test_node_who_says_how_long_a_trip_takes():
     rig = NodeRig("Ann", "Bob", delay=(0.02, 0.02))
-    assert who_row(rig.ann, "Bob") == ("directly", "0 s", "")
     rig.run(p2pchat.PROBE_INTERVAL + 1)
     heard, _, trip = who_row(rig.ann, "Bob")
     assert heard == "directly" and trip == "40.0 ms"
