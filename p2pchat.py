@@ -6017,7 +6017,7 @@ SERVER_OPTIONS: Tuple[Row, ...] = (
 )
 PEER_OPTIONS: Tuple[Row, ...] = (
     ("user", _username, "NAME", "your name (without it, a form asks; --plain and --json take the login name)"),
-    ("server", _address, "HOST[:PORT]", "the discovery server (without it: 127.0.0.1:9999, and any on the local network)"),
+    ("server", _address, "HOST[:PORT]", "discovery server (127.0.0.1:9999, and any on the local network)"),
     ("join", _address, "HOST:PORT", "a peer or server to connect to; may be given several times"),
     _HOST,
     ("port", _port, "N", "TCP port to listen on (0: chosen by the system)"),
