@@ -57,7 +57,6 @@ from typing import (
     Callable,
     Deque,
     Dict,
-    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -1754,7 +1753,7 @@ class Loop:
         return connection
 
     def lan(self, host: str, port: int, heard: Callable[[bytes, Address], Optional[bytes]]) -> Lan:
-        """Open the beacon sockets. Raises OSError."""
+        """Open the beacon sockets."""
         return Lan(self, host, port, heard)
 
     def local_addresses(self) -> List[str]:
@@ -1919,13 +1918,15 @@ def _interface_addresses(sock: socket.socket) -> List[str]:
             return socket.gethostbyname_ex(socket.gethostname())[2]
         except OSError:
             return []
-    found = []
     if sys.platform == "linux":  # SIOCGIFCONF: an interface may have several, and is listed with each
         size, room = 40 if sys.maxsize > 2 ** 32 else 32, array.array("B", bytes(16000))  # of a struct ifreq
-        answer = fcntl.ioctl(sock.fileno(), 0x8912, struct.pack("iP", len(room), room.buffer_info()[0]))
-        for start in range(0, struct.unpack("iP", answer)[0], size):
-            found.append(socket.inet_ntoa(room[start + 20:start + 24]))
-        return found
+        try:
+            answer = fcntl.ioctl(sock.fileno(), 0x8912, struct.pack("iP", len(room), room.buffer_info()[0]))
+        except OSError:
+            return []  # not allowed here
+        used = struct.unpack("iP", answer)[0]
+        return [socket.inet_ntoa(room[start + 20:start + 24]) for start in range(0, used, size)]
+    found = []
     for _, name in socket.if_nameindex():
         try:
             answer = fcntl.ioctl(sock.fileno(), 0xC0206921, name.encode()[:15].ljust(40, b"\0"))  # SIOCGIFADDR
@@ -2539,11 +2540,13 @@ class Links:
         return elsewhere and strange and holder in (None, known)
 
     def _is_mute(self, peer: Peer) -> bool:
-        """Whether nothing links us to a peer, and its machine has not answered a dial for a while: a firewall
-        that lets nobody in. Who links to us from there, at its id, is its program started anew."""
+        """Whether nothing links us to a peer, though all are linked here, and its machine has not answered a dial for
+        a while: a firewall that lets nobody in. Who links to us from there, at its id, is its program started anew."""
+        if peer.key in self.current or len(self.node.peers) > IDLE_LINKS:
+            return False
         dials = [link for link in self.all if link.connection.state == CONNECTING and link.address == peer.route]
         since = self.node.loop.now() - LEFT_SUSPICION
-        return peer.key not in self.current and any(link.used <= since for link in dials)
+        return any(link.used <= since for link in dials)
 
     def look(self, address: Address) -> None:
         """Dial an address that somebody named, to see who answers there: few, and none again so soon."""
@@ -2628,9 +2631,9 @@ class Links:
                 link.connection.abort(reason)
 
     def abort_all(self, reason: str) -> None:
-        """Close every open link without reading what has come: what was not acknowledged is sent again."""
+        """Close every open link to a peer without reading what has come: what was not acknowledged is sent again."""
         for link in list(self.all):
-            if link.connection.state == OPEN:
+            if link.connection.state == OPEN and (link.peer is not None or link.dialled):
                 link.connection.abort(reason)
 
     def ban(self, link: Link) -> None:
@@ -3447,7 +3450,7 @@ class Discovery(Handler):
         self._said = ""  # the name under which we registered
         self._last_seen = ("127.0.0.1", 0.0)  # the last server's address, and when it came or went
         first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
-        self._first = first
+        self._first, self._first_tried = first, float("-inf")
         self.candidates: List[Address] = [first]  # the one that is used, or tried next, and further ones
         self._wait = RETRY_SERVER_MIN
         self._tried = float("-inf")  # when
@@ -3468,19 +3471,21 @@ class Discovery(Handler):
     def start(self) -> None:
         """Dial the first candidate."""
         self._tried = self.node.loop.now()
+        if self.address == self._first:
+            self._first_tried = self._tried
         self.peer_id = ""
         self._traffic = Allowance(MAX_MESSAGES)
         self.connection = self.node.loop.connect(self.address, self, self.node.settings.timeout)
 
     def found(self, address: Address) -> None:
         """A server was found on the network, or named with --join."""
-        if self.connection is not None or self.node.stopping:
+        if self.connection is not None or self.node.stopping or not self.node.may_reach(address[0]):
             return
         if address not in self.candidates:
             limited_log("server", logging.INFO, "[Discovery] found a server at %s:%d", *address)
-        others = [each for each in self.candidates if each not in (address, self._first)]
-        first = [self._first] if address != self._first else []  # others never drive it out
-        self.candidates = [address, *first, *others[:6]]
+        overdue = self.node.loop.now() - self._first_tried > 2 * RETRY_SERVER_MAX  # however many others are found
+        first = [self._first, address] if overdue else [address, self._first]
+        self.candidates = list(dict.fromkeys(first + self.candidates))[:8]
         if self.node.loop.now() - self._tried > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
             self._timer.cancel()
             self.start()
@@ -3546,7 +3551,7 @@ class Discovery(Handler):
         self._wait = RETRY_SERVER_MIN
         self.peer_id = content["peer_id"]
         self.node.confirm_address(parts[1], self.address[0])
-        self.node.finder.note(self.address, "online, and knows nobody else", "server ")
+        self.node.finder.note(self.address, "online", "server ")
         if not self.online:
             log.info("[Discovery] registered as %s", content["peer_id"])
             self._set_online(True, "")
@@ -3770,7 +3775,7 @@ class PeerNode:
         self._stopped = False
         self.address_sure = settings.host != "0.0.0.0"
         self._had_address = True  # whether our address is, or was, one of the machine's own: not so behind NAT
-        self._own_addresses: Tuple[float, FrozenSet[str]] = (-1e9, frozenset())
+        self._own_addresses: Tuple[float, List[str]] = (-1e9, [])  # and when they were looked up
         self._listener: Optional[Listener] = None
         self._tickers: List[Ticker] = []
         self.finder = Finder(self)
@@ -3985,11 +3990,11 @@ class PeerNode:
             me.incarnation = incarnation + 1
         self.gossip.spread(me, ALIVE)
 
-    def own_addresses(self) -> FrozenSet[str]:
-        """This machine's addresses, looked up at most every few seconds."""
+    def own_addresses(self) -> List[str]:
+        """This machine's addresses, looked up at most every few seconds; the one towards the outside first."""
         now = self.loop.now()
         if now - self._own_addresses[0] > (60.0 if os.name == "nt" else QUIET_AFTER):  # there it may block
-            self._own_addresses = (now, frozenset(self.loop.local_addresses()))
+            self._own_addresses = (now, self.loop.local_addresses())
         return self._own_addresses[1]
 
     def is_own(self, ip: str) -> bool:
@@ -4028,7 +4033,7 @@ class PeerNode:
         settled = self.me.ip in own and not is_loopback(self.me.ip)  # loopback: there was no network at the start
         if self.settings.host != "0.0.0.0" or settled or not self._had_address:
             return
-        new = self.loop.local_addresses()[0]
+        new = own[0]
         if not is_loopback(new):
             self.address_sure = False
             for connection in [self.discovery.connection, *(link.connection for link in self.links.all)]:
@@ -4044,6 +4049,7 @@ class PeerNode:
         self.me.incarnation += 1
         self._place(username, ip, self.me.port)
         self.links.own.clear()  # somebody else may get the old one
+        self._own_addresses = (-1e9, [])  # which may be older than the new one
         log.info("[P2P] now known as %s", self.me.id)
         self.links.announce()
         self.gossip.spread(self.me, ALIVE)
@@ -4749,9 +4755,10 @@ class ChatView:
     def _whois(self, rest: str) -> None:
         """name, address and state of one peer."""
         me = self.node.me
-        if not self.node.find(rest) and rest.casefold().lstrip("@") in (me.username.casefold(), me.id.casefold()):
+        if rest.casefold().lstrip("@") in (me.username.casefold(), me.id.casefold()):
             self.answer(f"You are {me.id}.")
-            return
+            if not self.node.find(rest):
+                return
         peer = self._one(rest)
         said = self._spoke.get(peer.id)
         spoke = f"last spoke at {self.clock(said)}" if said is not None else "has not spoken yet"

@@ -472,7 +472,9 @@ def test_whois_knows_oneself():
     view = view_make("Bob")
     assert view_answer(view, "/whois alice") == "You are Alice@10.0.0.1:10001." and not view.refused
     view = view_make("Alice")
-    assert view_answer(view, "/whois alice").startswith("Alice is Alice@10.0.0.2")
+    view.enter("/whois alice")
+    answers = [entry.text for entry in view.entries][-2:]
+    assert answers[0] == "You are Alice@10.0.0.1:10001." and answers[1].startswith("Alice is Alice@10.0.0.2")
 
 
 def test_nothing_that_was_typed_is_dropped():
@@ -4432,6 +4434,36 @@ def test_node_a_walled_peer_that_restarts_is_back_at_once(seed):
     assert rig.shown("Ann") == rig.shown("Bob") == ["back"] and again.me.id == first.me.id
 
 
+def test_node_a_walled_peer_without_a_link_is_not_taken_for_gone_where_not_all_are_linked(monkeypatch):
+    rig = NodeRig("Ann", "Bob")
+    host = rig.network.host("Walled")
+    host.walled = True
+    walled = rig.add("Walled", host=host)
+    rig.network.run_until(lambda: len(rig.ann.links.current) == 2, 10)
+    held = rig.ann.links.current.pop(walled.me.instance)
+    rig.ann.links.dial(walled.me.address)
+    rig.run(2)
+    for most, mute in ((2, True), (1, False)):
+        monkeypatch.setattr(p2pchat, "IDLE_LINKS", most)
+        assert rig.ann.links._is_mute(held.peer) == mute
+    rig.ann.links.current[walled.me.instance] = held
+    assert not rig.ann.links._is_mute(held.peer)
+
+
+def test_node_chat_of_one_that_never_says_hello_survives_a_stop():
+    """It sends nothing again, and asks for no acknowledgement: what lies here is shown."""
+    rig = NodeRig("Ann")
+    program = rig.network.start(rig.network.host("nc"))
+    connection = program.connect(rig.ann.me.address, p2pchat.Handler(), 5)
+    rig.run(1)
+    rig.ann.loop.freeze()
+    connection.send(p2pchat.create_message("MSG_CHAT", f"nc@{program.host.addresses[0]}:7", "are you there?"))
+    rig.run(20)
+    rig.ann.loop.thaw()
+    rig.run(1)
+    assert rig.shown("Ann") == ["are you there?"]
+
+
 def test_node_all_links_have_a_round_trip_time():
     rig = NodeRig(*(f"p{number}" for number in range(8)), delay=(0.05, 0.05))
     rig.run(5)
@@ -4468,6 +4500,30 @@ def test_node_a_named_server_is_not_driven_out():
     server.start()
     rig.run(300)
     assert server.peer_ids == [rig.ann.me.id]
+
+
+def test_node_its_first_server_is_tried_however_many_others_are_announced():
+    network = SimNetwork()
+    host = network.host("ann")
+    network.host("evil", "10.8.0.1").walled = True
+    ann = p2pchat.PeerNode(network.start(host), p2pchat.Settings("Ann"), lambda event: None)
+    ann.start()
+    network.run(5)
+    server = p2pchat.DiscoveryServer(network.start(host), p2pchat.ServerSettings(lan=False))
+    server.start()
+    for number in range(600):
+        network.run(0.3)
+        beacon = p2pchat.make_beacon("x", {"role": "server", "port": 1000 + number % 8}, p2pchat.BEACON_SIZE)
+        ann.loop.enter(ann.finder._heard, beacon, ("10.8.0.1", 5))
+    assert server.peer_ids == [ann.me.id]
+
+
+def test_node_on_the_loopback_registers_at_no_server_elsewhere():
+    network = SimNetwork()
+    settings = p2pchat.Settings("Ann", host="127.0.0.1", lan=False)
+    ann = p2pchat.PeerNode(network.start(network.host("ann")), settings, lambda event: None)
+    ann.discovery.found(("10.9.9.9", 9999))
+    assert ann.discovery.candidates == [("127.0.0.1", 9999)] and ann.discovery.connection is None
 
 
 def test_node_only_who_was_named_by_hand_is_believed_to_be_a_server():
@@ -4513,6 +4569,27 @@ def test_node_a_network_that_comes_later_gives_the_address():
     assert "no address on a network" in ann.alone()[-1] and "--join" not in "".join(ann.alone())
 
 
+@pytest.mark.parametrize("phase", range(8))
+def test_node_an_address_that_came_late_is_left_again(phase):
+    """Somebody confirms an address that came a moment ago: it is ours, and not one given to us by a router."""
+    network = SimNetwork(phase)
+    host, other = network.host("ann", "127.0.0.1"), network.host("bob", "10.0.0.2")
+    settings = p2pchat.Settings("Ann", lan=False, port=5000, join=(("10.0.0.2", 5000),))
+    ann = p2pchat.PeerNode(network.start(host), settings, lambda event: None)
+    bob = p2pchat.PeerNode(network.start(other), p2pchat.Settings("Bob", lan=False, port=5000), lambda event: None)
+    for node in (bob, ann):
+        node.start()
+    network.run(20 + phase / 3)
+    network.move(host, "10.0.0.7")
+    network.run(30)
+    assert len(ann.peers) == 1
+    bob.leave()
+    network.run(20)
+    network.move(host, "10.0.0.8")
+    network.run(10)
+    assert ann.me.ip == "10.0.0.8" and "--join 10.0.0.8:5000" in ann.alone()[-1]
+
+
 def test_node_on_the_loopback_knows_and_dials_nobody_elsewhere():
     """--host 127.0.0.1 keeps everything on the machine, whatever is heard from one who is on the network, too."""
     network = SimNetwork()
@@ -4546,7 +4623,7 @@ def test_node_alone_says_what_was_tried():
     report = zoe.alone()
     assert f"Tried {host}:7000: refused." in report
     assert f"Tried {walled.addresses[0]}:5000: heard on the local network, but no answer within 5 s." in report
-    assert "Tried server 10.0.0.99:9999: online, and knows nobody else." in report
+    assert "Tried server 10.0.0.99:9999: online." in report
     silent = "Looked on the local network (UDP port 9999): no answer."
     assert silent not in report
     rig.run(30)
