@@ -1971,6 +1971,11 @@ def parse_address(text: str) -> Address:
     return ip, int(port)
 
 
+def format_address(address: Address) -> str:
+    """HOST:PORT."""
+    return f"{address[0]}:{address[1]}"
+
+
 def check_reach(host: str, addresses: Iterable[Address]) -> None:
     """Raises ValueError if one who listens on `host` is to dial what it must not: the loopback is this machine only."""
     for ip, port in addresses:
@@ -2103,7 +2108,7 @@ class DiscoveryServer:
         """Listen. Raises OSError when the port can't be had."""
         self._listener = self.loop.listen(self.settings.host, self.settings.port, self._accept)
         log.info("[Server] starting")
-        self.id = f"server@{self.address[0]}:{self.address[1]}"
+        self.id = f"server@{format_address(self.address)}"
         self._monitor = Ticker(self.loop, self.settings.check_interval, self._tick)
         if self.settings.lan:
             self._lan = self.loop.lan(self.settings.host, DEFAULT_PORT, self._beacon)
@@ -3605,8 +3610,8 @@ class Discovery(Handler):
             self.since = self.node.loop.wall()
             if not online:
                 log.info("[Discovery] no server: %s; going on in P2P mode", reason)
-            address = f"{self.address[0]}:{self.address[1]}"
-            self.node.emit({"event": "server", "online": online, "address": address, "reason": reason})
+            self.node.emit({"event": "server", "online": online, "address": format_address(self.address),
+                            "reason": reason})
 
     def leave(self) -> None:
         """Tell the server that we leave."""
@@ -3689,7 +3694,7 @@ class Finder:
 
     def dialled(self, link: Link, failure: str) -> None:
         """A dial has ended: with a failure, or with the peer that answers there."""
-        key = f"{link.address[0]}:{link.address[1]}"
+        key = format_address(link.address)
         if link.peer is not None:
             self.tried.pop(key, None)
             if link.address in self.node.settings.join:
@@ -3701,12 +3706,12 @@ class Finder:
 
     def _hint(self, address: Address) -> None:
         """A beacon led to a dial: if that fails, the report says so."""
-        if f"{address[0]}:{address[1]}" not in self.tried:
+        if format_address(address) not in self.tried:
             self.note(address, "heard on the local network, but not met yet")
 
     def note(self, address: Address, result: str, what: str = "") -> None:
         """Remember what came of trying an address, for the report; the last few are enough."""
-        key = f"{what}{address[0]}:{address[1]}"
+        key = what + format_address(address)
         self.tried.pop(key, None)
         self.tried[key] = result
         if len(self.tried) > 16:
@@ -3787,7 +3792,11 @@ class PeerNode:
         self.present = self.peers.present  # these three are for interfaces: everybody else, by name;
         self.find = self.peers.find  # those present whom a typed text names, more than one is ambiguous;
         self.alone = self.finder.report  # why nobody is here
-        self.handlers: Dict[str, Callable[[Link, Message], None]] = {
+        self.handlers = self._handlers()
+
+    def _handlers(self) -> Dict[str, Callable[[Link, Message], None]]:
+        """Who takes in which type of message."""
+        return {
             MSG_CHAT: self.delivery.chat,
             MSG_CHAT_ACK: self.delivery.answered,
             MSG_CHAT_REFUSED: self.delivery.answered,
@@ -3933,8 +3942,7 @@ class PeerNode:
 
     def server_status(self) -> Tuple[bool, str, float]:
         """(online, address, since when as Unix time)."""
-        address = self.discovery.address
-        return bool(self.discovery.online), f"{address[0]}:{address[1]}", self.discovery.since
+        return bool(self.discovery.online), format_address(self.discovery.address), self.discovery.since
 
     @property
     def network_gone(self) -> bool:
