@@ -68,7 +68,7 @@ from typing import (
     Tuple,
 )
 
-__version__ = "1.0"
+__version__ = "2.0"
 
 # ======================================================================================================
 # Constants
@@ -93,14 +93,14 @@ MAX_RAISE = 1 << 20  # how far hearsay may raise a known incarnation: owners rai
 # Connections.
 RECEIVE_SIZE = 32 * 1024  # read from a socket at a time: some 300 messages, a few ms; a flood must not delay a key
 SEND_SIZE = 256 * 1024  # joined into one send: as much as a socket's buffer takes at once
-MAX_OUTPUT = 8 * 1024 * 1024  # owed to a reader that does not read: past it, it is cut off
+MAX_OUTPUT = 8 * 1024 * 1024  # queued to a reader that does not read: past it, it is cut off
 STALL_TIMEOUT = 10.0  # so long may output wait without a byte of it being taken
 LINE_TIMEOUT = 10.0  # so long may a message be half there
 DRAIN_TIMEOUT = 3.0  # so long may a closing connection take to deliver its last words
 ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 is in after eight turns
 ACCEPT_PAUSE = 0.5  # when descriptors are used up, accepting rests so long
 MAX_PER_ADDRESS = 256  # peers at one address that is not our own: nobody fills the list from one machine
-MAX_STRANGERS = 1500  # connections from one address that have not yet said who they are
+MAX_UNIDENTIFIED = 1500  # connections from one address that have not yet said who they are
 
 # Membership (SWIM with Lifeguard's lessons; the times of the design).
 PROBE_INTERVAL = 2.0  # between two probes of a neighbour: two may be lost before it counts as quiet
@@ -151,6 +151,7 @@ LOG_REPEATS = 60  # lines of one kind that others may cause in a minute: nobody 
 
 Address = Tuple[str, int]
 Event = Dict[str, Any]  # what --json prints, without the time
+Listener = Callable[[List[Event]], None]  # is told what happened
 Message = Dict[str, Any]
 
 log = logging.getLogger("p2pchat")
@@ -784,24 +785,25 @@ IMPLAUSIBLE = "implausible"  # not believed, not answered
 class Peer:
     """A peer as we know it. Times are seconds on the loop's clock."""
 
-    __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added", "heard",
-                 "vouched", "unverified", "removed", "ended", "quiet", "rtt", "via", "asked", "_encoded", "_weight")
+    __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added_at", "heard_at",
+                 "confirmed_at", "unconfirmed_since", "removed_at", "refused", "quiet", "rtt", "via", "asked_at",
+                 "_encoded", "_weight")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
         self.incarnation = incarnation  # raised by its owner only
         self.status = ALIVE
-        self.added = 0.0  # when we learned of it
-        self.heard = 0.0  # when it last spoke to us itself; 0 for never
-        self.vouched = 0.0  # when somebody last said to have heard it
-        self.unverified: Optional[float] = None  # since when nobody could vouch for it: our network was gone
-        self.removed = 0.0  # when it went: for tombstones
-        self.ended = False  # its address refused us after it went: its program has ended
+        self.added_at = 0.0  # when we learned of it
+        self.heard_at = 0.0  # when it last spoke to us itself; 0 for never
+        self.confirmed_at = 0.0  # when somebody last said to have heard it
+        self.unconfirmed_since: Optional[float] = None  # since when nobody could vouch for it: our network was gone
+        self.removed_at = 0.0  # when it went: for tombstones
+        self.refused = False  # its address refused us after it went: its program has ended
         self.quiet = False
         self.rtt: Optional[float] = None
         self.via: Optional[Address] = None  # another address of its machine, at which we reached it
-        self.asked = float("-inf")  # when it was asked where it is: somebody elsewhere says to be it
-        self.place(username, ip, port)
+        self.asked_at = float("-inf")  # when it was asked where it is: somebody elsewhere says to be it
+        self.set_identity(username, ip, port)
 
     @classmethod
     def from_wire(cls, record: Dict[str, Any]) -> "Peer":
@@ -809,7 +811,7 @@ class Peer:
         return cls(record["username"], record["ip"], record["port"],
                    record.get("instance", ""), record.get("incarnation", 0))
 
-    def place(self, username: str, ip: str, port: int) -> None:
+    def set_identity(self, username: str, ip: str, port: int) -> None:
         """Give it a name and an address."""
         self.username, self.ip, self.port = username, ip, port
         self.id = f"{username}@{ip}:{port}"
@@ -861,9 +863,9 @@ class Peer:
         """Whether this is a tombstone."""
         return self.status in (DEAD, LEFT)
 
-    def last_sign(self) -> float:
+    def last_sign_at(self) -> float:
         """When there was last a sign of life, from itself or through others."""
-        return max(self.added, self.heard, self.vouched)
+        return max(self.added_at, self.heard_at, self.confirmed_at)
 
     def wire(self, now: float, status: Optional[str] = None) -> Dict[str, Any]:
         """The record to send. Ages travel, never times of day: clocks differ."""
@@ -871,7 +873,7 @@ class Peer:
         status = status or self.status
         if status != ALIVE:
             record["status"] = status
-        since = self.removed if self.gone else self.unverified
+        since = self.removed_at if self.gone else self.unconfirmed_since
         if since is not None:
             record["age"] = max(0, int(now - since))
         return record
@@ -886,7 +888,7 @@ class Change(NamedTuple):
     old: Optional[Dict[str, Any]] = None
 
 
-Heard = Tuple[str, Peer, List[Change]]
+Merged = Tuple[str, Peer, List[Change]]
 
 
 class PeerList:
@@ -924,17 +926,17 @@ class PeerList:
 
     # -- what is said of peers -------------------------------------------------------------------------
 
-    def hear(self, record: Dict[str, Any], now: float) -> Heard:
+    def merge_claim(self, record: Dict[str, Any], now: float) -> Merged:
         """Take in what somebody says of a third: (verdict, the peer as we know it, changes)."""
         peer = Peer.from_wire(record)
         status, age = record.get("status", ALIVE), record.get("age", 0)
         known = self._by_key.get(peer.key)
         if known is None:
-            return self._hear_unknown(peer, status, age, now)
+            return self._merge_unknown(peer, status, age, now)
         if peer.incarnation > known.incarnation + MAX_RAISE:
             return IMPLAUSIBLE, known, []
         if known.gone:
-            return self._hear_of_gone(known, peer, status, now)
+            return self._merge_tombstone(known, peer, status, now)
         if peer.incarnation < known.incarnation:
             return STALE, known, []
         if status != ALIVE:
@@ -943,16 +945,16 @@ class PeerList:
             return KNOWN, known, []
         if peer.address != known.address:
             return CONFLICT, known, []  # nobody is moved by hearsay: that would divert its messages
-        known.vouched = now
+        known.confirmed_at = now
         return self._update(known, peer)
 
-    def confirm(self, record: Dict[str, Any], now: float) -> Heard:
+    def merge_own_claim(self, record: Dict[str, Any], now: float) -> Merged:
         """Take in what a peer says of itself over its own connection, which is believed."""
         peer = Peer.from_wire(record)
         known = self._by_key.get(peer.key)
         changes = self._displace(peer, now)
         if known is not None and not known.gone:
-            known.heard = now
+            known.heard_at = now
             if known.incarnation > peer.incarnation + MAX_RAISE:
                 known.incarnation = peer.incarnation - 1  # others have lied: it can't be that far ahead of itself
             if known.incarnation > peer.incarnation:
@@ -967,7 +969,7 @@ class PeerList:
             return STALE, known, changes  # it must raise its incarnation, or others will not believe us
         else:
             changes += self._revive(known, peer, now)
-        known.heard = now
+        known.heard_at = now
         return (NEW if changes else KNOWN), known, changes
 
     def remove(self, peer: Peer, status: str, reason: str, now: float) -> List[Change]:
@@ -975,7 +977,7 @@ class PeerList:
         if peer.gone or self._present.get(peer.id) is not peer:
             return []
         self._take_out(peer)
-        peer.status, peer.removed, peer.quiet = status, now, False
+        peer.status, peer.removed_at, peer.quiet = status, now, False
         self._by_key.pop(peer.key, None)
         self._by_key[peer.key] = peer  # at the end: tombstones are in the order of their going
         self._bound_tombstones(now)
@@ -994,7 +996,7 @@ class PeerList:
         """Those of whom we tell others: not whom nobody could vouch for lately, nor whom only this machine reaches."""
         local = is_loopback(self.me.ip)
         return [peer for peer in self._present.values()
-                if peer.unverified is None and (local or not is_loopback(peer.ip))]
+                if peer.unconfirmed_since is None and (local or not is_loopback(peer.ip))]
 
     def sample(self, rng: random.Random, count: int, among: Iterable[Peer]) -> List[Peer]:
         """Up to `count` peers at random."""
@@ -1041,23 +1043,23 @@ class PeerList:
 
     # -- the rules -------------------------------------------------------------------------------------
 
-    def _hear_unknown(self, peer: Peer, status: str, age: int, now: float) -> Heard:
+    def _merge_unknown(self, peer: Peer, status: str, age: int, now: float) -> Merged:
         if age > TOMBSTONE_TIME:
             return IMPLAUSIBLE, peer, []  # nobody has heard of it for longer than we remember the dead
         if status in (DEAD, LEFT):
             if len(self._by_key) < 2 * MAX_PEERS and peer.instance:
-                peer.status, peer.removed = status, now - age
+                peer.status, peer.removed_at = status, now - age
                 self._by_key[peer.key] = peer
             return KNOWN, peer, []
         holder = self._present.get(peer.id)
         if holder is not None:
             return (CONFLICT if peer.instance else KNOWN), holder, []
         if age:
-            peer.unverified = now - age
+            peer.unconfirmed_since = now - age
         changes = self._add(peer, now)
         return (NEW if changes else IMPLAUSIBLE), peer, changes
 
-    def _hear_of_gone(self, known: Peer, peer: Peer, status: str, now: float) -> Heard:
+    def _merge_tombstone(self, known: Peer, peer: Peer, status: str, now: float) -> Merged:
         if status in (DEAD, LEFT):
             known.incarnation = max(known.incarnation, peer.incarnation)
             return KNOWN, known, []
@@ -1071,7 +1073,7 @@ class PeerList:
     def _add(self, peer: Peer, now: float) -> List[Change]:
         if not self._may_add(peer):
             return []
-        peer.added = now
+        peer.added_at = now
         self._put(peer)
         self._by_key[peer.key] = peer
         return [Change(JOINED, peer)]
@@ -1099,12 +1101,12 @@ class PeerList:
     def _revive(self, known: Peer, peer: Peer, now: float) -> List[Change]:
         if not self._may_add(peer):
             return []
-        known.place(peer.username, peer.ip, peer.port)
+        known.set_identity(peer.username, peer.ip, peer.port)
         known.status, known.incarnation = ALIVE, peer.incarnation
-        known.unverified = None
+        known.unconfirmed_since = None
         return self._add(known, now)
 
-    def _update(self, known: Peer, peer: Peer) -> Heard:
+    def _update(self, known: Peer, peer: Peer) -> Merged:
         """A newer word on a peer that is there; it may have another name or address by now."""
         if peer.incarnation <= known.incarnation:
             return KNOWN, known, []
@@ -1115,7 +1117,7 @@ class PeerList:
             return CONFLICT, self._present.get(peer.id, known), []
         old = known.public
         self._take_out(known)
-        known.place(peer.username, peer.ip, peer.port)
+        known.set_identity(peer.username, peer.ip, peer.port)
         known.incarnation = peer.incarnation
         self._put(known)
         return NEW, known, [Change(RENAMED, known, old=old)]
@@ -1131,7 +1133,7 @@ class PeerList:
         """Who is here in person takes the place of one that was only heard of, if the list is full."""
         if len(self._present) < MAX_PEERS:
             return []
-        unheard = next((peer for peer in self._present.values() if not peer.heard), None)
+        unheard = next((peer for peer in self._present.values() if not peer.heard_at), None)
         return self.remove(unheard, DEAD, "never heard", now) if unheard is not None else []
 
     def _bound_tombstones(self, now: float) -> None:
@@ -1139,7 +1141,7 @@ class PeerList:
         tombs = self.tombstones()
         excess = len(tombs) - MAX_PEERS
         for peer in tombs:
-            if excess > 0 or now - peer.removed > TOMBSTONE_TIME:
+            if excess > 0 or now - peer.removed_at > TOMBSTONE_TIME:
                 del self._by_key[peer.key]
                 excess -= 1
 
@@ -1231,7 +1233,7 @@ class Timer:
             callback(*args)
 
 
-class Allowance:
+class RateLimit:
     """At most so much in so many seconds; when they are over, the count begins anew."""
 
     __slots__ = ("spent", "_most", "_seconds", "_since")
@@ -1255,16 +1257,16 @@ class Handler:
 
     __slots__ = ()
 
-    def opened(self) -> None:
+    def on_open(self) -> None:
         """A connection that was dialled is open."""
 
-    def received(self, messages: List[Message]) -> None:
+    def on_messages(self, messages: List[Message]) -> None:
         """Messages came, in order: as many as one read completed."""
 
-    def spoilt(self, reason: str) -> None:
+    def on_bad_input(self, reason: str) -> None:
         """What came is not a message; nothing further will be read."""
 
-    def closed(self, reason: str) -> None:
+    def on_close(self, reason: str) -> None:
         """The connection is gone; REFUSED when nobody listened."""
 
 
@@ -1284,15 +1286,15 @@ class Connection:
         self._line_started = 0.0
         self._line_timer = Timer()
         self._output: Deque[bytes] = collections.deque()
-        self.owed = 0  # bytes in _output
-        self._queued = False  # whether the loop will flush it at the end of this turn
+        self.queued = 0  # bytes in _output
+        self._flush_pending = False  # whether the loop will flush it at the end of this turn
         self._reason = ""  # why it is draining
         self._deadline = Timer()  # of the dial, of stalled output, or of draining
 
     def flush(self) -> None:
         """Send what is queued, as much as the system takes; for each kind of connection to say how."""
 
-    def hang_up(self) -> None:
+    def close_transport(self) -> None:
         """Give back what lies below; for each kind of connection to say how."""
 
     def send(self, data: bytes) -> None:
@@ -1300,10 +1302,10 @@ class Connection:
         if self.state not in (OPEN, CONNECTING):
             return
         self._output.append(data)
-        self.owed += len(data)
-        if self.owed > MAX_OUTPUT:
+        self.queued += len(data)
+        if self.queued > MAX_OUTPUT:
             self.abort("it does not read what it is sent")
-        elif not self._queued and self.state == OPEN:  # asked here, too: a burst need not make the call
+        elif not self._flush_pending and self.state == OPEN:  # asked here, too: a burst need not make the call
             self._flush_later()
 
     def close(self, reason: str) -> None:
@@ -1321,12 +1323,12 @@ class Connection:
         if self.state == CLOSED:
             return
         self.state = CLOSED
-        self.hang_up()
+        self.close_transport()
         self._output.clear()
-        self.owed = 0
+        self.queued = 0
         self._line_timer.cancel()
         self._deadline.cancel()
-        self.loop.call_later(0, self.handler.closed, self._reason or reason)
+        self.loop.call_later(0, self.handler.on_close, self._reason or reason)
 
     def set_deadline(self, timeout: float, reason: str) -> None:
         """Abort in so many seconds, and not when it was to be before."""
@@ -1341,9 +1343,9 @@ class Connection:
         held = len(reader.partial)
         messages = reader.feed(data)
         if messages:
-            self.handler.received(messages)
+            self.handler.on_messages(messages)
         if reader.error is not None:
-            self._spoilt(reader.error)
+            self._bad_input(reader.error)
         if reader.partial and self.state == OPEN:
             if not held or len(reader.partial) < held + len(data):  # another message has begun
                 self._line_started = self.loop.now()
@@ -1356,8 +1358,8 @@ class Connection:
         self.close("closed by the other side")
 
     def _flush_later(self) -> None:
-        if not self._queued:
-            self._queued = True
+        if not self._flush_pending:
+            self._flush_pending = True
             self.loop.flush_later(self)
 
     def _check_line(self) -> None:
@@ -1369,11 +1371,11 @@ class Connection:
         if left > 0:
             self._line_timer = self.loop.call_later(left, self._check_line)
         else:
-            self._spoilt("half a message, and then nothing")
+            self._bad_input("half a message, and then nothing")
 
-    def _spoilt(self, reason: str) -> None:
+    def _bad_input(self, reason: str) -> None:
         if self.state == OPEN:
-            self.handler.spoilt(reason)
+            self.handler.on_bad_input(reason)
             self.close(reason)
 
 
@@ -1393,17 +1395,17 @@ class SocketConnection(Connection):
             self._learn_local()
         self._set_interest(selectors.EVENT_WRITE if state == CONNECTING else selectors.EVENT_READ)
 
-    def hang_up(self) -> None:
+    def close_transport(self) -> None:
         self._set_interest(0)
         self._socket.close()
 
     def flush(self) -> None:
-        self._queued = False
-        before = self.owed
+        self._flush_pending = False
+        before = self.queued
         while self._output and self._send_some():
             pass
         if self._output:
-            if self.state == OPEN and (self.owed < before or not self._deadline.active):
+            if self.state == OPEN and (self.queued < before or not self._deadline.active):
                 self.set_deadline(STALL_TIMEOUT, "it does not read what it is sent")
         elif self.state == DRAINING:
             try:
@@ -1434,7 +1436,7 @@ class SocketConnection(Connection):
         self.state = OPEN
         self._learn_local()
         self._set_interest(selectors.EVENT_READ)
-        self.handler.opened()
+        self.handler.on_open()
         self._flush_later()
 
     def _read(self) -> None:
@@ -1470,7 +1472,7 @@ class SocketConnection(Connection):
         except OSError as error:
             self.abort(_words(error))
             return False
-        self.owed -= sent
+        self.queued -= sent
         if sent < len(data):
             self._output.appendleft(data[sent:])
             return False
@@ -1489,7 +1491,7 @@ class SocketConnection(Connection):
             self._interest = interest
 
 
-class Listener:
+class SocketListener:
     """Accepts connections. `accept(connection)` returns the handler."""
 
     def __init__(self, loop: "Loop", host: str, port: int, accept: Callable[[Connection], Handler]) -> None:
@@ -1539,10 +1541,10 @@ class Listener:
             self._loop.set_interest(self._socket, selectors.EVENT_READ, self._ready)
 
 
-class Strangers:
+class Unidentified:
     """Connections that have not yet said who they are: bounded for each address, the oldest goes first."""
 
-    def __init__(self, most: int = MAX_STRANGERS) -> None:
+    def __init__(self, most: int = MAX_UNIDENTIFIED) -> None:
         self._most = most
         self._by_ip: Dict[str, Dict[Connection, None]] = {}
 
@@ -1595,7 +1597,7 @@ class Lan:
         for ip in sorted(current - set(self._senders)):
             self._add(ip)
 
-    def shout(self, data: bytes) -> None:
+    def broadcast(self, data: bytes) -> None:
         """Send a datagram to everybody, out of every local address."""
         for ip, sock in sorted(self._senders.items()):
             targets = [LAN_GROUP] if is_loopback(ip) else [LAN_GROUP, "255.255.255.255"]
@@ -1711,6 +1713,7 @@ class Loop:
         self._timers: List[Tuple[float, int, Timer]] = []
         self._count = itertools.count()
         self._unflushed: List[Connection] = []
+        self._turn_ends: List[Callable[[], None]] = []
         self._stopped = False
         self._addresses = ["127.0.0.1"]
         self._most = max(24, raise_descriptor_limit() - 32)  # files waited for: some are needed for other things
@@ -1731,9 +1734,9 @@ class Loop:
         heapq.heappush(self._timers, (timer.when, next(self._count), timer))
         return timer
 
-    def listen(self, host: str, port: int, accept: Callable[[Connection], Handler]) -> Listener:
+    def listen(self, host: str, port: int, accept: Callable[[Connection], Handler]) -> SocketListener:
         """Listen on an address. Raises OSError."""
-        return Listener(self, host, port, accept)
+        return SocketListener(self, host, port, accept)
 
     def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
         """Dial an IPv4 address; `handler` hears `opened`, or `closed` with the reason within `timeout` s."""
@@ -1805,21 +1808,28 @@ class Loop:
 
     def turn(self, longest: Optional[float] = None) -> None:
         """Wait for something, at most `longest` seconds, and handle all that is ready and due."""
-        for key, events in self._selector.select(self._patience(longest)):
+        for key, events in self._selector.select(self._wait_time(longest)):
             callback, owner = key.data
             if owner is self:
                 callback(events)
             else:
-                self._call_out(callback, owner, events)
+                self._run(callback, owner, events)
         now = self.now()
         due: List[Timer] = []
         while self._timers and self._timers[0][0] <= now:
             due.append(heapq.heappop(self._timers)[2])
         for timer in due:  # what these schedule waits for the next turn
-            self._call_out(timer.fire, None)
+            self._run(timer.fire, None)
+        turn_ends, self._turn_ends = self._turn_ends, []
+        for callback in turn_ends:
+            self._run(callback, None)
         queued, self._unflushed = self._unflushed, []
         for connection in queued:  # where it has closed meanwhile, nothing is queued
-            self._call_out(connection.flush, connection)
+            self._run(connection.flush, connection)
+
+    def at_turn_end(self, callback: Callable[[], None]) -> None:
+        """Call back once, when this turn has handled all that was ready and due, and before its output leaves."""
+        self._turn_ends.append(callback)
 
     def flush_later(self, connection: Connection) -> None:
         """Send what a connection has queued at the end of this turn."""
@@ -1841,23 +1851,23 @@ class Loop:
         if len(self._selector.get_map()) >= self._most:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    def failed(self, connection: Optional[Connection]) -> None:
+    def on_error(self, connection: Optional[Connection]) -> None:
         """An exception that nobody caught: our bug. It costs the connection, not the loop."""
         log.exception("[P2P] an error in the program; %s", "the connection is closed" if connection else "it goes on")
         if connection is not None:
             connection.abort("an error in the program")
 
-    def _call_out(self, callback: Callable[..., None], connection: Optional[Connection], *args: Any) -> None:
+    def _run(self, callback: Callable[..., None], connection: Optional[Connection], *args: Any) -> None:
         """The one place from which handlers are called."""
         try:
             callback(*args)
         except Exception:
-            self.failed(connection)
+            self.on_error(connection)
 
-    def _patience(self, longest: Optional[float]) -> Optional[float]:
+    def _wait_time(self, longest: Optional[float]) -> Optional[float]:
         while self._timers and not self._timers[0][2].active:
             heapq.heappop(self._timers)
-        if self._unflushed:
+        if self._unflushed or self._turn_ends:
             return 0.0
         if not self._timers:
             return longest
@@ -1993,7 +2003,7 @@ def port_problem(host: str, port: int, error: OSError) -> str:
     return f"can't listen on {host}, port {port}: {_words(error)}; see --host and --port"
 
 
-_lines_of_kind: Dict[str, Allowance] = {}
+_lines_of_kind: Dict[str, RateLimit] = {}
 
 
 def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
@@ -2002,7 +2012,7 @@ def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
         return
     if len(_lines_of_kind) > 1000:  # kinds that name an address
         _lines_of_kind.clear()
-    allowance = _lines_of_kind.setdefault(kind, Allowance(LOG_REPEATS))
+    allowance = _lines_of_kind.setdefault(kind, RateLimit(LOG_REPEATS))
     if allowance.take(time.monotonic()):
         log.log(level, text, *args)
     elif allowance.spent == LOG_REPEATS + 1:
@@ -2033,24 +2043,24 @@ class Session(Handler):
         self.server = server
         self.connection = connection
         self.peer_id: Optional[str] = None
-        self.registrations = Allowance(MAX_RENAMES)  # each is told to everybody
+        self.registrations = RateLimit(MAX_RENAMES)  # each is told to everybody
         self.last_heard = server.loop.now()
         self.ids: Tuple[str, ...] = ()  # every id that it registered: what is under way may bear an older one
         self.identity: Dict[str, Any] = {}  # its instance and incarnation, if it told them
         self.encoded = ""  # its record as JSON
 
-    def received(self, messages: List[Message]) -> None:
+    def on_messages(self, messages: List[Message]) -> None:
         self.last_heard = self.server.loop.now()
         for message in messages:
             handle = self.server.handlers.get(message["type"])
             if handle is not None and self.connection.state == OPEN:
                 handle(self, message)
 
-    def spoilt(self, reason: str) -> None:
+    def on_bad_input(self, reason: str) -> None:
         limited_log("bad input", logging.WARNING, "[Server] bad input from %s:%d: %s", *self.connection.remote, reason)
         self.error(reason)
 
-    def closed(self, reason: str) -> None:
+    def on_close(self, reason: str) -> None:
         self.server.session_closed(self, reason)
 
     def send(self, msg_type: str, content: Any) -> None:
@@ -2084,12 +2094,12 @@ class DiscoveryServer:
             MSG_HELLO: lambda session, _: session.error("this is a discovery server: say MSG_REGISTER"),
             MSG_CHAT: lambda session, _: session.error("this is a discovery server: chat goes from peer to peer"),
         }
-        self._listener: Optional[Listener] = None
+        self._listener: Optional[SocketListener] = None
         self._lan: Optional[Lan] = None
         self._monitor: Optional[Ticker] = None
         self._sessions: Dict[Session, None] = {}
-        self._strangers = Strangers()  # not registered
-        self._registrations: Dict[str, Allowance] = {}  # by address
+        self._unidentified = Unidentified()  # not registered
+        self._registrations: Dict[str, RateLimit] = {}  # by address
         self._peers: Dict[str, Session] = {}
         self._joined: Dict[str, None] = {}  # ids, since the last broadcast
         self._left: Dict[str, Dict[str, Any]] = {}
@@ -2137,13 +2147,13 @@ class DiscoveryServer:
     def _accept(self, connection: Connection) -> Handler:
         session = Session(self, connection)
         self._sessions[session] = None
-        self._strangers.add(connection)
+        self._unidentified.add(connection)
         return session
 
     def session_closed(self, session: Session, reason: str) -> None:
         """A connection is gone, and with it the peer that was registered over it."""
         self._sessions.pop(session, None)
-        self._strangers.discard(session.connection)
+        self._unidentified.discard(session.connection)
         if session.peer_id is not None and not self._stopping:
             self._drop(session, f"connection lost: {reason}")
 
@@ -2179,7 +2189,7 @@ class DiscoveryServer:
             former.refuse("somebody registered under the same id")
         if session.peer_id not in (None, peer_id):
             self._drop(session, "renamed")
-        self._strangers.discard(session.connection)
+        self._unidentified.discard(session.connection)
         session.peer_id = peer_id
         session.ids = (*session.ids[-7:], peer_id)
         self._peers[peer_id] = session
@@ -2194,7 +2204,7 @@ class DiscoveryServer:
         """Each registration is told to everybody: so many a minute over one connection, and from one address."""
         if len(self._registrations) > MAX_PEERS:
             self._registrations.clear()
-        here = self._registrations.setdefault(ip, Allowance(MAX_PER_ADDRESS))
+        here = self._registrations.setdefault(ip, RateLimit(MAX_PER_ADDRESS))
         within = here.take(self.loop.now()) or ip in self.loop.local_addresses()
         return not (session.registrations.take(self.loop.now()) and within)
 
@@ -2237,7 +2247,7 @@ class DiscoveryServer:
         return False
 
     def _sync_request(self, session: Session, message: Message) -> None:
-        if session.connection.owed > 0:
+        if session.connection.queued > 0:
             return  # it has not read the last list yet
         for peers in in_lists(each.encoded for each in self._peers.values()):
             content = f'{{"peer_list":[{peers}]}}'
@@ -2340,13 +2350,13 @@ class Link(Handler):
         self.used = node.loop.now()
         self.synced = 0.0  # when it was last given our list
         self.asked = False  # for its list, and it has not answered yet
-        self.renames = Allowance(MAX_RENAMES)
+        self.renames = RateLimit(MAX_RENAMES)
         self.said = ""  # the id under which we last spoke of ourselves
         self.failure = ""  # in words, why the two ends do not go on
         self.bound = 0.0  # when it was
         self.warned = float("-inf")  # when its peer was last told that it is thought gone
         self.ready = False  # what had waited for its peer was sent over it: now what is new may follow
-        self.traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
+        self.traffic = RateLimit(MAX_MESSAGES)  # messages, and records in lists
         self.timer = Timer()
 
     def send(self, msg_type: str, content: Any) -> None:
@@ -2361,11 +2371,11 @@ class Link(Handler):
         self.send(MSG_ERROR, {"reason": clean(reason)[:500], "you": {"ip": self.connection.remote[0]}})
         self.connection.close(reason)
 
-    def opened(self) -> None:
+    def on_open(self) -> None:
         self.node.adopt_address(self.connection.local[0])
         self.node.links.say_hello(self)
 
-    def received(self, messages: List[Message]) -> None:
+    def on_messages(self, messages: List[Message]) -> None:
         node = self.node
         if node.detector.check_clock() and self.connection.state != OPEN:
             return  # it lay here while we were stopped
@@ -2388,15 +2398,15 @@ class Link(Handler):
                 return
             handle(self, message)
         if self.acknowledge or self.refused:
-            node.delivery.acknowledge(self)
+            node.acknowledge_later(self)
 
-    def spoilt(self, reason: str) -> None:
+    def on_bad_input(self, reason: str) -> None:
         limited_log("bad input", logging.WARNING, "[P2P] bad input from %s:%d: %s", *self.connection.remote, reason)
         self.send(MSG_ERROR, {"reason": clean(reason)[:500]})
 
-    def closed(self, reason: str) -> None:
+    def on_close(self, reason: str) -> None:
         self.timer.cancel()
-        self.node.links.closed(self, reason)
+        self.node.links.on_close(self, reason)
 
 
 _FROM_ANYONE = frozenset((MSG_HELLO, MSG_CHAT, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_HEARTBEAT, MSG_REGISTER))
@@ -2412,7 +2422,7 @@ class Links:
         self.dialling: Dict[Address, Optional[Peer]] = {}
         self.waiting: Dict[Address, Optional[Peer]] = {}  # dials for which there is no room now
         self._failed: Dict[str, Tuple[float, float]] = {}  # by key: when to try again, how long that was
-        self._strangers = Strangers()
+        self._unidentified = Unidentified()
         self._banned: Dict[str, float] = {}  # until when
         self._looked: Dict[Address, float] = {}  # addresses that others named, and when they were dialled
         self.own: Set[Address] = set()  # addresses at which we met ourselves
@@ -2421,7 +2431,7 @@ class Links:
         """Somebody dialled us."""
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
-        self._strangers.add(connection)  # which may turn away an older one
+        self._unidentified.add(connection)  # which may turn away an older one
         self.all[link] = None
         link.timer = self.node.loop.call_later(HELLO_TIME, self._no_hello, link)
         return link
@@ -2473,7 +2483,7 @@ class Links:
             return
         before = self.node.peers.by_key(record["instance"])
         was_lost = before is not None and before.gone
-        verdict, peer, changes = self.node.peers.confirm(record, self.node.loop.now())
+        verdict, peer, changes = self.node.peers.merge_own_claim(record, self.node.loop.now())
         if link.dialled:
             peer.via = link.address if link.address != peer.address else None
         self._bind(link, peer, record["id"])
@@ -2493,14 +2503,14 @@ class Links:
         link.ids = (peer_id,)
         link.bound = self.node.loop.now()
         link.timer.cancel()
-        self._strangers.discard(link.connection)
+        self._unidentified.discard(link.connection)
         if link.dialled:
             self._dial_over(link)
         for needless in [each for each in self.all if each.peer is peer][:-LINKS_TO_ONE]:
             needless.connection.abort("one link too many")
         self.current[peer.key] = link
         self._failed.pop(peer.key, None)
-        peer.ended = False
+        peer.refused = False
         self.node.detector.heard(peer)
         self.node.detector.proved(peer)
         log.debug("[P2P] linked to %s", peer.id)
@@ -2566,16 +2576,16 @@ class Links:
     def _is_lively(self, peer: Peer) -> bool:
         """Whether a peer is where we know it to be; one that said nothing lately has time to answer a probe first."""
         now = self.node.loop.now()
-        if peer.key in self.current and now - peer.heard < QUIET_AFTER:
+        if peer.key in self.current and now - peer.heard_at < QUIET_AFTER:
             return True
-        if peer.asked <= peer.heard:
-            peer.asked = now
-        return now - peer.asked < LEFT_SUSPICION
+        if peer.asked_at <= peer.heard_at:
+            peer.asked_at = now
+        return now - peer.asked_at < LEFT_SUSPICION
 
-    def closed(self, link: Link, reason: str) -> None:
+    def on_close(self, link: Link, reason: str) -> None:
         """A link is gone. Another one to the same peer takes over; else the peer is looked after."""
         del self.all[link]
-        self._strangers.discard(link.connection)
+        self._unidentified.discard(link.connection)
         if self.node.stopping:
             self.node.proceed()
             return
@@ -2614,7 +2624,7 @@ class Links:
                 self._failed[peer.key] = (again, wait)
                 self.node.detector.dial_failed(peer, failure)
             elif peer is not None and failure == REFUSED:
-                peer.ended = True
+                peer.refused = True
         while self.waiting and len(self.dialling) < MAX_DIALS:
             address = next(iter(self.waiting))
             self.dial(address, self.waiting.pop(address))
@@ -2657,11 +2667,11 @@ class Links:
         now, me = self.node.loop.now(), self.node.me
         if len(self.node.peers) <= IDLE_LINKS:
             for peer in self.node.peers.present():
-                may_dial = me.key < peer.key or now - peer.last_sign() > QUIET_AFTER - 1
+                may_dial = me.key < peer.key or now - peer.last_sign_at() > QUIET_AFTER - 1
                 if peer.key not in self.current and may_dial and now >= self._failed.get(peer.key, (0.0, 0.0))[0]:
                     self.dial(peer.route, peer)
         else:  # too many to be linked to all: verify one that was only heard of
-            unheard = [peer for peer in self.node.peers.present() if not peer.heard]
+            unheard = [peer for peer in self.node.peers.present() if not peer.heard_at]
             for peer in self.node.peers.sample(self.node.loop.random, 1, unheard):
                 self.dial(peer.route, peer)
         for link in list(self.all):
@@ -3003,12 +3013,12 @@ class Detector:
             if self.cut_off:
                 self._network_back()
         if peer is not None:
-            peer.heard = now
+            peer.heard_at = now
             self._clear(peer)
 
     def vouched(self, peer: Peer) -> None:
         """Somebody else heard a peer, or the peer denied that it is gone."""
-        peer.vouched = self.node.loop.now()
+        peer.confirmed_at = self.node.loop.now()
         self._clear(peer)
 
     def _clear(self, peer: Peer) -> None:
@@ -3016,7 +3026,7 @@ class Detector:
         if doubt is not None:
             doubt.timer.cancel()
             self.node.gossip.news.drop(peer, SUSPECT)
-        peer.unverified = None
+        peer.unconfirmed_since = None
         self._set_quiet(peer, False)
 
     def _set_quiet(self, peer: Peer, quiet: bool) -> None:
@@ -3071,7 +3081,7 @@ class Detector:
 
     def look_at(self, peer: Peer) -> None:
         """If nothing is heard of a peer that should be heard, first others are asked whether they hear it."""
-        silent = self.node.loop.now() - peer.last_sign() > QUIET_AFTER - 1
+        silent = self.node.loop.now() - peer.last_sign_at() > QUIET_AFTER - 1
         if silent and peer.key not in self._doubts and not self.cut_off:
             self.node.links.drop(peer, "silent")  # perhaps only this connection is dead: another is tried
             self.doubt(peer, SUSPICION, "silent", hearsay=False)
@@ -3099,7 +3109,7 @@ class Detector:
             else:  # it may be leaving just now: look again
                 self.node.loop.call_later(0.3, self.node.links.want, peer)
         elif (reason == REFUSED and peer.key not in self.node.links.current
-              and self.node.loop.now() - peer.vouched > QUIET_AFTER
+              and self.node.loop.now() - peer.confirmed_at > QUIET_AFTER
               and self.doubt(peer, REFUSED_SUSPICION, "connection refused", hearsay=False)):
             self.node.gossip.spread(peer, SUSPECT)
 
@@ -3108,7 +3118,7 @@ class Detector:
     def accused(self, peer: Peer, status: str, reason: str = "") -> None:
         """Somebody says that a peer is suspect or gone: let the peer itself answer."""
         now = self.node.loop.now()
-        if status == SUSPECT and now - peer.heard < QUIET_AFTER:
+        if status == SUSPECT and now - peer.heard_at < QUIET_AFTER:
             self.probe(peer, SUSPECT)  # we hear it: it will deny that, and its word travels
             return
         known = self._doubts.get(peer.key)
@@ -3192,7 +3202,7 @@ class Detector:
         log.warning("[P2P] nobody can be heard: this machine's own network seems to be gone")
         for peer in self.node.peers.present():
             self._set_quiet(peer, True)
-            peer.unverified = peer.unverified or self.contact
+            peer.unconfirmed_since = peer.unconfirmed_since or self.contact
         self.node.address_sure = self.node.settings.host != "0.0.0.0"  # it may come back with another address
         self.node.emit({"event": "network", "gone": True})
 
@@ -3208,8 +3218,8 @@ class Detector:
         self.node.delivery.start_over()
         present = self.node.peers.present()
         for peer in present:
-            peer.added = now
-            peer.unverified = peer.unverified or now
+            peer.added_at = now
+            peer.unconfirmed_since = peer.unconfirmed_since or now
             self.forget(peer)
         for peer in self.node.peers.sample(self.node.loop.random, MAX_DIALS, present):
             self.probe(peer)
@@ -3219,7 +3229,7 @@ class Detector:
     def _doubt_unverified(self) -> None:
         """Those who neither answered nor are on anybody's list: look after each."""
         for peer in self.node.peers.present():
-            if peer.unverified is not None and not self.cut_off:
+            if peer.unconfirmed_since is not None and not self.cut_off:
                 self.doubt(peer, SUSPICION, "silent", hearsay=False)
 
     def check_clock(self) -> bool:
@@ -3241,7 +3251,7 @@ class Detector:
     def _try_lost(self) -> None:
         """Dial one of those who were lost: so the halves of a cut network find each other again."""
         lost = [peer for peer in self.node.peers.tombstones()
-                if peer.status == DEAD and peer.heard and not peer.ended]
+                if peer.status == DEAD and peer.heard_at and not peer.refused]
         if lost:
             peer = self.node.loop.random.choice(lost)
             self.node.links.dial(peer.route, peer)
@@ -3301,7 +3311,7 @@ class Gossip:
         if self.news and not self._timer.active:
             self._timer = self.node.loop.call_later(0, self._tell)
         now = self.node.loop.now()
-        gone = [each.wire(now) for each in self.node.peers.tombstones() if now - each.removed < NEWS_TIME]
+        gone = [each.wire(now) for each in self.node.peers.tombstones() if now - each.removed_at < NEWS_TIME]
         self._send_news(link, gone[-NEWS_BATCH:])  # what was news a moment ago has passed by one who has just come
         if verdict == NEW:
             self.spread(peer, ALIVE)
@@ -3400,8 +3410,8 @@ class Gossip:
         known = node.peers.by_key(record.get("instance", ""))
         if known is not None and known.key in node.links.current and not known.gone and record["id"] != known.id:
             return KNOWN, known  # a new name comes by its own word
-        verdict, peer, changes = node.peers.hear(record, node.loop.now())
-        if verdict == NEW or (verdict == KNOWN and peer.unverified is not None and not peer.gone):
+        verdict, peer, changes = node.peers.merge_claim(record, node.loop.now())
+        if verdict == NEW or (verdict == KNOWN and peer.unconfirmed_since is not None and not peer.gone):
             node.detector.vouched(peer)
         elif verdict == ACCUSED:
             node.detector.accused(peer, record["status"])
@@ -3432,7 +3442,7 @@ class Gossip:
             return IMPLAUSIBLE, peer
         if record.get("status", ALIVE) != ALIVE:
             return KNOWN, peer
-        verdict, peer, changes = self.node.peers.confirm(record, self.node.loop.now())
+        verdict, peer, changes = self.node.peers.merge_own_claim(record, self.node.loop.now())
         if record["id"] not in link.ids:
             link.ids = (*link.ids[-7:], record["id"])
         self.node.detector.heard(peer)
@@ -3460,7 +3470,7 @@ class Discovery(Handler):
         self._wait = RETRY_SERVER_MIN
         self._tried = float("-inf")  # when
         self.connection: Optional[Connection] = None
-        self._traffic = Allowance(MAX_MESSAGES)  # messages, and records in lists
+        self._traffic = RateLimit(MAX_MESSAGES)  # messages, and records in lists
         self._timer = Timer()  # of the next try, or of an answer that is due
         self._heartbeat = Timer()
 
@@ -3479,7 +3489,7 @@ class Discovery(Handler):
         if self.address == self._first:
             self._first_tried = self._tried
         self.peer_id = ""
-        self._traffic = Allowance(MAX_MESSAGES)
+        self._traffic = RateLimit(MAX_MESSAGES)
         self.connection = self.node.loop.connect(self.address, self, self.node.settings.timeout)
 
     def found(self, address: Address) -> None:
@@ -3495,7 +3505,7 @@ class Discovery(Handler):
             self._timer.cancel()
             self.start()
 
-    def opened(self) -> None:
+    def on_open(self) -> None:
         self.register()
 
     def register(self) -> None:
@@ -3527,7 +3537,7 @@ class Discovery(Handler):
         if self.connection is not None:
             self._timer = self.node.loop.call_later(within, self.connection.abort, otherwise)
 
-    def received(self, messages: List[Message]) -> None:
+    def on_messages(self, messages: List[Message]) -> None:
         assert self.connection is not None
         if not self._traffic.take(self.node.loop.now(), len(messages)):
             self.connection.abort("the server sends too much")
@@ -3547,7 +3557,7 @@ class Discovery(Handler):
             if self.online:
                 self._expect_answer("the server is silent", 2.5 * self.node.settings.heartbeat_interval)
 
-    def spoilt(self, reason: str) -> None:
+    def on_bad_input(self, reason: str) -> None:
         limited_log("bad input", logging.WARNING, "[Discovery] bad input from the server: %s", reason)
 
     def _registered(self, content: Dict[str, Any]) -> None:
@@ -3585,7 +3595,7 @@ class Discovery(Handler):
         self._send(MSG_HEARTBEAT, None)
         self._heartbeat = self.node.loop.call_later(self.node.settings.heartbeat_interval, self._beat)
 
-    def closed(self, reason: str) -> None:
+    def on_close(self, reason: str) -> None:
         """The connection is gone, or never was: go on without, and try again."""
         self.connection = None
         self._timer.cancel()
@@ -3634,7 +3644,7 @@ class Finder:
         self._beacon_heard = float("-inf")  # when, the last one of somebody else
         self._lan: Optional[Lan] = None
         self._timer = Timer()
-        self._answers = Allowance(BEACON_ANSWERS, 1.0)
+        self._answers = RateLimit(BEACON_ANSWERS, 1.0)
 
     def start(self) -> None:
         """Begin to look, at once."""
@@ -3654,7 +3664,7 @@ class Finder:
                 self.node.links.dial(address)
         if self._lan is not None:
             self._lan.refresh()
-            self._lan.shout(self._beacon(answer=False, size=BEACON_SIZE))
+            self._lan.broadcast(self._beacon(answer=False, size=BEACON_SIZE))
 
     def _is_met(self, address: Address) -> bool:
         """Whether the peer at an address named by hand is there, by whatever address it is known."""
@@ -3763,12 +3773,17 @@ class Finder:
 
 
 class PeerNode:
-    """A peer. Use: PeerNode(loop, settings, on_event).start(), then run the loop; on_event gets each event."""
+    """A peer. Use: PeerNode(loop, settings, listener).start(), then run the loop.
 
-    def __init__(self, loop: Loop, settings: Settings, on_event: Callable[[Event], None]) -> None:
+    Each listener is called with a list of events: all that one turn of the loop brought."""
+
+    def __init__(self, loop: Loop, settings: Settings, *listeners: Listener) -> None:
         self.loop = loop
         self.settings = settings
-        self.emit = on_event
+        self.listeners = list(listeners)
+        self._events: List[Event] = []  # of this turn
+        self._unacknowledged: Dict[Link, None] = {}  # links over which chat came in this turn
+        self._turn_ends = False  # whether the loop will call at the end of this turn
         self.me = Peer(settings.username or "anonymous", "127.0.0.1", 0, instance=f"{loop.random.getrandbits(64):016x}",
                        incarnation=int(loop.wall() * 1000))
         self.my_ids: Dict[str, None] = {}  # every id that we had, the last one last
@@ -3781,7 +3796,7 @@ class PeerNode:
         self.address_sure = settings.host != "0.0.0.0"
         self._had_address = True  # whether our address is, or was, one of the machine's own: not so behind NAT
         self._own_addresses: Tuple[float, List[str]] = (-1e9, [])  # and when they were looked up
-        self._listener: Optional[Listener] = None
+        self._listener: Optional[SocketListener] = None
         self._tickers: List[Ticker] = []
         self.finder = Finder(self)
         self.links = Links(self)
@@ -3830,6 +3845,33 @@ class PeerNode:
         self.finder.start()
         named = settings.server is not None or settings.join
         self.loop.call_later(settings.timeout if named else SETTLE_TIME, self.settle)
+
+    def emit(self, event: Event) -> None:
+        """Tell the listeners, at the end of this turn."""
+        self._events.append(event)
+        self._do_at_turn_end()
+
+    def acknowledge_later(self, link: Link) -> None:
+        """Acknowledge what came over a link at the end of this turn, when the listeners have it."""
+        self._unacknowledged[link] = None
+        self._do_at_turn_end()
+
+    def _do_at_turn_end(self) -> None:
+        if not self._turn_ends:
+            self._turn_ends = True
+            self.loop.at_turn_end(self._end_turn)
+
+    def _end_turn(self) -> None:
+        """Hand over this turn's events; only then is acknowledged what they hold. What a listener says in answer
+        to a message leaves before its acknowledgement: who waits for that to leave still hears the answer."""
+        self._turn_ends = False
+        events, self._events = self._events, []
+        links, self._unacknowledged = self._unacknowledged, {}
+        if events:
+            for listener in self.listeners:
+                listener(events)
+        for link in links:
+            self.delivery.acknowledge(link)
 
     def settle(self) -> None:
         """The first look around is over: whoever could be found quickly is known. Said once."""
@@ -3888,8 +3930,23 @@ class PeerNode:
             peer = Peer(*parts)
         return self.peers.label(peer)
 
-    def chat(self, text: str, to: Optional[str] = None) -> str:
-        """Send a text to everybody, or to the peer with the id `to`; return the message's id. Raises ChatError."""
+    def broadcast_chat_message(self, text: str) -> str:
+        """Send a text to everybody; return the message's id. Raises ChatError."""
+        text = self._sendable(text)
+        if not len(self.peers):
+            raise ChatError("Not sent: nobody else is here. /who says why.")
+        return self.delivery.send(text, self.present(), EVERYONE)
+
+    def send_chat_message(self, to: str, text: str) -> str:
+        """Send a text to the peer with the id `to` alone; return the message's id. Raises ChatError."""
+        text = self._sendable(text)
+        peer = self.peers.get(to)
+        if peer is None:
+            raise ChatError(f"Not sent: {to} is not here.")
+        return self.delivery.send(text, [peer], peer.id)
+
+    def _sendable(self, text: str) -> str:
+        """A text as it is sent. Raises ChatError if it can't be."""
         text = clean(text, newlines=True)
         if self.leaving:
             raise ChatError("You are leaving: nothing more is sent.")
@@ -3898,14 +3955,7 @@ class PeerNode:
         size = len(text.encode("utf-8"))
         if size > MAX_TEXT:
             raise ChatError(f"The text has {size} bytes; at most {MAX_TEXT} can be sent at once.")
-        if to is None:
-            if not len(self.peers):
-                raise ChatError("Not sent: nobody else is here. /who says why.")
-            return self.delivery.send(text, self.present(), EVERYONE)
-        peer = self.peers.get(to)
-        if peer is None:
-            raise ChatError(f"Not sent: {to} is not here.")
-        return self.delivery.send(text, [peer], peer.id)
+        return text
 
     def rename(self, username: str) -> None:
         """Take another name. Raises ChatError."""
@@ -3934,9 +3984,9 @@ class PeerNode:
 
     def _heard_how(self, peer: Peer) -> Tuple[str, str, str]:
         now = self.loop.now()
-        directly = peer.heard > 0 and peer.key in self.links.current
+        directly = peer.heard_at > 0 and peer.key in self.links.current
         how = "quiet" if peer.quiet else "directly" if directly else "through others"
-        since = now - (peer.heard if directly else peer.last_sign())
+        since = now - (peer.heard_at if directly else peer.last_sign_at())
         trip = "" if peer.rtt is None else f"{peer.rtt * 1000:.1f} ms"
         return how, f"{max(0, since):.0f} s", trip
 
@@ -4066,7 +4116,7 @@ class PeerNode:
         self.emit({"event": "renamed", "peer": self.me.public, "old": old})
 
     def _place(self, username: str, ip: str, port: int) -> None:
-        self.me.place(username, ip, port)
+        self.me.set_identity(username, ip, port)
         self.my_ids[self.me.id] = None
         self.peers.changed()
 
@@ -4649,16 +4699,23 @@ class ChatView:
         """A line was entered: chat, or a command. Return whether it could be done."""
         try:
             if text.startswith("//"):
-                self.node.chat(text[1:], self.target)
+                self._send(text[1:])
             elif text.startswith("/"):
                 self._command(text)
             elif text.strip():
-                self.node.chat(text, self.target)
+                self._send(text)
         except ChatError as error:
             self.refused += 1
             self.answer(str(error), "error")
             return False
         return True
+
+    def _send(self, text: str) -> None:
+        """Say a text to everybody, or to the one whom /query names."""
+        if self.target is None:
+            self.node.broadcast_chat_message(text)
+        else:
+            self.node.send_chat_message(self.target, text)
 
     def _command(self, text: str) -> None:
         name = text.split(None, 1)[0]
@@ -4711,7 +4768,7 @@ class ChatView:
         peer, text = self._peer(rest)
         if not text:
             raise ChatError("There is nothing to send: say the text behind the name.")
-        self.node.chat(text, peer.id)
+        self.node.send_chat_message(peer.id, text)
 
     @command("/reply TEXT")
     def _reply(self, rest: str) -> None:
@@ -4720,7 +4777,7 @@ class ChatView:
             raise ChatError("Nobody has written to you privately yet.")
         if not rest:
             raise ChatError("/reply wants a text, for example: /reply yes.")
-        self.node.chat(rest, self._private)
+        self.node.send_chat_message(self._private, rest)
 
     @command("/query [NAME [TEXT]]")
     def _query(self, rest: str) -> None:
@@ -4730,14 +4787,14 @@ class ChatView:
         whom = f"{self.node.label(self.target)} only" if self.target else "everyone"
         self.answer(f"What you type goes to {whom}.")
         if text:
-            self.node.chat(text, self.target)
+            self._send(text)
 
     @command("/me TEXT")
     def _me(self, rest: str) -> None:
         """say what you do: * Alice waves."""
         if not rest:
             raise ChatError("/me wants a text, for example: /me waves.")
-        self.node.chat(f"/me {rest}", self.target)
+        self._send(f"/me {rest}")
 
     @command("/nick NAME")
     def _nick(self, rest: str) -> None:
@@ -5372,13 +5429,13 @@ class Interface:
 
     def start_node(self, settings: Settings) -> None:
         """Begin to chat. Raises OSError when the port can't be had."""
-        self.node = node = PeerNode(self.loop, settings, lambda event: self.guard(self.heard, node, event))
+        self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events))
         self.view = ChatView(node, lambda when: time.strftime("%H:%M", time.localtime(when)), self.on_screen)
         self.view.log = self.log
         node.start()
 
-    def heard(self, node: PeerNode, event: Event) -> None:
-        """Something happened at the node."""
+    def on_events(self, node: PeerNode, events: List[Event]) -> None:
+        """So much happened at the node."""
         raise NotImplementedError
 
     def guard(self, call: Callable[..., None], *args: Any) -> None:
@@ -5588,9 +5645,13 @@ class CursesInterface(Interface):
 
     # -- out -------------------------------------------------------------------------------------------
 
-    def heard(self, node: PeerNode, event: Event) -> None:
-        if node is not self.node:
-            return  # it has made room for another one
+    def on_events(self, node: PeerNode, events: List[Event]) -> None:
+        for event in events:
+            if node is self.node:  # else it has made room for another one
+                self._on_event(event)
+        self.changed()
+
+    def _on_event(self, event: Event) -> None:
         self.view.handle(event)
         if event["event"] == "server" and self.form is not None and self.form.busy:
             self._server_tried(self.form, event)
@@ -5598,7 +5659,6 @@ class CursesInterface(Interface):
             self.loop.stop()
         elif event["event"] == "stopped":
             self._launch()
-        self.changed()
 
     def changed(self) -> None:
         """Draw soon: at the end of this turn, or when the frame before has been seen."""
@@ -5893,7 +5953,11 @@ class PlainInterface(Interface):
             self._reader.resume()
         self.loop.run()
 
-    def heard(self, node: PeerNode, event: Event) -> None:
+    def on_events(self, node: PeerNode, events: List[Event]) -> None:
+        for event in events:
+            self._on_event(event)
+
+    def _on_event(self, event: Event) -> None:
         self.view.handle(event)
         self.show(event)
         kind = event["event"]

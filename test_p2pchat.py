@@ -78,7 +78,7 @@ class ViewNode:
     def join(self, name, ip=None, port=10001, tell=False):
         number = len(self.peers) + 2
         peer = p2pchat.Peer(name, ip or f"10.0.0.{number}", port, f"i{number}x{port}", 1)
-        self.peers.confirm(peer.wire(0.0), 0.0)
+        self.peers.merge_own_claim(peer.wire(0.0), 0.0)
         if tell:
             self.emit({"event": "joined", "peer": peer.public})
         return peer.public
@@ -98,7 +98,10 @@ class ViewNode:
     def find(self, text):
         return self.peers.find(text)
 
-    def chat(self, text, to=None):
+    def broadcast_chat_message(self, text):
+        return self.send_chat_message(None, text)
+
+    def send_chat_message(self, to, text):
         if not text.strip():
             raise p2pchat.ChatError("There is nothing to send.")
         self.sent.append((text, to))
@@ -507,7 +510,7 @@ def test_reply_query_and_renaming():
     view.enter("only you")
     peer = view.node.peers.get(bob["id"])
     record = dict(peer.wire(0.0), username="Rob", id="Rob@10.0.0.2:10001", incarnation=5)
-    view.node.peers.confirm(record, 1.0)
+    view.node.peers.merge_own_claim(record, 1.0)
     view.handle({"event": "renamed", "peer": view_peer(view, "Rob"), "old": bob})
     view.enter("still you")
     assert view_style(view, "[Rob] >") == "private"
@@ -527,11 +530,11 @@ def test_ignoring_is_by_peer():
     assert "SPAM" not in screen and "fine" in screen
     old = view_peer(view, "Bob@10.0.0.7")
     peer = view.node.peers.get(old["id"])
-    view.node.peers.confirm(dict(peer.wire(0.0), username="Rob", id="Rob@10.0.0.7:10001", incarnation=5), 1.0)
+    view.node.peers.merge_own_claim(dict(peer.wire(0.0), username="Rob", id="Rob@10.0.0.7:10001", incarnation=5), 1.0)
     view.handle({"event": "renamed", "peer": view_peer(view, "Rob"), "old": old})
     assert view_answer(view, "/ignore") == "Ignored: Rob."
     assert view_answer(view, "/unignore rob") == "Rob is heard again." and not view.ignored
-    view.node.peers.confirm(dict(peer.wire(0.0), username="Bob", id="Bob@10.0.0.7:10001", incarnation=6), 2.0)
+    view.node.peers.merge_own_claim(dict(peer.wire(0.0), username="Bob", id="Bob@10.0.0.7:10001", incarnation=6), 2.0)
     view.handle({"event": "chat", "from": view_peer(view, "Bob@10.0.0.7"), "to": "*", "text": "SPAM", "id": "x"})
     assert "SPAM" in "".join(view_screen(view))
 
@@ -714,7 +717,7 @@ def test_a_namesake_is_told_of_once():
     told = [entry.text for entry in view.entries if "another" in entry.text]
     assert len(told) == 1 and "another Alice" in told[0] and f"see you as {view.node.label(view.node.me.id)}." in told[0]
     old = view.node.me.public
-    view.node.me.place("Bob", "10.0.0.1", 10001)
+    view.node.me.set_identity("Bob", "10.0.0.1", 10001)
     view.node.peers.changed()
     view.handle({"event": "renamed", "old": old, "peer": view.node.me.public})
     assert "another Bob here" in view.entries[-1].text
@@ -1211,8 +1214,8 @@ HEARSAY = [  # what is known, what is heard then, the verdict, what is known aft
 def test_membership_hearsay(known, heard, verdict, state, kinds):
     peers = member_list()
     for record in known:
-        peers.hear(member_record(**record), 5.0)
-    told, _, changes = peers.hear(member_record(**heard), 10.0)
+        peers.merge_claim(member_record(**record), 5.0)
+    told, _, changes = peers.merge_claim(member_record(**heard), 10.0)
     assert (told, [change.kind for change in changes]) == (verdict, kinds)
     if heard.get("instance", "b1") == "b1":
         assert member_state(peers) == state
@@ -1223,9 +1226,9 @@ def test_membership_hearsay_removes_nobody():
     rng = random.Random(1)
     for _ in range(300):
         peers = member_list()
-        peers.hear(member_record(), 0.0)
+        peers.merge_claim(member_record(), 0.0)
         for step in range(10):
-            peers.hear(member_record(host=rng.choice([2, 9]), instance=rng.choice(["b1", "b2", ""]),
+            peers.merge_claim(member_record(host=rng.choice([2, 9]), instance=rng.choice(["b1", "b2", ""]),
                                      incarnation=rng.choice([0, 99, 100, 101, 2**52]),
                                      status=rng.choice(["alive", "suspect", "dead", "left"])), float(step))
         assert not peers.by_key("b1").gone and BOB_ID in [peer.id for peer in peers.present()]
@@ -1248,30 +1251,30 @@ OWN_WORD = [
 def test_membership_own_word(known, said, verdict, state, kinds):
     peers = member_list()
     for record in known:
-        peers.hear(member_record(**record), 5.0)
-    told, _, changes = peers.confirm(member_record(**said), 10.0)
+        peers.merge_claim(member_record(**record), 5.0)
+    told, _, changes = peers.merge_own_claim(member_record(**said), 10.0)
     assert (told, [change.kind for change in changes]) == (verdict, kinds)
     assert member_state(peers) == state
 
 
 def test_membership_a_removed_peer_is_not_brought_back_by_old_lists():
     peers = member_list()
-    peers.hear(member_record(), 0.0)
+    peers.merge_claim(member_record(), 0.0)
     assert [change.kind for change in peers.remove(peers.by_key("b1"), "left", "left", 10.0)] == ["left"]
     for now in (10.0, 60.0, p2pchat.TOMBSTONE_TIME):
-        assert peers.hear(member_record(), now)[0] == "stale"
+        assert peers.merge_claim(member_record(), now)[0] == "stale"
     assert len(peers) == 0 and peers.remove(peers.by_key("b1"), "dead", "again", 11.0) == []
 
 
 def test_membership_tombstones_are_bounded_in_time_and_number():
     peers = member_list()
-    peers.hear(member_record(), 0.0)
+    peers.merge_claim(member_record(), 0.0)
     peers.remove(peers.by_key("b1"), "dead", "silent", 0.0)
-    peers.hear(member_record("Carol", 3, "c1"), 0.0)
+    peers.merge_claim(member_record("Carol", 3, "c1"), 0.0)
     peers.remove(peers.by_key("c1"), "dead", "silent", p2pchat.TOMBSTONE_TIME + 1)
     assert [peer.key for peer in peers.tombstones()] == ["c1"]
     for number in range(3 * p2pchat.MAX_PEERS):
-        peers.hear(member_record("X", 4, f"x{number}", status="dead"), 9.0)
+        peers.merge_claim(member_record("X", 4, f"x{number}", status="dead"), 9.0)
     assert len(peers.tombstones()) <= 2 * p2pchat.MAX_PEERS
 
 
@@ -1279,7 +1282,7 @@ def test_membership_the_list_is_bounded():
     peers = member_list()
     for number in range(p2pchat.MAX_PEERS + 50):
         ip = f"10.1.{number // 200}.{number % 200 + 1}"
-        peers.hear({"id": f"x@{ip}:7", "ip": ip, "port": 7, "username": "x", "instance": f"i{number}"}, 0.0)
+        peers.merge_claim({"id": f"x@{ip}:7", "ip": ip, "port": 7, "username": "x", "instance": f"i{number}"}, 0.0)
     assert len(peers) == len(peers.present()) == p2pchat.MAX_PEERS
 
 
@@ -1287,7 +1290,7 @@ def test_membership_one_address_does_not_fill_the_list():
     peers = member_list()
     for number in range(2 * p2pchat.MAX_PER_ADDRESS):
         for ip in ("10.0.0.2", "10.0.0.1"):  # the second is our own: any number of users may sit at one machine
-            peers.confirm({"id": f"x@{ip}:{number + 1}", "ip": ip, "port": number + 1, "username": "x",
+            peers.merge_own_claim({"id": f"x@{ip}:{number + 1}", "ip": ip, "port": number + 1, "username": "x",
                            "instance": f"i{ip[-1]}x{number}"}, 0.0)
     count = {ip: sum(peer.ip == ip for peer in peers.present()) for ip in ("10.0.0.2", "10.0.0.1")}
     assert count["10.0.0.1"] == 2 * p2pchat.MAX_PER_ADDRESS and count["10.0.0.2"] <= p2pchat.MAX_PER_ADDRESS
@@ -1295,16 +1298,16 @@ def test_membership_one_address_does_not_fill_the_list():
 
 def test_membership_digest_is_of_the_set_and_the_incarnations():
     one, other = member_list(), p2pchat.PeerList(p2pchat.Peer("Bob", "10.0.0.2", 5000, "b1", 100))
-    one.hear(member_record(), 0.0)
-    other.hear(member_record("Alice", 1, "a1"), 0.0)
+    one.merge_claim(member_record(), 0.0)
+    other.merge_claim(member_record("Alice", 1, "a1"), 0.0)
     carol, dan = member_record("Carol", 3, "c1"), member_record("Dan", 4, "d1")
     for peers, records in ((one, (carol, dan)), (other, (dan, carol))):
         for record in records:
-            peers.hear(record, 0.0)
+            peers.merge_claim(record, 0.0)
     assert one.digest() == other.digest()
-    other.hear(dict(carol, incarnation=101), 0.0)
+    other.merge_claim(dict(carol, incarnation=101), 0.0)
     assert one.digest() != other.digest()
-    one.hear(dict(carol, incarnation=101), 0.0)
+    one.merge_claim(dict(carol, incarnation=101), 0.0)
     assert one.digest() == other.digest()
     one.remove(one.by_key("d1"), "dead", "silent", 0.0)
     assert one.digest() != other.digest()
@@ -1318,7 +1321,7 @@ def test_membership_everybody_is_probed_by_two_others(size):
     for own in records:
         peers = p2pchat.PeerList(p2pchat.Peer.from_wire(own))
         for record in records:
-            peers.hear(record, 0.0)
+            peers.merge_claim(record, 0.0)
         ahead, behind = peers.neighbours(2)
         assert len(ahead) == len(behind) == min(2, size - 1)
         for peer in ahead:
@@ -1337,7 +1340,7 @@ NAMES = [("Alice", 2, "i1"), ("Bob", 3, "i2"), ("Bob", 4, "i3"), ("Carol", 5, "i
 def test_membership_find_and_labels(typed, found):
     peers = member_list()
     for name, host, instance in NAMES:
-        peers.hear(member_record(name, host, instance), 0.0)
+        peers.merge_claim(member_record(name, host, instance), 0.0)
     assert sorted(peer.ip for peer in peers.find(typed)) == found
     labels = {peer.ip: peers.label(peer) for peer in peers.present()}
     assert labels == {"10.0.0.2": "Alice@10.0.0.2", "10.0.0.3": "Bob@10.0.0.3", "10.0.0.4": "Bob@10.0.0.4",
@@ -1348,7 +1351,7 @@ def test_membership_find_and_labels(typed, found):
 def test_membership_labels_on_one_machine_need_the_port():
     peers = member_list()
     for port in (1, 2):
-        peers.hear({"id": f"Bob@10.0.0.2:{port}", "ip": "10.0.0.2", "port": port, "username": "Bob"}, 0.0)
+        peers.merge_claim({"id": f"Bob@10.0.0.2:{port}", "ip": "10.0.0.2", "port": port, "username": "Bob"}, 0.0)
     assert [peers.label(peer) for peer in peers.present()] == ["Bob@10.0.0.2:1", "Bob@10.0.0.2:2"]
 
 
@@ -1400,6 +1403,14 @@ def test_pure_sections_use_neither_sockets_nor_clocks():
 # ======================================================================================================
 
 
+
+
+def each(call):
+    """A node's listener that makes a call for each event."""
+    def listener(events):
+        for event in events:
+            call(event)
+    return listener
 
 
 SIM_EPOCH = 1_700_000_000.0  # Unix time at which every simulation begins
@@ -1658,6 +1669,7 @@ class SimLoop:
         self.frozen = False
         self.connections = {}  # those not closed
         self._turning = False
+        self._turn_ends = []
         self._unflushed = []
         self._backlog = []  # what a frozen process will find when it runs again
         self._late = []  # and the timers that came due meanwhile
@@ -1726,8 +1738,19 @@ class SimLoop:
         if not self._turning:
             self.network.post(0, self.enter, self._end_turn)
 
+    def at_turn_end(self, callback):
+        """As in the real loop; a test that calls a node is a turn of its own."""
+        self._turn_ends.append(callback)
+        if not self._turning:
+            self.network.post(0, self.enter, self._end_turn)
+
     def _end_turn(self):
+        turn_ends, self._turn_ends = self._turn_ends, []
+        for callback in turn_ends:
+            callback()
         self._turning = False
+        if self._turn_ends:
+            self.network.post(0, self.enter, self._end_turn)
         if self._unflushed:
             queued, self._unflushed = self._unflushed, []
             for connection in queued:
@@ -1795,7 +1818,7 @@ class SimConnection(p2pchat.Connection):
 
     # -- what p2pchat.Connection promises --------------------------------------------------------------
 
-    def hang_up(self):
+    def close_transport(self):
         if self.far is not None and not self._end_sent:
             self._end_sent = True
             self.transmit(SEG_END)  # behind what the kernel has taken already
@@ -1803,13 +1826,13 @@ class SimConnection(p2pchat.Connection):
 
     def flush(self):
         """The end of a turn: all that is queued goes as one segment, if the kernels have room for it."""
-        self._queued = False
+        self._flush_pending = False
         if self.state not in (p2pchat.OPEN, p2pchat.DRAINING):
             return
-        if self._output and (not self._in_flight or self._in_flight + self.owed <= SIM_KERNEL_BUFFER):
+        if self._output and (not self._in_flight or self._in_flight + self.queued <= SIM_KERNEL_BUFFER):
             data = b"".join(self._output)
             self._output.clear()
-            self.owed = 0
+            self.queued = 0
             self._in_flight += len(data)
             self.transmit(data)
             if self.state == p2pchat.OPEN:
@@ -1828,7 +1851,7 @@ class SimConnection(p2pchat.Connection):
             return
         self._deadline.cancel()
         self.state = p2pchat.OPEN
-        self.handler.opened()
+        self.handler.on_open()
         self._flush_later()
 
     def accepted(self):
@@ -1948,7 +1971,7 @@ class SimLan:
     def refresh(self):
         """Addresses are looked up with each datagram."""
 
-    def shout(self, data):
+    def broadcast(self, data):
         """To everybody who listens, oneself included."""
         for lan in list(self.loop.network.lans):
             self.loop.network.datagram(self, lan, data)
@@ -1982,11 +2005,11 @@ class SimShouter:
             self.heard.append(message["content"])
             self.times[message["sender_id"].partition("@")[0]].append(self.loop.now())
 
-    def shout(self, **content):
+    def broadcast(self, **content):
         """One beacon, of a peer that nobody knows."""
         ip = self.loop.host.addresses[0]
         content = {"role": "peer", "port": 7, "instance": f"at{ip.replace('.', 'x')}", **content}
-        self.lan.shout(p2pchat.make_beacon(f"Eve@{ip}:{content['port']}", content, p2pchat.BEACON_SIZE))
+        self.lan.broadcast(p2pchat.make_beacon(f"Eve@{ip}:{content['port']}", content, p2pchat.BEACON_SIZE))
 
 
 def sim_count(census, segment):
@@ -2016,16 +2039,16 @@ class LoggingHandler(p2pchat.Handler):
         self.reactions = reactions
         self.connection = None
 
-    def opened(self):
+    def on_open(self):
         self._note("opened", "")
 
-    def received(self, messages):
+    def on_messages(self, messages):
         self._note("received", " ".join(str(message["content"]) for message in messages))
 
-    def spoilt(self, reason):
+    def on_bad_input(self, reason):
         self._note("spoilt", "half" if reason.startswith("half") else "bad")
 
-    def closed(self, reason):
+    def on_close(self, reason):
         self._note("closed", "reset" if reason.startswith("connection reset") else reason)
 
     def _note(self, event, detail):
@@ -2441,7 +2464,7 @@ def sim_trace_of_a_mess(seed):
     nodes = []
     for host in hosts:
         loop = network.start(host)
-        nodes.append(p2pchat.PeerNode(loop, p2pchat.Settings(username=host.name), lambda event: None))
+        nodes.append(p2pchat.PeerNode(loop, p2pchat.Settings(username=host.name)))
         nodes[-1].start()
     network.run(15)
     network.cut(hosts[:3], hosts[3:])
@@ -2451,7 +2474,7 @@ def sim_trace_of_a_mess(seed):
     nodes[1].loop.freeze()
     network.run(15)
     nodes[1].loop.thaw()
-    nodes[2].chat("hello")
+    nodes[2].broadcast_chat_message("hello")
     network.run(10)
     return network.trace()
 
@@ -2664,7 +2687,7 @@ def test_loop_a_dial_without_a_descriptor_fails_like_any_other():
         room, rig.loop._most = rig.loop._most, 0
         for use in ("send", "close", "abort"):
             heard = []
-            handler = type("Noting", (p2pchat.Handler,), {"closed": lambda self, reason: heard.append(reason)})()
+            handler = type("Noting", (p2pchat.Handler,), {"on_close": lambda self, reason: heard.append(reason)})()
             connection = rig.loop.connect(("127.0.0.1", 9), handler, 1.0)
             getattr(connection, use)(b"x" if use == "send" else "enough")
             rig.turn_until(lambda: heard)
@@ -2795,7 +2818,7 @@ def test_lan_joins_the_group_and_shouts_both_ways_on_every_network(lan_sockets):
     lan, shared, senders = lan_opened(lan_sockets, "0.0.0.0", "10.0.0.1", "10.1.0.1", "127.0.0.1")
     assert shared.bound == ("", 9999) and shared.members() == ["10.0.0.1", "10.1.0.1"]
     assert sorted(senders) == ["10.0.0.1", "10.1.0.1"]
-    lan.shout(b"beacon")
+    lan.broadcast(b"beacon")
     for ip, sock in senders.items():
         assert sock.sent == [(b"beacon", (target, 9999)) for target in (p2pchat.LAN_GROUP, "255.255.255.255")]
         assert (socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(ip)) in sock.options
@@ -2809,7 +2832,7 @@ def test_lan_follows_the_addresses_of_the_machine(lan_sockets):
     lan.refresh()
     assert senders["10.0.0.1"].closed and shared.members(socket.IP_DROP_MEMBERSHIP) == ["10.0.0.1"]
     assert lan_sockets[-1].bound == ("10.5.0.1", 0) and shared.members() == ["10.0.0.1", "10.5.0.1"]
-    lan.shout(b"beacon")
+    lan.broadcast(b"beacon")
     assert len(lan_sockets[-1].sent) == 2 and senders["10.0.0.1"].sent == []
     lan.close()
     assert all(sock.closed for sock in lan_sockets)
@@ -2818,7 +2841,7 @@ def test_lan_follows_the_addresses_of_the_machine(lan_sockets):
 def test_lan_on_the_loopback_nothing_goes_out_and_nothing_comes_in(lan_sockets):
     lan, shared, senders = lan_opened(lan_sockets, "127.0.0.1", "10.0.0.1", "127.0.0.1")
     assert shared.bound == (p2pchat.LAN_GROUP, 9999) and shared.members() == ["127.0.0.1"]
-    lan.shout(b"beacon")
+    lan.broadcast(b"beacon")
     assert list(senders) == ["127.0.0.1"] and senders["127.0.0.1"].sent == [(b"beacon", (p2pchat.LAN_GROUP, 9999))]
 
 
@@ -2833,7 +2856,7 @@ def test_lan_with_real_sockets():
         asked = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: log.append(("asked", data)) or b"answer")
         asker = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: log.append(("asker", data)))
         outsider.sendto(b"past the group", ("127.0.0.1", port))
-        asker.shout(b"question")
+        asker.broadcast(b"question")
         end = time.monotonic() + 5
         while len(log) < 3:
             assert time.monotonic() < end, log
@@ -2882,13 +2905,13 @@ class ServerClient(p2pchat.Handler):
         self.ended = None
         self.id = "somebody"
 
-    def received(self, messages):
+    def on_messages(self, messages):
         self.heard += messages
         for message in messages:
             if message["type"] == "MSG_REGISTER_ACK":
                 self.id = message["content"]["peer_id"]
 
-    def closed(self, reason):
+    def on_close(self, reason):
         self.ended = reason
 
     def say(self, kind, content, sender=None):
@@ -3011,9 +3034,9 @@ def test_server_believes_no_address_from_afar():
 
 
 def test_server_silent_strangers_are_sent_away_and_bounded(monkeypatch):
-    monkeypatch.setattr(p2pchat, "MAX_STRANGERS", 5)
+    monkeypatch.setattr(p2pchat, "MAX_UNIDENTIFIED", 5)
     rig = ServerRig()
-    rig.server._strangers = p2pchat.Strangers(5)
+    rig.server._unidentified = p2pchat.Unidentified(5)
     silent = [rig.client("10.0.0.9") for _ in range(8)]
     rig.network.run(0.1)
     assert [client.ended is not None for client in silent] == [True] * 3 + [False] * 5
@@ -3055,7 +3078,7 @@ def test_server_a_beacon_is_answered_by_no_more_than_it_brought():
 def test_server_is_found_on_the_local_network_unless_told_not_to(lan):
     rig = ServerRig(lan=lan)
     seeker = SimShouter(rig.network)
-    seeker.shout(server_wanted=True)
+    seeker.broadcast(server_wanted=True)
     rig.network.run(1)
     assert [content["role"] for content in seeker.heard] == ["server"] * lan
 
@@ -3196,7 +3219,7 @@ class SimPeer:
         self.died = None  # when it crashed, or said goodbye
         self.left = False  # it leaves, or has left
         self.loop = world.network.start(machine, username)
-        self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings(username=username, **settings), self._event)
+        self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings(username=username, **settings), each(self._event))
         self.instance = self.node.me.instance
         world.witness.peers[self.instance] = self
         self.loop.enter(self.node.start)
@@ -3226,7 +3249,9 @@ class SimPeer:
             return None
         if not self.node.present():
             return None
-        return self.node.chat(text, self.node.peers.by_key(to.instance).id if to else None)
+        if to is None:
+            return self.node.broadcast_chat_message(text)
+        return self.node.send_chat_message(self.node.peers.by_key(to.instance).id, text)
 
     def must_have_noticed(self, gone):
         """By now it must know, if it runs, that another is gone."""
@@ -3312,7 +3337,7 @@ class SimWorld:
             for record in records:
                 if record["instance"] != peer.instance:
                     peer.known[record["id"]] = record["instance"]
-                    peer.node.peers.hear(record, peer.loop.now())
+                    peer.node.peers.merge_claim(record, peer.loop.now())
         return added
 
     def move(self, peer):
@@ -3774,10 +3799,10 @@ class StrangerLink(p2pchat.Handler):
         self.stranger = stranger
         self.connection = connection
 
-    def opened(self):
+    def on_open(self):
         self.send("MSG_HELLO", {"peer": self.stranger.me})
 
-    def received(self, messages):
+    def on_messages(self, messages):
         self.stranger.got += messages
         for message in messages:
             if message["type"] == "MSG_PROBE":
@@ -3805,7 +3830,7 @@ class SimStranger:
 
     def _accept(self, connection):
         link = StrangerLink(self, connection)
-        link.opened()
+        link.on_open()
         return link
 
 
@@ -4014,7 +4039,7 @@ class NodeRig:
         self.events[name] = []
         settings = {"lan": False, "port": 5000, "join": others, **settings}
         loop = self.network.start(host or self.network.host(name))
-        node = p2pchat.PeerNode(loop, p2pchat.Settings(name, **settings), functools.partial(self._on_event, name))
+        node = p2pchat.PeerNode(loop, p2pchat.Settings(name, **settings), each(functools.partial(self._on_event, name)))
         self.nodes[name] = node
         node.start()
         return node
@@ -4049,10 +4074,10 @@ def test_node_an_interface_may_chat_from_within_an_event(seed):
     rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
     texts = [f"m{number}" for number in range(3)]
     for text in texts:
-        rig.ann.chat(text)
-    rig.answers["Ann", "sent"] = lambda event: rig.answers.pop(("Ann", "sent")) and rig.ann.chat("nested")
-    rig.ann.chat("outer")
-    rig.answers["Ann", "quiet"] = lambda event: event["quiet"] or rig.ann.chat("welcome back")
+        rig.ann.broadcast_chat_message(text)
+    rig.answers["Ann", "sent"] = lambda event: rig.answers.pop(("Ann", "sent")) and rig.ann.broadcast_chat_message("nested")
+    rig.ann.broadcast_chat_message("outer")
+    rig.answers["Ann", "quiet"] = lambda event: event["quiet"] or rig.ann.broadcast_chat_message("welcome back")
     rig.network.run_until(lambda: rig.saw("Ann", "quiet"), 10)
     rig.network.heal()
     rig.run(30)
@@ -4062,9 +4087,9 @@ def test_node_an_interface_may_chat_from_within_an_event(seed):
 def test_node_a_new_name_closes_no_link_and_is_followed_by_messages_under_it():
     rig = NodeRig("Ann", "Bob", "Cy")
     before = dict(rig.bob.links.current)
-    rig.ann.chat("old")
+    rig.ann.broadcast_chat_message("old")
     rig.ann.rename("Anna")
-    rig.ann.chat("new")
+    rig.ann.broadcast_chat_message("new")
     rig.run(5)
     assert rig.bob.links.current == before
     assert [(event["text"], event["from"]["username"]) for event in rig.saw("Bob", "chat")] == [("old", "Ann"), ("new", "Anna")]
@@ -4085,7 +4110,7 @@ def test_node_what_was_shown_is_never_told_as_refused():
     rig = NodeRig("Ann", "Bob", settings={"budget": 2000})
     texts = ["a" * 1500, "b" * 1500, "c", "d" * 1500, "e"]
     for text in texts:
-        rig.ann.chat(text)
+        rig.ann.broadcast_chat_message(text)
     rig.run(5)
     failed = [event["text"] for event in rig.saw("Ann", "failed")]
     assert rig.shown("Bob") == ["a" * 1500, "c", "e"] and failed == ["b" * 1500, "d" * 1500]
@@ -4097,7 +4122,8 @@ def test_node_a_full_queue_is_reported(monkeypatch):
     rig = NodeRig("Ann", "Bob")
     rig.bob.loop.freeze()
     for number in range(5):
-        rig.ann.chat(f"m{number}")
+        rig.ann.broadcast_chat_message(f"m{number}")
+    rig.run(0)
     kinds = [event["event"] for event in rig.events["Ann"] if event["event"] in ("sent", "failed")]
     assert kinds == ["sent"] * 4 + ["failed", "sent", "failed"]
     rig.bob.loop.thaw()
@@ -4115,7 +4141,7 @@ def test_node_a_stopped_peer_shows_nothing_that_was_reported_undelivered(seconds
         for number in range(2 * seconds):
             rig.run(0.5)
             if len(rig.ann.peers) == 2:
-                rig.ann.chat(f"m{number}")
+                rig.ann.broadcast_chat_message(f"m{number}")
         rig.bob.loop.thaw()
         rig.run(20)
         texts = [event["text"] for event in rig.saw("Ann", "sent")]
@@ -4157,8 +4183,8 @@ def test_node_two_hosts_dial_each_other_at_the_same_moment():
                 link.connection.abort("cut by the test")
         rig.run(0.4)
         for number in range(5):
-            rig.ann.chat(f"a{number}")
-            rig.bob.chat(f"b{number}")
+            rig.ann.broadcast_chat_message(f"a{number}")
+            rig.bob.broadcast_chat_message(f"b{number}")
             rig.run(0.1)
         rig.run(20)
         assert rig.shown("Ann") == [f"b{number}" for number in range(5)]
@@ -4172,7 +4198,7 @@ def test_node_joining_oneself_does_no_harm():
     address = (host.addresses[0], 5000)
     events = []
     settings = p2pchat.Settings("Ann", port=5000, join=(address,), lan=False)
-    node = p2pchat.PeerNode(network.start(host), settings, events.append)
+    node = p2pchat.PeerNode(network.start(host), settings, each(events.append))
     node.start()
     network.run(60)
     assert len(node.peers) == 0 and address in node.links.own and len(node.links.all) == 0
@@ -4217,8 +4243,8 @@ def test_node_a_late_word_of_its_life_does_not_bring_back_one_that_has_left():
 def test_node_who_leaves_tells_first_what_was_shown():
     """A bot answers the last word of one that leaves: the answer is shown, and known to be."""
     rig = NodeRig("Ann", "Bob", delay=(0.01, 0.02))
-    rig.answers["Ann", "chat"] = lambda event: rig.ann.chat("pong", event["from"]["id"])
-    rig.bob.chat("ping")
+    rig.answers["Ann", "chat"] = lambda event: rig.ann.send_chat_message(event["from"]["id"], "pong")
+    rig.bob.broadcast_chat_message("ping")
     rig.bob.leave()
     rig.run(10)
     assert rig.shown("Bob") == ["pong"]
@@ -4231,7 +4257,7 @@ def test_node_a_goodbye_waits_for_what_was_said_over_the_other_link():
         rig = NodeRig("Ann", "Bob", seed=seed, delay=(0.01, 0.4))
         rig.ann.loop.enter(rig.ann.links.dial, rig.bob.me.address)
         rig.run(3)
-        rig.bob.chat("are you still there?")
+        rig.bob.broadcast_chat_message("are you still there?")
         rig.run(0.3)
         rig.ann.loop.enter(rig.ann.leave)
         rig.run(10)
@@ -4262,11 +4288,11 @@ def test_node_who_leaves_before_its_hello_is_answered_does_not_come_back(seed):
 def test_node_what_was_shown_is_not_told_as_refused_when_it_comes_again():
     """Two refused and between them one shown; the answers are lost with the link, and all three come again."""
     rig = NodeRig("Ann", "Bob", settings={"budget": 2000}, delay=(0.05, 0.05))
-    rig.ann.chat("a" * 1500)
+    rig.ann.broadcast_chat_message("a" * 1500)
     rig.run(1)
     link = rig.bob.links.current[rig.ann.me.key]
     for text in ("b" * 1500, "c", "d" * 1500):
-        rig.ann.chat(text)
+        rig.ann.broadcast_chat_message(text)
     rig.run(0.06)
     rig.network.break_link(link.connection)
     rig.run(20)
@@ -4322,7 +4348,7 @@ def test_node_a_machine_on_two_networks_answers_at_the_address_that_the_server_l
     routed(rig.add("Cy", right, server=("10.9.2.100", 9999), join=()), tables["Cy"])
     rig.run(45)
     assert "Ann@10.9.2.1:5000" in [peer.id for peer in rig.cy.present()]
-    rig.cy.chat("to the address that the server gave", "Ann@10.9.2.1:5000")
+    rig.cy.send_chat_message("Ann@10.9.2.1:5000", "to the address that the server gave")
     rig.run(5)
     assert rig.shown("Ann") == ["to the address that the server gave"] and not rig.saw("Cy", "failed")
 
@@ -4346,7 +4372,7 @@ def test_node_a_rename_before_the_server_has_answered_reaches_it():
     server = p2pchat.DiscoveryServer(network.start(network.host("server", "10.0.0.1")), p2pchat.ServerSettings(lan=False))
     server.start()
     settings = p2pchat.Settings("Bob", server=("10.0.0.1", 9999), lan=False)
-    node = p2pchat.PeerNode(network.start(network.host("bob", "10.0.0.2")), settings, lambda event: None)
+    node = p2pchat.PeerNode(network.start(network.host("bob", "10.0.0.2")), settings)
     node.start()
     network.run_until(lambda: node.discovery.connection.state == p2pchat.OPEN, 2, 0.0001)
     assert not node.discovery.online
@@ -4358,9 +4384,9 @@ def test_node_a_rename_before_the_server_has_answered_reaches_it():
 def test_node_what_is_sent_again_from_within_a_failure_is_not_failed_with_the_rest():
     rig = NodeRig("Ann", "Bob")
     rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
-    rig.ann.chat("first")
-    rig.ann.chat("second")
-    rig.answers["Ann", "failed"] = lambda event: len(rig.saw("Ann", "sent")) < 4 and rig.ann.chat("again")
+    rig.ann.broadcast_chat_message("first")
+    rig.ann.broadcast_chat_message("second")
+    rig.answers["Ann", "failed"] = lambda event: len(rig.saw("Ann", "sent")) < 4 and rig.ann.broadcast_chat_message("again")
     rig.ann.loop.enter(rig.ann.delivery.fail, rig.ann.present()[0], "for a test")
     assert [event["text"] for event in rig.saw("Ann", "failed")] == ["first", "second"]
     assert rig.ann.delivery.is_waiting()
@@ -4389,7 +4415,7 @@ def test_node_an_instance_that_lives_is_not_moved_by_a_stranger(size):
     world.settle(30)
     world.network.run(30)
     ann, bob = max(itertools.permutations(world.peers, 2),
-                   key=lambda pair: -pair[0].node.peers.by_key(pair[1].instance).heard)
+                   key=lambda pair: -pair[0].node.peers.by_key(pair[1].instance).heard_at)
     stranger = SimStranger(world, ann)
     stranger.link.connection.abort("not yet")
     stranger.me.update(instance=bob.instance, incarnation=bob.node.me.incarnation + 1)
@@ -4429,7 +4455,7 @@ def test_node_a_walled_peer_that_restarts_is_back_at_once(seed):
     again = rig.add("Walled", host=walled)
     rig.network.run_until(lambda: rig.ann.peers.by_key(again.me.instance) in rig.ann.present(), 3)
     rig.network.run_until(lambda: rig.bob.peers.by_key(again.me.instance) in rig.bob.present(), 6)
-    again.chat("back")
+    again.broadcast_chat_message("back")
     rig.run(2)
     assert rig.shown("Ann") == rig.shown("Bob") == ["back"] and again.me.id == first.me.id
 
@@ -4476,10 +4502,10 @@ def test_node_all_links_have_a_round_trip_time():
 def test_node_an_acknowledgement_of_nothing_new_is_no_progress():
     """One that acknowledges the same message over and over holds what is under way for no longer than a silent one."""
     rig = NodeRig("Ann", "Bob", settings={"timeout": 60.0})
-    rig.ann.chat("first")
+    rig.ann.broadcast_chat_message("first")
     rig.run(1)
     rig.bob.handlers["MSG_CHAT"] = lambda link, message: None
-    rig.ann.chat("second")
+    rig.ann.broadcast_chat_message("second")
     link = rig.bob.links.current[rig.ann.me.instance]
     for _ in range(25):
         link.send("MSG_CHAT_ACK", {"upto": 1})
@@ -4506,7 +4532,7 @@ def test_node_its_first_server_is_tried_however_many_others_are_announced():
     network = SimNetwork()
     host = network.host("ann")
     network.host("evil", "10.8.0.1").walled = True
-    ann = p2pchat.PeerNode(network.start(host), p2pchat.Settings("Ann"), lambda event: None)
+    ann = p2pchat.PeerNode(network.start(host), p2pchat.Settings("Ann"))
     ann.start()
     network.run(5)
     server = p2pchat.DiscoveryServer(network.start(host), p2pchat.ServerSettings(lan=False))
@@ -4521,7 +4547,7 @@ def test_node_its_first_server_is_tried_however_many_others_are_announced():
 def test_node_on_the_loopback_registers_at_no_server_elsewhere():
     network = SimNetwork()
     settings = p2pchat.Settings("Ann", host="127.0.0.1", lan=False)
-    ann = p2pchat.PeerNode(network.start(network.host("ann")), settings, lambda event: None)
+    ann = p2pchat.PeerNode(network.start(network.host("ann")), settings)
     ann.discovery.found(("10.9.9.9", 9999))
     assert ann.discovery.candidates == [("127.0.0.1", 9999)] and ann.discovery.connection is None
 
@@ -4543,7 +4569,7 @@ def test_node_a_peer_joined_by_another_of_its_addresses_is_dialled_once():
     ann_host = network.host("ann", "10.0.0.1", "10.0.1.1")
     ann = p2pchat.PeerNode(network.start(ann_host), p2pchat.Settings("Ann", lan=False, port=5000), print)
     bob = p2pchat.PeerNode(network.start(network.host("bob")),
-                           p2pchat.Settings("Bob", lan=False, port=5000, join=(("10.0.1.1", 5000),)), lambda event: None)
+                           p2pchat.Settings("Bob", lan=False, port=5000, join=(("10.0.1.1", 5000),)))
     ann.emit = lambda event: None
     dials, connect = [], bob.loop.connect
     bob.loop.connect = lambda address, *rest: (dials.append(address), connect(address, *rest))[1]
@@ -4557,7 +4583,7 @@ def test_node_a_network_that_comes_later_gives_the_address():
     """A laptop that is on before its network: /who names an address that others can reach."""
     network = SimNetwork()
     host = network.host("ann", "127.0.0.1")
-    ann = p2pchat.PeerNode(network.start(host), p2pchat.Settings("Ann", lan=False, port=5000), lambda event: None)
+    ann = p2pchat.PeerNode(network.start(host), p2pchat.Settings("Ann", lan=False, port=5000))
     ann.start()
     network.run(5)
     assert ann.me.ip == "127.0.0.1"
@@ -4575,8 +4601,8 @@ def test_node_an_address_that_came_late_is_left_again(phase):
     network = SimNetwork(phase)
     host, other = network.host("ann", "127.0.0.1"), network.host("bob", "10.0.0.2")
     settings = p2pchat.Settings("Ann", lan=False, port=5000, join=(("10.0.0.2", 5000),))
-    ann = p2pchat.PeerNode(network.start(host), settings, lambda event: None)
-    bob = p2pchat.PeerNode(network.start(other), p2pchat.Settings("Bob", lan=False, port=5000), lambda event: None)
+    ann = p2pchat.PeerNode(network.start(host), settings)
+    bob = p2pchat.PeerNode(network.start(other), p2pchat.Settings("Bob", lan=False, port=5000))
     for node in (bob, ann):
         node.start()
     network.run(20 + phase / 3)
@@ -4599,7 +4625,7 @@ def test_node_on_the_loopback_knows_and_dials_nobody_elsewhere():
             ("Cy", there, {}), ("Bob", here, {"join": ((there.addresses[0], 5001),)}),
             ("Ann", here, {"host": "127.0.0.1", "join": (("127.0.0.1", 5002), (there.addresses[0], 5001))})):
         settings = p2pchat.Settings(name, lan=False, port=5001 + len(nodes), **settings)
-        nodes[name] = p2pchat.PeerNode(network.start(host), settings, lambda event: None)
+        nodes[name] = p2pchat.PeerNode(network.start(host), settings)
         nodes[name].start()
         network.run(1)
     dials, connect = [], nodes["Ann"].loop.connect
@@ -4641,10 +4667,10 @@ def test_node_alone_repeats_what_the_other_side_said():
 
 def test_node_leaving_waits_for_what_is_under_way():
     rig = NodeRig("Ann", "Bob", delay=(0.2, 0.4))
-    rig.ann.chat("last words")
+    rig.ann.broadcast_chat_message("last words")
     rig.ann.leave()
     with pytest.raises(p2pchat.ChatError):
-        rig.ann.chat("too late")
+        rig.ann.broadcast_chat_message("too late")
     rig.run(5)
     assert rig.shown("Bob") == ["last words"] and rig.ann.undelivered == 0
     assert [event["event"] for event in rig.events["Ann"]][-2:] == ["delivered", "stopped"]
@@ -4684,7 +4710,7 @@ def test_node_the_living_are_reached_though_many_have_gone_dark(monkeypatch):
     rig.run(200)  # until needless links are closed
     for name in names[:30]:
         rig.nodes[name].loop.crash(reset=False)
-    rig.ann.chat("anybody?")
+    rig.ann.broadcast_chat_message("anybody?")
     rig.run(60)
     assert all(rig.shown(name) == ["anybody?"] for name in names[30:])
     assert {event["to"]["username"] for event in rig.saw("Ann", "failed")} == set(names[:30])
@@ -4705,8 +4731,8 @@ def test_node_a_machine_on_two_networks_is_known_on_both():
     cy.loop.connect = lambda address, *rest: connect(("10.255.0.1", 1) if address[0].startswith("10.9.1.") else address, *rest)
     rig.run(20)
     assert rig.cy.present()[0].id in (rig.ann.me.id, rig.bob.me.id)
-    rig.cy.chat("from the other side", rig.ann.me.id)
-    rig.ann.chat("welcome", rig.cy.me.id)
+    rig.cy.send_chat_message(rig.ann.me.id, "from the other side")
+    rig.ann.send_chat_message(rig.cy.me.id, "welcome")
     rig.run(5)
     assert rig.shown("Ann") == ["from the other side"] and rig.shown("Cy") == ["welcome"]
     rig.run(120)
@@ -4726,7 +4752,7 @@ def test_node_a_server_that_says_it_is_there_is_tried_at_once(seed):
 
     server = start_server()
     events = []
-    node = p2pchat.PeerNode(network.start(network.host("ann")), p2pchat.Settings("Ann"), events.append)
+    node = p2pchat.PeerNode(network.start(network.host("ann")), p2pchat.Settings("Ann"), each(events.append))
     node.start()
     network.run_until(lambda: node.discovery.online, 10)
     server.crash()
@@ -4771,7 +4797,7 @@ def test_node_one_peer_and_a_server_silent_at_once_are_our_own_network():
     events = {"ann": [], "bob": []}
     for name, kept in events.items():
         settings = p2pchat.Settings(name, server=("10.0.0.100", 9999), lan=False)
-        p2pchat.PeerNode(network.start(network.host(name)), settings, kept.append).start()
+        p2pchat.PeerNode(network.start(network.host(name)), settings, each(kept.append)).start()
     network.run(10)
     network.unplug(network.hosts["ann"])
     network.run(40)
@@ -4786,7 +4812,7 @@ def test_node_a_rename_during_the_handshake_costs_no_link():
     bob.rename("Rob")
     rig.run(1)
     links = list(rig.ann.links.all)
-    bob.chat("hello")
+    bob.broadcast_chat_message("hello")
     rig.run(3)
     assert rig.shown("Ann") == ["hello"] and list(rig.ann.links.all) == links and len(links) == 1
 
@@ -4800,7 +4826,7 @@ def test_node_who_was_thought_gone_is_sent_to_as_soon_as_it_is_back(seed):
     rig.network.heal()
     rig.network.run_until(lambda: all(len(node.peers) == 3 for node in rig.nodes.values()), 60)
     for name in rig.nodes:
-        rig.nodes[name].chat(f"from {name}")
+        rig.nodes[name].broadcast_chat_message(f"from {name}")
     rig.run(3)
     for name in rig.nodes:
         assert sorted(rig.shown(name)) == sorted(f"from {other}" for other in rig.nodes if other != name)
@@ -4830,7 +4856,7 @@ def test_node_shouts_often_while_it_is_alone_and_rarely_in_company():
 def test_node_a_beacon_of_one_that_is_alone_is_answered_straight():
     rig, seeker = beacon_rig("Ann")
     before = len(seeker.heard)
-    seeker.shout(alone=True, answer=False)
+    seeker.broadcast(alone=True, answer=False)
     rig.run(0.1)
     (answer,) = [content for content in seeker.heard[before:] if content["answer"]]
     assert (answer["role"], answer["port"], answer["instance"]) == ("peer", 5000, rig.ann.me.instance)
@@ -4840,14 +4866,14 @@ def test_node_a_beacon_of_one_that_is_alone_is_answered_straight():
 def test_node_other_beacons_are_not_answered(content):
     """An answer is not answered in its turn; who is not alone finds the others through those whom it knows."""
     rig, seeker = beacon_rig("Ann")
-    seeker.shout(**content)
+    seeker.broadcast(**content)
     rig.run(5)
     assert seeker.heard and not [heard for heard in seeker.heard if heard["answer"]]
 
 
 def test_node_no_lan_neither_shouts_nor_answers():
     rig, seeker = beacon_rig("Ann", lan=False)
-    seeker.shout(alone=True)
+    seeker.broadcast(alone=True)
     rig.run(20)
     assert seeker.heard == []
 
@@ -4858,7 +4884,7 @@ def test_node_answers_to_beacons_are_few_in_a_second():
     for rest in (3 * p2pchat.BEACON_ANSWERS, 1):
         seeker.heard.clear()
         for _ in range(rest):
-            seeker.shout(alone=True)
+            seeker.broadcast(alone=True)
         rig.run(1)
         assert len([heard for heard in seeker.heard if heard["answer"]]) == min(rest, p2pchat.BEACON_ANSWERS)
         rig.run(1)
@@ -4949,10 +4975,10 @@ def test_node_links_that_nobody_uses_are_closed_when_there_are_many(monkeypatch)
     for number in range(5, 12):
         rig.add(f"p{number}", **calm)
     rig.network.run_until(lambda: all(len(node.peers) == 11 for node in rig.nodes.values()), 60)
-    first.chat("one")
+    first.broadcast_chat_message("one")
     rig.run(120)
     assert max(len(node.links.all) for node in rig.nodes.values()) <= p2pchat.IDLE_LINKS + 2 * p2pchat.NEIGHBOURS
-    first.chat("two")
+    first.broadcast_chat_message("two")
     rig.run(5)
     assert all(rig.shown(name)[-1:] == ["two"] and not rig.saw(name, "left") for name in rig.nodes if name != "p0")
 
@@ -5076,7 +5102,7 @@ def test_node_others_know_it_by_the_new_address_of_its_machine():
     rig = NodeRig("Ann", "Bob", "Cy")
     rig.run(10)
     rig.network.move(rig.network.hosts["Ann"], "10.44.0.1")
-    rig.bob.chat("where are you?")
+    rig.bob.broadcast_chat_message("where are you?")
     rig.run(20)
     for name in ("Bob", "Cy"):
         assert [event["peer"]["id"] for event in rig.saw(name, "renamed")] == ["Ann@10.44.0.1:5000"]
@@ -6863,7 +6889,7 @@ class _Board:
 class _StrictLoop(p2pchat.Loop):
     """An error in the program must not look like a slow program."""
 
-    def failed(self, connection: Any) -> None:
+    def on_error(self, connection: Any) -> None:
         raise
 
 
@@ -6880,9 +6906,9 @@ class _CountingLoop(_StrictLoop):
         self.turns += 1
         self.empty += self.calls == before
 
-    def _call_out(self, *args: Any) -> None:
+    def _run(self, *args: Any) -> None:
         self.calls += 1
-        super()._call_out(*args)
+        super()._run(*args)
 
 
 class _BenchPeer:
@@ -6893,7 +6919,7 @@ class _BenchPeer:
     ) -> None:
         self.loop, self.pipe, self.index, self.board = loop, pipe, index, board
         settings = p2pchat.Settings(f"u{index:04}", server, "127.0.0.1", lan=False, budget=0)
-        self.node = p2pchat.PeerNode(self.loop, settings, self.event)
+        self.node = p2pchat.PeerNode(self.loop, settings, each(self.event))
         self.left = self.unacknowledged = self.half = self.size = 0
         self.going = False  # whether the next slice is under way
         self.started = 0.0
@@ -6934,7 +6960,7 @@ class _BenchPeer:
         for _ in range(min(self.left, room, _SLICE)):
             self.left -= 1
             self.unacknowledged += receivers
-            self.node.chat(text)
+            self.node.broadcast_chat_message(text)
         self.going = self.left > 0 and room > _SLICE
         if self.going:
             self.loop.call_later(0, self.go_on)
@@ -7605,10 +7631,10 @@ class Mallory(p2pchat.Handler):
         self.peer = p2pchat.Peer(name, loop.host.addresses[0], port, instance, 1_700_000_000_000)
         self.connection = loop.connect(address, self, 5.0)
 
-    def received(self, messages):
+    def on_messages(self, messages):
         self.heard += messages
 
-    def closed(self, reason):
+    def on_close(self, reason):
         self.end = reason
 
     def send(self, data):
@@ -7652,7 +7678,7 @@ class HostileWorld:
         node = p2pchat.PeerNode(
             loop,
             p2pchat.Settings(name, **{"server": HOSTILE_SERVER, "lan": False, **settings}),
-            events.append,
+            each(events.append),
         )
         self.nodes[name] = node
         node.start()
@@ -7681,7 +7707,7 @@ class HostileWorld:
     def chats(self, name="Alice", other="Bob"):
         """A text from one to the other is shown, once: the next good client is served."""
         text = f"text {self.network.time}"
-        self.nodes[name].chat(text, self.nodes[other].me.id)
+        self.nodes[name].send_chat_message(self.nodes[other].me.id, text)
         self.run(1)
         return [event["text"] for event in self.events[other] if event["event"] == "chat"].count(text) == 1
 
@@ -8290,7 +8316,7 @@ def test_hostile_hearsay_renames_nobody_whom_we_hear():
         forged = dict(bob.wire(0.0), username="Teacher", id=f"Teacher@{bob.ip}:{bob.port}", incarnation=bob.incarnation + 1)
         mallory.say("MSG_PEER_NEWS", {"peers": [forged]})
         world.run(0.004)
-        world.bob.chat(f"I am Bob {number}")
+        world.bob.broadcast_chat_message(f"I am Bob {number}")
         world.run(0.5)
     assert not [event for event in world.events["Alice"] if event["event"] == "renamed"]
     assert {event["from"]["username"] for event in world.events["Alice"] if event["event"] == "chat"} == {"Bob"}
@@ -8315,7 +8341,7 @@ def test_hostile_own_word_takes_no_living_peers_place():
     world = HostileWorld()
     loop = world.network.start(world.network.hosts["Bob"], "another user")
     mallory = Mallory(loop, world.alice.me.address)
-    mallory.peer.place("Mallory", world.bob.me.ip, 666)
+    mallory.peer.set_identity("Mallory", world.bob.me.ip, 666)
     world.run(0.5)
     mallory.hello()
     world.run(1)
@@ -8399,17 +8425,17 @@ def test_hostile_beacons_of_one_machine_leave_room_for_others():
     hosts = [network.host(name) for name in ("ann", "bob", "evil")]
     lan, number = SimLan(network.start(hosts[2]), lambda data, sender: None), itertools.count(1)
 
-    def shout():
+    def broadcast():
         port = next(number)
-        lan.shout(p2pchat.create_message("MSG_BEACON", "x@10.0.0.9:1", {"role": "peer", "port": port, "instance": f"i{port}"}))
-        network.post(0.005, shout)
+        lan.broadcast(p2pchat.create_message("MSG_BEACON", "x@10.0.0.9:1", {"role": "peer", "port": port, "instance": f"i{port}"}))
+        network.post(0.005, broadcast)
 
     network.cut(hosts[:1], hosts[1:2])
-    nodes = [p2pchat.PeerNode(network.start(host), p2pchat.Settings(host.name), lambda event: None) for host in hosts[:2]]
+    nodes = [p2pchat.PeerNode(network.start(host), p2pchat.Settings(host.name)) for host in hosts[:2]]
     for node in nodes:
         node.start()
     network.run(10.37)
-    shout()
+    broadcast()
     network.run(5)
     network.heal()
     network.run_until(lambda: all(len(node.peers) for node in nodes), 20)
@@ -8423,7 +8449,7 @@ def test_hostile_a_peer_elsewhere_is_not_on_our_own_machine():
         record = hostile_record("root", ip, 7, "eee", 5)
 
         class Liar(p2pchat.Handler):
-            def received(self, messages):
+            def on_messages(self, messages):
                 self.connection.send(p2pchat.create_message("MSG_HELLO", record["id"], {"peer": record}))
 
         def accept(connection):
@@ -8548,7 +8574,7 @@ class RealRig:
 
     def __init__(self, **settings):
         self.loop, self.events = p2pchat.Loop(), []
-        self.loop.failed = self.failed
+        self.loop.on_error = self.on_error
         p2pchat.raise_descriptor_limit()
         self.server = p2pchat.DiscoveryServer(self.loop, p2pchat.ServerSettings("127.0.0.1", 0, lan=False))
         self.server.start()
@@ -8561,12 +8587,12 @@ class RealRig:
             {"server": self.server.address, "host": "127.0.0.1", "lan": False, "timeout": 0.5}, **settings
         )
         node = p2pchat.PeerNode(
-            self.loop, p2pchat.Settings(name, **settings), lambda event: self.events.append((name, event))
+            self.loop, p2pchat.Settings(name, **settings), each(lambda event: self.events.append((name, event)))
         )
         node.start()
         return node
 
-    def failed(self, connection):
+    def on_error(self, connection):
         raise  # an error of ours must fail the test
 
     def until(self, condition, limit):
@@ -8601,7 +8627,7 @@ class RealRig:
                         answer += sock.recv(1 << 20)
                 assert b"SYNC_PEERS_RESPONSE" in answer, address
         text = f"text {time.monotonic()}"
-        self.bob.chat(text)
+        self.bob.broadcast_chat_message(text)
         self.until(
             lambda: any(event.get("text") == text and name == "Alice" for name, event in self.events), 1
         )
@@ -8633,8 +8659,8 @@ def hostile_silent(count=300):
                 if number % 50 == 0:
                     rig.loop.turn(0)
             rig.served()
-            for strangers in (rig.server._strangers, rig.alice.links._strangers):
-                assert all(len(each) <= p2pchat.MAX_STRANGERS for each in strangers._by_ip.values())
+            for strangers in (rig.server._unidentified, rig.alice.links._unidentified):
+                assert all(len(each) <= p2pchat.MAX_UNIDENTIFIED for each in strangers._by_ip.values())
 
 
 def hostile_resets(count=500):
@@ -8661,14 +8687,14 @@ def test_lan_while_another_program_keeps_the_port():
         lan = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: heard.append(data))
         other = p2pchat.Lan(loop, "127.0.0.1", port, lambda data, sender: b"answer")
         assert lan.problem == other.problem == f"can't listen on UDP port {port}: address already in use"
-        lan.shout(b"nobody hears this")
+        lan.broadcast(b"nobody hears this")
         taken.close()
         other.refresh()
         assert not other.problem and lan.problem
-        lan.shout(b"is anybody there?")
+        lan.broadcast(b"is anybody there?")
         real_until(loop, lambda: heard == [b"answer"])
         lan.refresh()
-        other.shout(b"now you hear me")
+        other.broadcast(b"now you hear me")
         real_until(loop, lambda: heard[1:] == [b"now you hear me"])
         lan.close()
         other.close()
@@ -8716,7 +8742,7 @@ def hostile_no_reader(megabytes=24):
             rig.until(lambda: taken, 2)
             for _ in range(megabytes):
                 taken[0].send(bytes(1_000_000))
-                assert taken[0].owed <= p2pchat.MAX_OUTPUT
+                assert taken[0].queued <= p2pchat.MAX_OUTPUT
                 rig.loop.turn(0)
             assert taken[0].state == p2pchat.CLOSED
             rig.served()
@@ -8754,7 +8780,7 @@ def hostile_flood_of(kind, seconds=1.0):
         with _Worker(hostile_flooder, rig.alice.me.address, kind, seconds) as flooder:
             sent = []
             while not flooder.pipe.poll(0):
-                sent.append(rig.bob.chat(f"honest {len(sent)}"))
+                sent.append(rig.bob.broadcast_chat_message(f"honest {len(sent)}"))
                 rig.run(0.02)
             count = flooder.ask()
         rig.run(0.2)
@@ -8939,7 +8965,7 @@ class FuzzConnection(p2pchat.Connection):
     def close(self, reason):
         self.abort(reason)
 
-    def hang_up(self):
+    def close_transport(self):
         self.loop.open.pop(self, None)
 
 
@@ -8967,6 +8993,9 @@ class FuzzLoop:
         heapq.heappush(self._timers, (timer.when, self._count, timer))
         return timer
 
+    def at_turn_end(self, callback):
+        self.call_later(0, callback)
+
     def listen(self, host, port, accept):
         self.accept = accept
         listener = FuzzListener()
@@ -8993,7 +9022,7 @@ class FuzzLoop:
     def answer(self, connection):
         """A dial succeeds."""
         connection.state = p2pchat.OPEN
-        connection.handler.opened()
+        connection.handler.on_open()
 
     def pass_time(self, seconds):
         end, heap = self.time + seconds, self._timers
@@ -9016,7 +9045,7 @@ class FuzzListener:
     def refresh(self):
         pass
 
-    def shout(self, data):
+    def broadcast(self, data):
         assert len(data) <= p2pchat.BEACON_SIZE
 
 
@@ -9026,7 +9055,7 @@ class HostileTarget:
     def __init__(self, seed):
         self.loop, self.events = FuzzLoop(seed), []
         self.node = p2pchat.PeerNode(
-            self.loop, p2pchat.Settings("Alice", HOSTILE_SERVER, budget=20_000), self.event
+            self.loop, p2pchat.Settings("Alice", HOSTILE_SERVER, budget=20_000), each(self.event)
         )
         self.node.start()
         self.accept = self.loop.accept
@@ -9055,7 +9084,7 @@ class HostileTarget:
     def take(self, message):
         """Give one checked message to each of them."""
         for name in self.slots:
-            self.connection(name).handler.received([message])
+            self.connection(name).handler.on_messages([message])
         self.node.finder._heard(hostile_line(message), ("10.0.0.66", 5000))
         self.server._beacon(hostile_line(message), ("10.0.0.66", 5000))
         self.loop.pass_time(0.01)
@@ -9231,7 +9260,7 @@ def fuzz_one(seed, rounds=60):
         if fuzzer.random.random() < 0.1:
             connection.end_of_stream()
         with contextlib.suppress(p2pchat.ChatError):
-            target.node.chat("hello")
+            target.node.broadcast_chat_message("hello")
         target.loop.pass_time(fuzzer.random.choice((0, 0, 0.05, 1, 12)))
     target.check()
 
@@ -9271,10 +9300,10 @@ def test_hostile_revival_under_our_own_id():
     me = p2pchat.Peer("Alice", "10.0.0.66", 40000, "a1", 5)
     peers = p2pchat.PeerList(me)
     first = hostile_record("M", "10.0.0.66", 666, "m666", 10)
-    peers.confirm(first, 1.0)
+    peers.merge_own_claim(first, 1.0)
     peers.remove(peers.by_key("m666"), p2pchat.DEAD, "silent", 2.0)
-    peers.confirm(dict(hostile_record("Alice", "10.0.0.66", 40000, "m666", 11)), 3.0)
-    peers.confirm(dict(first, incarnation=12), 4.0)
+    peers.merge_own_claim(dict(hostile_record("Alice", "10.0.0.66", 40000, "m666", 11)), 3.0)
+    peers.merge_own_claim(dict(first, incarnation=12), 4.0)
     known = peers.by_key("m666")
     assert known.gone == (peers.get(known.id) is None)
 
@@ -9308,7 +9337,7 @@ def test_hostile_a_peer_that_renames_itself_for_ever_is_cut_off():
     world = HostileWorld()
     mallory = world.attack(world.alice)
     for number in range(p2pchat.MAX_RENAMES + 5):
-        mallory.peer.place(f"M{number}", "10.0.0.66", 666)
+        mallory.peer.set_identity(f"M{number}", "10.0.0.66", 666)
         mallory.peer.incarnation += 1
         mallory.say("MSG_PEER_NEWS", {"peers": [mallory.peer.wire(0.0)]}, "Mallory@10.0.0.66:666")
     world.run(5)
@@ -9353,13 +9382,14 @@ def test_hostile_bytes_that_wait_for_one_peer_are_bounded(monkeypatch):
     rig = NodeRig("Ann", "Bob")
     rig.bob.loop.freeze()
     for letter in "abc":
-        rig.ann.chat(letter * 500)
+        rig.ann.broadcast_chat_message(letter * 500)
+    rig.run(0)
     assert [(event["text"][0], event["reason"]) for event in rig.saw("Ann", "failed")] == [
         ("c", "too much is waiting for it already")]
     hostile_bounds(rig.ann)
     rig.bob.loop.thaw()
     rig.run(5)
-    rig.ann.chat("d" * 500)
+    rig.ann.broadcast_chat_message("d" * 500)
     rig.run(5)
     assert [text[0] for text in rig.shown("Bob")] == ["a", "b", "d"] and len(rig.saw("Ann", "failed")) == 1
 
@@ -9368,7 +9398,7 @@ def test_hostile_tombstones_are_bounded_and_the_oldest_go_first(monkeypatch):
     monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
     peers = member_list()
     for number in range(20):
-        peers.hear(member_record("X", 4, f"x{number}"), 9.0)
+        peers.merge_claim(member_record("X", 4, f"x{number}"), 9.0)
         peers.remove(peers.by_key(f"x{number}"), "dead", "silent", 10.0 + number)
     assert [peer.key for peer in peers.tombstones()] == [f"x{number}" for number in range(15, 20)]
 
@@ -9389,14 +9419,14 @@ def test_hostile_channels_of_strangers_make_room(monkeypatch):
     """Whoever chats has its place in memory: those who are forgotten leave theirs to others."""
     monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
     rig = NodeRig("Ann", "Bob")
-    rig.bob.chat("first")
+    rig.bob.broadcast_chat_message("first")
     for number in range(30):
         loop = rig.network.start(rig.network.host(f"stranger {number}"))
         stranger = Mallory(loop, rig.ann.me.address)
         stranger.say("MSG_CHAT", f"text {number}", f"S@{loop.host.addresses[0]}:7")
         rig.run(0.1)
         hostile_bounds(rig.ann)
-    rig.bob.chat("last")
+    rig.bob.broadcast_chat_message("last")
     rig.run(1)
     assert rig.shown("Ann") == ["first", *(f"text {number}" for number in range(30)), "last"]
 
@@ -9418,13 +9448,13 @@ def test_hostile_dials_at_once_are_bounded(monkeypatch):
 def test_hostile_servers_that_beacons_name_are_bounded():
     """The last few that were heard of are kept, the latest first."""
     network, events = SimNetwork(1), []
-    node = p2pchat.PeerNode(network.start(network.host("ann")), p2pchat.Settings("Ann"), events.append)
+    node = p2pchat.PeerNode(network.start(network.host("ann")), p2pchat.Settings("Ann"), each(events.append))
     node.start()
     liars = [SimShouter(network, f"liar {number}") for number in range(20)]
     network.run(1)
     for liar in liars:
         network.run_until(lambda: node.discovery.connection is None, 5, 0.01)
-        liar.shout(role="server", port=9999)
+        liar.broadcast(role="server", port=9999)
         network.run(0.02)
         hostile_bounds(node)
     kept = {ip for ip, _ in node.discovery.candidates}
