@@ -1234,22 +1234,32 @@ class Timer:
 
 
 class RateLimit:
-    """At most so much in so many seconds; when they are over, the count begins anew."""
+    """A leaky bucket. It holds `amount`, and leaks that much every `per` seconds.
 
-    __slots__ = ("spent", "_most", "_seconds", "_since")
+    So a burst of `amount` passes, and in the long run `amount` every `per` seconds. What does not fit takes no room:
+    one big message that is refused does not keep the small ones behind it out. `now` is any clock in seconds that
+    never goes back. An `amount` of 0 lets nothing pass."""
 
-    def __init__(self, most: int, seconds: float = 60.0) -> None:
-        self.spent = 0
-        self._most = most
-        self._seconds = seconds
-        self._since = float("-inf")
+    __slots__ = ("level", "excess", "_amount", "_per", "_leaked_at")
 
-    def take(self, now: float, amount: int = 1) -> bool:
-        """Take so much more; whether that is within the allowance."""
-        if now - self._since >= self._seconds:
-            self._since, self.spent = now, 0
-        self.spent += amount
-        return self.spent <= self._most
+    def __init__(self, amount: float, per: float = 60.0) -> None:
+        self.level = 0.0  # what is in the bucket, as of the last take
+        self.excess = 0.0  # what was refused lately; it leaks at the same rate
+        self._amount = amount
+        self._per = per
+        self._leaked_at = 0.0
+
+    def take(self, now: float, cost: float = 1) -> bool:
+        """Take `cost` if it fits, and return whether it did; what did not fit is added to `excess`."""
+        leaked = self._amount * (now - self._leaked_at) / self._per
+        self._leaked_at = now
+        self.level = max(0.0, self.level - leaked)
+        self.excess = max(0.0, self.excess - leaked)
+        if self.level + cost <= self._amount * (1 + 1e-9):  # what has leaked is rounded
+            self.level += cost
+            return True
+        self.excess += cost
+        return False
 
 
 class Handler:
@@ -2003,20 +2013,23 @@ def port_problem(host: str, port: int, error: OSError) -> str:
     return f"can't listen on {host}, port {port}: {_words(error)}; see --host and --port"
 
 
-_lines_of_kind: Dict[str, RateLimit] = {}
+_log_limits: Dict[str, Tuple[RateLimit, RateLimit]] = {}  # kind -> of its lines, of the notes that some are missing
 
 
 def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
-    """Log what somebody else can cause, at most LOG_REPEATS lines of one kind a minute. `kind` is ours."""
+    """Log a line that another machine can cause: at most LOG_REPEATS of one kind a minute, so no disk fills up.
+
+    Once a minute it says that lines were left out. `kind` is ours, never text from the network."""
     if not log.isEnabledFor(level):
         return
-    if len(_lines_of_kind) > 1000:  # kinds that name an address
-        _lines_of_kind.clear()
-    allowance = _lines_of_kind.setdefault(kind, RateLimit(LOG_REPEATS))
-    if allowance.take(time.monotonic()):
+    if len(_log_limits) > 1000:  # some kinds name an address, so their number has a bound, too
+        _log_limits.clear()
+    lines, notes = _log_limits.setdefault(kind, (RateLimit(LOG_REPEATS), RateLimit(1)))
+    now = time.monotonic()
+    if lines.take(now):
         log.log(level, text, *args)
-    elif allowance.spent == LOG_REPEATS + 1:
-        log.warning("[P2P] more of this kind (%s) is left out for a minute", kind)
+    elif notes.take(now):
+        log.warning("[P2P] more lines of this kind (%s) are left out: at most %d a minute", kind, LOG_REPEATS)
 
 
 def _words(error: Exception) -> str:
@@ -2380,8 +2393,7 @@ class Link(Handler):
         if node.detector.check_clock() and self.connection.state != OPEN:
             return  # it lay here while we were stopped
         self.used = node.loop.now()
-        if not self.traffic.take(self.used, len(messages)) and node.settings.budget:  # lifted, that lifts this as well
-            node.links.ban(self)
+        if not self.within_traffic(len(messages)):
             return
         if self.peer is not None or not node.is_own(self.connection.remote[0]):
             node.detector.heard(self.peer)
@@ -2399,6 +2411,13 @@ class Link(Handler):
             handle(self, message)
         if self.acknowledge or self.refused:
             node.acknowledge_later(self)
+
+    def within_traffic(self, count: int) -> bool:
+        """Whether the far end may send `count` more messages or records; else the link ends. --budget 0 lifts this."""
+        if self.traffic.take(self.node.loop.now(), count) or not self.node.settings.budget:
+            return True
+        self.node.links.ban(self)
+        return False
 
     def on_bad_input(self, reason: str) -> None:
         limited_log("bad input", logging.WARNING, "[P2P] bad input from %s:%d: %s", *self.connection.remote, reason)
@@ -3381,7 +3400,8 @@ class Gossip:
 
     def hear(self, link: Link, records: List[Dict[str, Any]]) -> None:
         """Take in records that a peer sent; tell it where we know better."""
-        link.traffic.take(self.node.loop.now(), len(records))
+        if not link.within_traffic(len(records)):
+            return
         before, new, answers = len(self.node.peers), [], []
         for record in records:
             verdict, peer = self._hear_one(link, record)
@@ -3539,8 +3559,7 @@ class Discovery(Handler):
 
     def on_messages(self, messages: List[Message]) -> None:
         assert self.connection is not None
-        if not self._traffic.take(self.node.loop.now(), len(messages)):
-            self.connection.abort("the server sends too much")
+        if not self._within_traffic(len(messages)):
             return
         if not is_loopback(self.address[0]):
             self.node.detector.heard(None)
@@ -3584,8 +3603,17 @@ class Discovery(Handler):
             if peer is not None and gone.get("instance", peer.instance) == peer.instance and reason != "renamed":
                 self.node.detector.accused(peer, LEFT if reason == "left" else SUSPECT, reason)
 
+    def _within_traffic(self, count: int) -> bool:
+        """Whether the server may send `count` more messages or records; else the connection ends."""
+        if self._traffic.take(self.node.loop.now(), count):
+            return True
+        if self.connection is not None:
+            self.connection.abort("the server sends too much")
+        return False
+
     def _hear(self, records: List[Dict[str, Any]]) -> None:
-        self._traffic.take(self.node.loop.now(), len(records))
+        if not self._within_traffic(len(records)):
+            return
         for record in records:
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
                 self.node.gossip.hear_of(record, self.address[0])

@@ -2557,6 +2557,37 @@ class LoopRig:
         return b"".join(piece for piece in pieces if piece)
 
 
+@pytest.mark.parametrize("amount, per, steps", [
+    # steps: time, cost, whether it passes, the excess then
+    (3, 60.0, [(0, 1, True, 0), (0, 1, True, 0), (0, 1, True, 0), (0, 1, False, 1)]),  # a burst of the whole amount, then a rate:
+    (3, 60.0, [(0, 3, True, 0), (19, 1, False, 1), (20, 1, True, 0.95), (39, 1, False, 1), (40, 1, True, 0.95)]),
+    (3, 60.0, [(0, 3, True, 0), (60, 3, True, 0), (120, 3, True, 0)]),
+    (3, 60.0, [(0, 3, True, 0), (1000, 3, True, 0), (1000, 1, False, 1)]),  # a rest saves up no more than the amount
+    (4, 1.0, [(7, 4, True, 0), (7.125, 1, False, 1), (7.25, 1, True, 0.5), (7.5, 1, True, 0)]),  # no window begins anew
+    (10, 60.0, [(0, 8, True, 0), (0, 3, False, 3), (0, 2, True, 3)]),  # what is refused takes no room
+    (10, 60.0, [(0, 11, False, 11), (60, 11, False, 12), (120, 10, True, 2)]),  # more than the bucket holds: never
+    (10, 60.0, [(0, 10, True, 0)] + [(0, 10, False, 10 * n) for n in range(1, 6)] + [(60, 1, True, 40)]),  # excess adds up
+    (10, 60.0, [(0, 10, True, 0), (0, 4, False, 4), (12, 4, False, 6), (24, 4, True, 4), (60, 1, True, 0)]),  # and leaks
+    (0, 60.0, [(0, 1, False, 1), (1e6, 1, False, 2), (1e6, 0, True, 2)]),
+], ids=str)
+def test_loop_rate_limit(amount, per, steps):
+    limit = p2pchat.RateLimit(amount, per)
+    for now, cost, passes, excess in steps:
+        assert (limit.take(now, cost), limit.excess) == (passes, pytest.approx(excess)), (now, cost)
+
+
+def test_loop_a_flood_of_log_lines_is_noted_once(caplog, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(p2pchat, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    with caplog.at_level(logging.INFO, logger="p2pchat"):
+        for clock[0] in [number / 16 for number in range(16 * 30)]:  # 16 lines a second, for 30 s
+            p2pchat.limited_log("flood of a test", logging.INFO, "a line")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines.count("a line") == p2pchat.LOG_REPEATS + 29, "a burst, then one a second"
+    assert [line for line in lines if line != "a line"] == [
+        "[P2P] more lines of this kind (flood of a test) are left out: at most 60 a minute"]
+
+
 def test_loop_partial_writes_arrive_whole_and_in_order():
     with LoopRig(small_buffers=True) as rig:
         lines = [chat_line(f"{number} {'x' * 1000}") for number in range(300)]
@@ -8359,13 +8390,17 @@ def test_hostile_registrations_from_one_address_are_few():
     """Register and hang up, again and again, a connection each: what that makes the server tell all is bounded."""
     rig = ServerRig()
     friend = rig.registered("Friend", "10.0.0.2")
-    for number in range(p2pchat.MAX_PER_ADDRESS + 50):
-        client = rig.registered(f"M{number}", "10.0.0.66", 5)
+    errors = []
+    for number in range(2 * p2pchat.MAX_PER_ADDRESS):
+        client = rig.client("10.0.0.66")
+        client.say("MSG_REGISTER", {"username": f"M{number}", "port": 5})
+        rig.network.run(0.02)
+        errors += client.take("MSG_ERROR")
         client.connection.abort("bye")
     rig.network.run(1)
     told = sum(len(update["joined"]) + len(update["left"]) for update in friend.take("MSG_PEER_LIST_UPDATE"))
-    assert told <= 2 * p2pchat.MAX_PER_ADDRESS
-    assert "too often" in client.take("MSG_ERROR")[0]["reason"]
+    assert told <= 2 * p2pchat.MAX_PER_ADDRESS * (1 + rig.network.time / 60)
+    assert len(errors) >= 150 and all("too often" in error["reason"] for error in errors)
     assert rig.registered("Honest", "10.0.0.3").take("MSG_REGISTER_ACK")
 
 
@@ -9331,6 +9366,17 @@ def test_hostile_a_flood_of_any_kind_is_cut_off(monkeypatch, kind, content):
     again = world.attack(world.alice)
     assert any("later" in reason for reason in again.reasons()), "banned for a while"
     assert world.chats() and world.sees("Alice", "Bob")
+
+
+def test_hostile_records_in_lists_count_as_messages(monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_MESSAGES", 500)
+    world = HostileWorld()
+    mallory = world.attack(world.alice)
+    records = [hostile_record(f"N{number}", "10.0.0.66", 700 + number, f"n{number}", 1) for number in range(600)]
+    mallory.say("MSG_PEER_NEWS", {"peers": records})
+    world.run(5)
+    assert mallory.end and any("too much" in reason for reason in mallory.reasons())
+    assert len(world.alice.peers.present()) < 10 and world.chats()
 
 
 def test_hostile_a_peer_that_renames_itself_for_ever_is_cut_off():
