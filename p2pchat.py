@@ -116,16 +116,16 @@ TOMBSTONE_TIME = 3600.0  # how long a removed peer is remembered, so that no old
 NEWS_INTERVAL = 0.2  # between two rounds of passing on news (memberlist's gossip interval)
 NEWS_FANOUT = 3  # peers told in one round
 NEWS_ROUNDS = 4  # times an item is sent on, times the number of digits of the number of peers
-NEWS_TIME = 5.0  # for so long who has gone is told to everybody who is met
+RECENT_TIME = 5.0  # for so long who has gone is told to everybody who is met
 NEWS_BATCH = 200  # items told at a time: some 30 KiB
 CLOCK_JUMP = 10.0  # a clock that is so far off says that the machine slept
 
 # Links between peers.
 LINKS_TO_ONE = 4  # to the same peer, the newest: two dial each other, and links that broke are not known to have yet
 IDLE_LINKS = 64  # links kept open without being used; some fifty peers are all linked to each other
-IDLE_TIME = 30.0  # unused for so long, a link beyond that number is closed
+IDLE_TIMEOUT = 30.0  # unused for so long, a link beyond that number is closed
 MAX_DIALS = 256  # connections being opened at once: half a room that is off holds up the other half but little
-HELLO_TIME = 10.0  # a connection to a peer that has not said who it is by then is closed
+HELLO_TIMEOUT = 10.0  # a connection to a peer that has not said who it is by then is closed
 
 # Delivery.
 OUTBOX_MESSAGES = 50_000  # waiting for one receiver's acknowledgement
@@ -136,10 +136,10 @@ CUT_OFF_FACTOR = 4  # sending so many times one's budget, all refused, ends the 
 BAN_TIME = 60.0  # and no other is accepted from that instance for so long
 
 # Discovery.
-NEWS_GATHER = 0.01  # the server gathers joins and leaves for so long and sends them as one message
+UPDATE_GATHER_TIME = 0.01  # the server gathers joins and leaves for so long and sends them as one message
 RETRY_SERVER_MIN, RETRY_SERVER_MAX = 1.0, 20.0  # between two tries to reach the server: doubled each time
 SETTLE_TIME = 2.0  # whoever is on the local network has answered by then
-BEACON_ALONE, BEACON_SETTLED = 1.0, 10.0  # between two beacons, alone and in company
+BEACON_INTERVAL_ALONE, BEACON_INTERVAL = 1.0, 10.0  # between two beacons, alone and in company
 BEACON_SIZE = 512  # bytes; every beacon is padded to it, so an answer is never longer than its question
 MAX_LOOKS = 16  # addresses dialled within QUIET_AFTER because somebody (a beacon, a peer) named them
 BEACON_ANSWERS = 20  # answered in one second, at most
@@ -486,7 +486,7 @@ def create_raw(msg_type: str, sender_id: str, to: str, content: str) -> bytes:
     return f"{head}{content}}}\n".encode("ascii")
 
 
-def in_lists(encoded: Iterable[str]) -> List[str]:
+def pack_lists(encoded: Iterable[str]) -> List[str]:
     """Join encoded records by commas into as few texts as messages can hold: one, nearly always, and never none."""
     lists: List[List[str]] = [[]]
     size = 0
@@ -520,7 +520,7 @@ def parse_line(line: bytes) -> Message:
     message, end = _decode(text, 0)
     if end != len(text):
         raise BadMessage("more than one JSON value on a line")
-    return _checked(message)
+    return _check_message(message)
 
 
 class MessageReader:
@@ -568,13 +568,13 @@ class MessageReader:
             plain = text[position] == "{" and newline - position <= MAX_LINE // 4  # too short to have too many bytes
             message, end = _decode(text, position) if plain else (None, -1)
             if end == newline:
-                messages.append(_checked(message))
+                messages.append(_check_message(message))
             elif text[position:newline].strip(_BLANKS):  # an empty line is nothing
                 messages.append(parse_line(text[position:newline].encode("utf-8")))
             position = newline + 1
 
 
-def _checked(message: Any) -> Message:
+def _check_message(message: Any) -> Message:
     """Return a decoded value if it is a valid message, with the content that its type asks for."""
     if type(message) is not dict:
         raise BadMessage("not a JSON object")
@@ -600,17 +600,17 @@ def _decode(text: str, position: int) -> Tuple[Any, int]:
         raise BadMessage("nested too deep" if isinstance(error, RecursionError) else "not JSON") from None
 
 
-def _no_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise BadMessage(f"{name} is not JSON")
 
 
-def _short_int(digits: str) -> int:
+def _parse_int(digits: str) -> int:
     if len(digits) > 20:
         raise BadMessage("a number of more than 20 digits")
     return int(digits)
 
 
-def _short_float(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     if len(digits) > 40 or float(digits) in (float("inf"), float("-inf")):
         raise BadMessage("a number that is too large")
     return float(digits)
@@ -618,7 +618,7 @@ def _short_float(digits: str) -> float:
 
 _BLANKS = " \t\r\n"
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_int=_short_int, parse_float=_short_float)
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_int=_parse_int, parse_float=_parse_float)
 # raw_decode without its wrapper in Python: a tenth of the time that a message takes to parse
 _SCAN: Callable[[str, int], Tuple[Any, int]] = getattr(_DECODER, "scan_once", _DECODER.raw_decode)
 
@@ -738,7 +738,7 @@ _PEER: Fields = {"username": _NAME, "ip": _IP, "port": _PORT, "id": _WORDS, **_I
                  "age?": _COUNT}
 _ONE = (check_peer, "a peer")
 _PEERS = (_is_list(check_peer), f"a list of at most {MAX_PEERS} peers")
-_GREETER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
+_HELLO_PEER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
 _LEFT = (_is_list(_is_object({"id": _ID, "reason?": _WORDS, **_IDENTITY})), 'a list of {"id", "reason"}')
 _YOU = (_is_object({"ip?": (_is_text(MAX_ID), "an address")}), "an object with the ip that was seen")
 _CONTENTS: Dict[str, Fields] = {
@@ -750,7 +750,7 @@ _CONTENTS: Dict[str, Fields] = {
     MSG_SYNC_PEERS_REQUEST: {"digest?": _WORDS},
     MSG_SYNC_PEERS_RESPONSE: {"peer_list": _PEERS},
     MSG_PEER_NEWS: {"peers": _PEERS},
-    MSG_HELLO: {"peer": _GREETER, "you?": _YOU},
+    MSG_HELLO: {"peer": _HELLO_PEER, "you?": _YOU},
     MSG_PROBE: {"number": _COUNT, "incarnation?": _COUNT, "status?": _STATUS},
     MSG_PROBE_ACK: {"number": _COUNT},
     MSG_PROBE_REQUEST: {"peer": _ONE},
@@ -898,7 +898,7 @@ class PeerList:
         self.me = me
         self._present: Dict[str, Peer] = {}  # by id
         self._by_key: Dict[str, Peer] = {}  # tombstones as well
-        self._at: Dict[str, int] = {}  # how many of those present are at each address
+        self._count_at: Dict[str, int] = {}  # how many of those present are at each address
         self._sorted: Optional[List[Peer]] = None
         self._ring: Optional[List[Peer]] = None  # those present, from the one behind us on
         self._names: Optional[Dict[str, List[Peer]]] = None
@@ -1084,19 +1084,19 @@ class PeerList:
             return False
         if len(self._present) < MAX_PER_ADDRESS or peer.ip == self.me.ip:
             return True
-        return self._at.get(peer.ip, 0) < MAX_PER_ADDRESS
+        return self._count_at.get(peer.ip, 0) < MAX_PER_ADDRESS
 
     def _put(self, peer: Peer) -> None:
         self._present[peer.id] = peer
-        self._at[peer.ip] = self._at.get(peer.ip, 0) + 1
-        self.changed()
+        self._count_at[peer.ip] = self._count_at.get(peer.ip, 0) + 1
+        self.clear_caches()
 
     def _take_out(self, peer: Peer) -> None:
         del self._present[peer.id]
-        self._at[peer.ip] -= 1
-        if not self._at[peer.ip]:
-            del self._at[peer.ip]
-        self.changed()
+        self._count_at[peer.ip] -= 1
+        if not self._count_at[peer.ip]:
+            del self._count_at[peer.ip]
+        self.clear_caches()
 
     def _revive(self, known: Peer, peer: Peer, now: float) -> List[Change]:
         if not self._may_add(peer):
@@ -1145,7 +1145,7 @@ class PeerList:
                 del self._by_key[peer.key]
                 excess -= 1
 
-    def changed(self) -> None:
+    def clear_caches(self) -> None:
         """Somebody came or went, or has another name, oneself included."""
         self._sorted = self._ring = None
         self._names = None
@@ -1421,26 +1421,26 @@ class SocketConnection(Connection):
             try:
                 self._socket.shutdown(socket.SHUT_WR)  # then read on: a close with input unread is a reset
             except OSError as error:
-                self.abort(_words(error))
+                self.abort(error_text(error))
         else:
             self._deadline.cancel()
         if self.state != CLOSED:
             self._set_interest(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._output else 0))
 
-    def _ready(self, events: int) -> None:
+    def _on_ready(self, events: int) -> None:
         """The selector says that something can be done."""
         if self.state == CONNECTING:
-            self._connected()
+            self._on_connected()
             return
         if events & selectors.EVENT_WRITE:
             self.flush()
         if events & selectors.EVENT_READ and self.state != CLOSED:
             self._read()
 
-    def _connected(self) -> None:
+    def _on_connected(self) -> None:
         code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            self.abort(_words(OSError(code, os.strerror(code))))
+            self.abort(error_text(OSError(code, os.strerror(code))))
             return
         self._deadline.cancel()
         self.state = OPEN
@@ -1455,7 +1455,7 @@ class SocketConnection(Connection):
         except BlockingIOError:
             return
         except OSError as error:
-            self.abort(_words(error))
+            self.abort(error_text(error))
             return
         if data:
             self.feed(data)
@@ -1480,7 +1480,7 @@ class SocketConnection(Connection):
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            self.abort(_words(error))
+            self.abort(error_text(error))
             return False
         self.queued -= sent
         if sent < len(data):
@@ -1497,7 +1497,7 @@ class SocketConnection(Connection):
     def _set_interest(self, interest: int) -> None:
         """The one place that tells the selector what this connection waits for."""
         if interest != self._interest:
-            self.loop.set_interest(self._socket, interest, self._ready, self)
+            self.loop.set_interest(self._socket, interest, self._on_ready, self)
             self._interest = interest
 
 
@@ -1526,10 +1526,10 @@ class SocketListener:
         self._loop.set_interest(self._socket, 0)
         self._socket.close()
 
-    def _ready(self, events: int) -> None:
+    def _on_ready(self, events: int) -> None:
         for _ in range(ACCEPT_BATCH):
             try:
-                self._loop.check_room()
+                self._loop.check_descriptors()
                 sock, remote = self._socket.accept()
             except OSError as error:
                 if error.errno in (errno.ECONNABORTED, errno.EPROTO):
@@ -1542,13 +1542,13 @@ class SocketListener:
 
     def _pause(self, error: OSError) -> None:
         """No descriptors: those who are here go on, newcomers wait in the backlog; spinning helps nobody."""
-        limited_log("descriptors", logging.WARNING, "[P2P] accepting pauses: %s", _words(error))
+        limited_log("descriptors", logging.WARNING, "[P2P] accepting pauses: %s", error_text(error))
         self._loop.set_interest(self._socket, 0)
         self._loop.call_later(ACCEPT_PAUSE, self._watch)
 
     def _watch(self) -> None:
         if self._socket.fileno() >= 0:  # else it was closed while it paused
-            self._loop.set_interest(self._socket, selectors.EVENT_READ, self._ready)
+            self._loop.set_interest(self._socket, selectors.EVENT_READ, self._on_ready)
 
 
 class Unidentified:
@@ -1585,12 +1585,13 @@ class Lan:
     each local address sends, so that a datagram leaves by every interface, and hears straight answers.
     While another program keeps the port for itself, these alone must do."""
 
-    def __init__(self, loop: "Loop", host: str, port: int, heard: Callable[[bytes, Address], Optional[bytes]]) -> None:
-        """`heard(datagram, sender)` returns the answer, if any."""
+    def __init__(self, loop: "Loop", host: str, port: int,
+                 on_datagram: Callable[[bytes, Address], Optional[bytes]]) -> None:
+        """`on_datagram(data, sender)` returns the answer, if any."""
         self._loop = loop
         self._host = host
         self._port = port
-        self._heard = heard
+        self._on_datagram = on_datagram
         self._senders: Dict[str, socket.socket] = {}
         self._shared: Optional[socket.socket] = None
         self.problem = ""  # in words, why shouts of others can't be heard
@@ -1599,13 +1600,13 @@ class Lan:
     def refresh(self) -> None:
         """Follow the machine's addresses: cables are plugged, leases change. Try again for the port, if need be."""
         current = set(self._addresses())
-        if self._shared is None and self._share():
+        if self._shared is None and self._open_shared():
             for ip in list(self._senders):
-                self._drop(ip)  # to join the group
+                self._drop_sender(ip)  # to join the group
         for ip in sorted(set(self._senders) - current):
-            self._drop(ip)
+            self._drop_sender(ip)
         for ip in sorted(current - set(self._senders)):
-            self._add(ip)
+            self._add_sender(ip)
 
     def broadcast(self, data: bytes) -> None:
         """Send a datagram to everybody, out of every local address."""
@@ -1615,23 +1616,23 @@ class Lan:
                 try:
                     sock.sendto(data, (target, self._port))
                 except OSError as error:
-                    log.debug("[P2P] no beacon from %s to %s: %s", ip, target, _words(error))
+                    log.debug("[P2P] no beacon from %s to %s: %s", ip, target, error_text(error))
 
     def close(self) -> None:
         """Stop sending and hearing."""
         for ip in list(self._senders):
-            self._drop(ip)
+            self._drop_sender(ip)
         if self._shared is not None:
             self._close(self._shared)
 
-    def _share(self) -> bool:
+    def _open_shared(self) -> bool:
         """Open the socket on the port; False if that can't be had now."""
         # Bound to the group, a socket hears nothing else: nothing that came from outside the loopback.
         ip = LAN_GROUP if is_loopback(self._host) and os.name == "posix" else ""
         try:
             self._shared, self.problem = self._open(ip, self._port), ""
         except OSError as error:
-            problem = f"can't listen on UDP port {self._port}: {_words(error)}"
+            problem = f"can't listen on UDP port {self._port}: {error_text(error)}"
             if problem != self.problem:
                 log.warning("[Lan] %s; trying again", problem)
             self.problem = problem
@@ -1643,11 +1644,11 @@ class Lan:
         found = self._loop.local_addresses()
         return [ip for ip in found if not is_loopback(ip)] or found
 
-    def _add(self, ip: str) -> None:
+    def _add_sender(self, ip: str) -> None:
         try:
             sock = self._open(ip, 0)
         except OSError as error:
-            log.debug("[P2P] no beacons from %s: %s", ip, _words(error))
+            log.debug("[P2P] no beacons from %s: %s", ip, error_text(error))
             return
         self._senders[ip] = sock
         member = socket.inet_aton(LAN_GROUP) + socket.inet_aton(ip)
@@ -1657,9 +1658,9 @@ class Lan:
             if self._shared is not None:
                 self._shared.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
         except OSError as error:
-            log.debug("[P2P] not in the group on %s: %s", ip, _words(error))
+            log.debug("[P2P] not in the group on %s: %s", ip, error_text(error))
 
-    def _drop(self, ip: str) -> None:
+    def _drop_sender(self, ip: str) -> None:
         self._close(self._senders.pop(ip))
         member = socket.inet_aton(LAN_GROUP) + socket.inet_aton(ip)
         if self._shared is None:
@@ -1683,20 +1684,20 @@ class Lan:
         except OSError:
             sock.close()
             raise
-        self._loop.set_interest(sock, selectors.EVENT_READ, functools.partial(self._ready, sock))
+        self._loop.set_interest(sock, selectors.EVENT_READ, functools.partial(self._on_ready, sock))
         return sock
 
     def _close(self, sock: socket.socket) -> None:
         self._loop.set_interest(sock, 0)
         sock.close()
 
-    def _ready(self, sock: socket.socket, events: int) -> None:
+    def _on_ready(self, sock: socket.socket, events: int) -> None:
         for _ in range(64):
             try:
                 data, sender = sock.recvfrom(2048)
             except OSError:
                 return
-            answer = self._heard(data, sender[:2])
+            answer = self._on_datagram(data, sender[:2])
             if answer is not None:
                 self._answer(sock, answer, sender[:2])
 
@@ -1711,7 +1712,7 @@ class Lan:
         try:
             sock.sendto(data, to)
         except OSError as error:
-            log.debug("[P2P] no answer to %s: %s", to[0], _words(error))
+            log.debug("[P2P] no answer to %s: %s", to[0], error_text(error))
 
 
 class Loop:
@@ -1753,7 +1754,7 @@ class Loop:
         connection = Connection(self, address, CONNECTING)  # which stays, if there is no descriptor for a real one
         connection.handler = handler
         try:
-            self.check_room()
+            self.check_descriptors()
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             connection = SocketConnection(self, sock, address, CONNECTING)
             connection.handler = handler
@@ -1762,12 +1763,12 @@ class Loop:
         except BlockingIOError:
             pass  # it is under way
         except (OSError, OverflowError) as error:  # no descriptor, no way there, or not an address at all
-            connection.abort(_words(error))
+            connection.abort(error_text(error))
         return connection
 
-    def lan(self, host: str, port: int, heard: Callable[[bytes, Address], Optional[bytes]]) -> Lan:
+    def lan(self, host: str, port: int, on_datagram: Callable[[bytes, Address], Optional[bytes]]) -> Lan:
         """Open the beacon sockets."""
-        return Lan(self, host, port, heard)
+        return Lan(self, host, port, on_datagram)
 
     def local_addresses(self) -> List[str]:
         """The machine's own IPv4 addresses, the one towards the outside first, loopback last."""
@@ -1794,7 +1795,7 @@ class Loop:
             for end in self._wake:
                 end.setblocking(False)
             signal.set_wakeup_fd(self._wake[1].fileno(), warn_on_full_buffer=False)
-            self.watch(self._wake[0], self._signalled)
+            self.watch(self._wake[0], self._on_signals)
         self._signals[signum] = callback
         signal.signal(signum, lambda *_: None)
 
@@ -1856,7 +1857,7 @@ class Loop:
         elif known:
             self._selector.unregister(sock)
 
-    def check_room(self) -> None:
+    def check_descriptors(self) -> None:
         """Raises OSError when no more files can be waited for; select() on Windows fails as a whole beyond 512."""
         if len(self._selector.get_map()) >= self._most:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -1884,7 +1885,7 @@ class Loop:
         wait = max(0.0, self._timers[0][0] - self.now())
         return wait if longest is None else min(wait, longest)
 
-    def _signalled(self) -> None:
+    def _on_signals(self) -> None:
         assert self._wake is not None
         try:
             signums = self._wake[0].recv(64)
@@ -2010,7 +2011,7 @@ def port_problem(host: str, port: int, error: OSError) -> str:
         return f"port {port} on {host} is in use already; choose another with --port"
     if error.errno == errno.EACCES:
         return f"port {port} on {host} is not allowed without root; choose one above 1023 with --port"
-    return f"can't listen on {host}, port {port}: {_words(error)}; see --host and --port"
+    return f"can't listen on {host}, port {port}: {error_text(error)}; see --host and --port"
 
 
 _log_limits: Dict[str, Tuple[RateLimit, RateLimit]] = {}  # kind -> of its lines, of the notes that some are missing
@@ -2032,7 +2033,7 @@ def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
         log.warning("[P2P] more lines of this kind (%s) are left out: at most %d a minute", kind, LOG_REPEATS)
 
 
-def _words(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An error of the system in words; REFUSED for the one that proves that nobody is there."""
     if isinstance(error, ConnectionRefusedError):
         return REFUSED
@@ -2044,7 +2045,7 @@ def _words(error: Exception) -> str:
 #
 # Introduces peers to one another, and does nothing else: no chat passes through it. Each connection has
 # a Session; one that has registered stands in `_peers` under its id. Joins and leaves are gathered for
-# NEWS_GATHER seconds, encoded once, and sent to all: a thousand peers that come at once cost each of them
+# UPDATE_GATHER_TIME seconds, encoded once, and sent to all: a thousand peers that come at once cost each of them
 # one list and a few messages.
 # ======================================================================================================
 
@@ -2262,7 +2263,7 @@ class DiscoveryServer:
     def _sync_request(self, session: Session, message: Message) -> None:
         if session.connection.queued > 0:
             return  # it has not read the last list yet
-        for peers in in_lists(each.encoded for each in self._peers.values()):
+        for peers in pack_lists(each.encoded for each in self._peers.values()):
             content = f'{{"peer_list":[{peers}]}}'
             session.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, self.id, message["sender_id"], content))
 
@@ -2287,14 +2288,14 @@ class DiscoveryServer:
 
     def _gather(self) -> None:
         if not self._gathering.active:
-            self._gathering = self.loop.call_later(NEWS_GATHER, self._broadcast)
+            self._gathering = self.loop.call_later(UPDATE_GATHER_TIME, self._broadcast)
 
     def _broadcast(self) -> None:
         """Tell the newcomers who is there, and everybody else who came and went."""
         newcomers = [self._peers[peer_id] for peer_id in self._joined]
         others = [session for peer_id, session in self._peers.items() if peer_id not in self._joined]
         gone = _ENCODER.encode(list(self._left.values()))
-        for joined in in_lists(each.encoded for each in newcomers):
+        for joined in pack_lists(each.encoded for each in newcomers):
             update = create_raw(MSG_PEER_LIST_UPDATE, self.id, EVERYONE, f'{{"joined":[{joined}],"left":{gone}}}')
             gone = "[]"
             for session in others:
@@ -2309,7 +2310,7 @@ class DiscoveryServer:
         """Answer those who have registered. The list is encoded once; only the first bytes differ."""
         if not newcomers:
             return
-        first, *rest = in_lists(each.encoded for each in self._peers.values())
+        first, *rest = pack_lists(each.encoded for each in self._peers.values())
         tail = f'"peer_list":[{first}]}}}}\n'.encode("ascii")
         more = [create_raw(MSG_PEER_LIST_UPDATE, self.id, EVERYONE, f'{{"joined":[{peers}],"left":[]}}')
                 for peers in rest]
@@ -2452,7 +2453,7 @@ class Links:
         link.connection = connection
         self._unidentified.add(connection)  # which may turn away an older one
         self.all[link] = None
-        link.timer = self.node.loop.call_later(HELLO_TIME, self._no_hello, link)
+        link.timer = self.node.loop.call_later(HELLO_TIMEOUT, self._no_hello, link)
         return link
 
     def want(self, peer: Peer) -> None:
@@ -2622,7 +2623,7 @@ class Links:
             self.node.delivery.resume(peer, other)
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, reason)
-            idle = self.node.loop.now() - link.used > IDLE_TIME / 2 and not self.node.delivery.is_waiting(peer)
+            idle = self.node.loop.now() - link.used > IDLE_TIMEOUT / 2 and not self.node.delivery.is_waiting(peer)
             if idle and len(self.node.peers) > IDLE_LINKS:
                 return  # the other side saw no need for it, and nor do we
             if self.node.loop.now() - link.bound < 1.0:  # it may be lost at once again: no haste
@@ -2694,7 +2695,7 @@ class Links:
             for peer in self.node.peers.sample(self.node.loop.random, 1, unheard):
                 self.dial(peer.route, peer)
         for link in list(self.all):
-            if link.peer is None or now - link.used <= IDLE_TIME:
+            if link.peer is None or now - link.used <= IDLE_TIMEOUT:
                 continue
             if self.current.get(link.peer.key, link) is not link:  # a second link, which one side closes
                 needless = me.key < link.peer.key
@@ -3330,7 +3331,7 @@ class Gossip:
         if self.news and not self._timer.active:
             self._timer = self.node.loop.call_later(0, self._tell)
         now = self.node.loop.now()
-        gone = [each.wire(now) for each in self.node.peers.tombstones() if now - each.removed_at < NEWS_TIME]
+        gone = [each.wire(now) for each in self.node.peers.tombstones() if now - each.removed_at < RECENT_TIME]
         self._send_news(link, gone[-NEWS_BATCH:])  # what was news a moment ago has passed by one who has just come
         if verdict == NEW:
             self.spread(peer, ALIVE)
@@ -3353,7 +3354,7 @@ class Gossip:
             return  # it has our list already
         link.synced = now
         to = link.peer.id if link.peer else message["sender_id"]
-        lists = in_lists(self._list(bool(link.peer)))
+        lists = pack_lists(self._list(bool(link.peer)))
         for number, records in enumerate(lists, 1):
             more = ',"more":true' if number < len(lists) else ""
             content = f'{{"peer_list":[{records}],"digest":"{digest}"{more}}}'
@@ -3684,7 +3685,7 @@ class Finder:
         """Try the addresses named by hand, and shout."""
         alone = not len(self.node.peers)
         if self._lan is not None or self.node.settings.join:
-            wait = BEACON_ALONE if alone else BEACON_SETTLED * (0.75 + self.node.loop.random.random() / 2)
+            wait = BEACON_INTERVAL_ALONE if alone else BEACON_INTERVAL * (0.75 + self.node.loop.random.random() / 2)
             self._timer = self.node.loop.call_later(wait, self._look)  # first: an error must not end it
         known = {peer.address for peer in self.node.peers.present()}.union(self.node.discovery.candidates)
         for address in self.node.settings.join:
@@ -3783,7 +3784,7 @@ class Finder:
             return []
         lines = ["Nobody else is here.", f"You are {node.me.id}."]
         lines += [f"Tried {what}: {result}." for what, result in self.tried.items()]
-        if self._lan is not None and node.loop.now() - self._beacon_heard > 2 * BEACON_SETTLED:
+        if self._lan is not None and node.loop.now() - self._beacon_heard > 2 * BEACON_INTERVAL:
             result = f", but {self._lan.problem}" if self._lan.problem else f" (UDP port {DEFAULT_PORT}): no answer"
             lines.append(f"Looked on the local network{result}.")
         if not node.has_network:
@@ -4146,7 +4147,7 @@ class PeerNode:
     def _place(self, username: str, ip: str, port: int) -> None:
         self.me.set_identity(username, ip, port)
         self.my_ids[self.me.id] = None
-        self.peers.changed()
+        self.peers.clear_caches()
 
 
 # ======================================================================================================
@@ -5925,7 +5926,7 @@ class LineWriter:
         except BlockingIOError:
             pass  # shared with a program that made it so
         except OSError as error:
-            self._break("" if isinstance(error, BrokenPipeError) else _words(error))
+            self._break("" if isinstance(error, BrokenPipeError) else error_text(error))
             return
         if len(self._output) > MAX_UNREAD:
             self._break("nobody reads it")
@@ -6178,7 +6179,7 @@ def start_logging(options: argparse.Namespace) -> str:
         try:
             handlers.append(LogFile(options.log_file, encoding="utf-8"))
         except (OSError, ValueError) as error:
-            return f"--log-file {clean(options.log_file)}: {_words(error)}; name a file that can be written"
+            return f"--log-file {clean(options.log_file)}: {error_text(error)}; name a file that can be written"
     log.propagate = False
     if handlers:
         log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)

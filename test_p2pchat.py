@@ -718,7 +718,7 @@ def test_a_namesake_is_told_of_once():
     assert len(told) == 1 and "another Alice" in told[0] and f"see you as {view.node.label(view.node.me.id)}." in told[0]
     old = view.node.me.public
     view.node.me.set_identity("Bob", "10.0.0.1", 10001)
-    view.node.peers.changed()
+    view.node.peers.clear_caches()
     view.handle({"event": "renamed", "old": old, "peer": view.node.me.public})
     assert "another Bob here" in view.entries[-1].text
 
@@ -1147,10 +1147,10 @@ def test_codec_a_line_without_end_is_cut_off(tail):
 
 def test_codec_lists_too_long_for_a_message_are_split():
     records = [json.dumps(dict(BOB, username="x" * 32))] * 12_000
-    lists = p2pchat.in_lists(records)
+    lists = p2pchat.pack_lists(records)
     assert len(lists) > 1 and all(len(text) < p2pchat.MAX_LINE for text in lists)
     assert json.loads("[" + ",".join(lists) + "]") == [json.loads(records[0])] * 12_000
-    assert p2pchat.in_lists([]) == [""]
+    assert p2pchat.pack_lists([]) == [""]
 
 
 def test_codec_too_long_a_message_is_not_made():
