@@ -1,33 +1,33 @@
 #!/usr/bin/env python3
 """p2pchat: chat for a room full of machines on one network. One file, nothing to install.
 
-    python p2pchat.py server                 # discovery server, port 9999: introduces peers to one another
-    python p2pchat.py peer --user Alice      # the chat; works with no server, too
+    python3 p2pchat.py peer --user Alice      # the chat; needs no server
+    python3 p2pchat.py server                 # discovery server, port 9999: introduces peers to one another
 
-Peers talk directly to each other. The server only introduces them; when it is gone, gossip among the
-peers keeps the network together. On the wire: TCP, one JSON object a line, UTF-8, at most 1 MiB,
+Peers talk directly to each other. A server only introduces them. When it is gone, gossip among the peers
+keeps the network together. On the wire: TCP, one JSON object a line, UTF-8, at most 1 MiB:
 
     {"type": "MSG_CHAT", "sender_id": "Alice@192.168.1.10:10001", "to": "*", "content": "Hi!", "id": 7}
 
-A peer's id is username@ip:port; beside it every process has a random `instance`. A link between two peers
-opens with MSG_HELLO in both directions; chat messages on it are numbered (`id`) and acknowledged. Peers probe
-each other, exchange what they know of others (gossip), and answer MSG_SYNC_PEERS_REQUEST from anyone.
-README.md has the whole format.
+A peer's id is username@ip:port. In addition every process draws a random `instance`. A link between two
+peers opens with MSG_HELLO in both directions. Chat messages on it are numbered (`id`), and MSG_CHAT_ACK
+acknowledges them. Peers probe each other, pass on news of third peers (gossip), and answer
+MSG_SYNC_PEERS_REQUEST from anyone. README.md has the whole format.
 
-One thread, one loop, and no call that blocks. The sections, each of which uses only what stands above it:
+One thread, one loop, and no call that blocks. Each section uses only the sections above it:
 
-    constants          every tunable, with its unit and its reason
-    text               what may be shown: cleaning, display width, wrapping
-    messages           the codec: bytes in, checked messages out
-    membership         who is there: records, merging, tombstones, digests
-    loop               selectors, timers, connections, datagrams
-    discovery server   DiscoveryServer
-    peer node          PeerNode: links, delivery, failure detection, gossip; tells its interface by events
-    chat view          the model behind the interfaces: messages, input line, commands, rendering
-    interfaces         curses, plain lines, JSON lines
-    command line       argparse and main()
+    Constants          facts of the protocol, bounds and settings, each with its unit and its reason
+    Text               what may be shown: cleaning, display width, wrapping
+    Messages           the codec: bytes in, checked messages out
+    Membership         who is present: records, merging, tombstones, digests
+    Loop               selectors, timers, connections, datagrams, rate limits
+    Discovery server   DiscoveryServer
+    Peer node          PeerNode: links, delivery, failure detection, gossip; reports by events
+    Chat view          the model behind the interfaces: messages, input line, commands, rendering
+    Interfaces         curses, plain lines, JSON lines
+    Command line       argparse and main()
 
-It is not encrypted and has no passwords: whoever is on the network can read and can join.
+There is no encryption and no password: whoever is on the network can read and can join.
 """
 
 from __future__ import annotations
@@ -73,127 +73,134 @@ __version__ = "2.0"
 # ======================================================================================================
 # Constants
 #
-# Facts of the protocol and bounds, each with its unit and why it has that value. Seconds and bytes,
-# unless it says otherwise. What a user may change stands in Settings and ServerSettings instead, with
-# the option of the same name on the command line.
+# Facts of the protocol, and bounds. Each comment says what the value bounds, in which unit, and why it
+# has that value. Times are seconds and sizes are bytes where nothing else is said. What a user may change
+# is a field of Settings or ServerSettings, which stand below; the option of the same name sets it.
 # ======================================================================================================
 
-DEFAULT_PORT = 9999  # the server's TCP port, and the UDP port on which everybody looks for everybody
-LAN_GROUP = "239.255.99.99"  # multicast group of the beacons: administratively scoped, never routed on
+DEFAULT_PORT = 9999  # TCP port of the server, and UDP port of all beacons
+LAN_GROUP = "239.255.99.99"  # multicast group of the beacons: administratively scoped, so no router passes it on
 
-# What one message may hold.
-MAX_LINE = 1024 * 1024  # bytes of one message on the wire: room for a list of some 6,000 peers
-MAX_TEXT = 16 * 1024  # bytes of UTF-8 in one chat text: several screenfuls of code
-MAX_NAME = 32  # characters of a user name
+# Defaults of the settings.
+HEARTBEAT_INTERVAL = 10.0  # between two heartbeats to the server: three fit into its timeout, so two may be late
+HEARTBEAT_TIMEOUT = 30.0  # the server drops a peer that is silent for this long; longer keeps ghosts in its list
+GOSSIP_INTERVAL = 5.0  # between two comparisons with a random peer; shorter converges sooner and costs more
+SOCKET_TIMEOUT = 5.0  # for a dial and its answer; longer makes a user wait for a machine that is switched off
+
+# Sizes within one message.
+MAX_LINE = 1024 * 1024  # of one message on the wire: a list of some 6,000 peers fits; each connection may hold one
+MAX_TEXT = 16 * 1024  # of one chat text in UTF-8: several screenfuls of code
+MAX_NAME = 32  # characters of a user name: more would not fit beside a message
 MAX_ID = 128  # characters of a peer id: a name, an address and a port, with room to spare
-MAX_PEERS = 4096  # records in a list, on the wire as in memory: about 1 KiB each in memory
-MAX_INCARNATION = 2**53 - 1  # the largest integer that every JSON parser keeps
-MAX_RAISE = 1 << 20  # how far hearsay may raise a known incarnation: owners raise theirs one by one
+MAX_PEERS = 4096  # records in a list, on the wire and in memory; each takes about 1 KiB of memory
+MAX_INCARNATION = 2**53 - 1  # the largest integer that every JSON parser keeps exact
+MAX_RAISE = 1 << 20  # how far hearsay may raise a known incarnation: an owner raises its own one by one
 
 # Connections.
-RECEIVE_SIZE = 32 * 1024  # read from a socket at a time: some 300 messages, a few ms; a flood must not delay a key
-SEND_SIZE = 256 * 1024  # joined into one send: as much as a socket's buffer takes at once
-MAX_OUTPUT = 8 * 1024 * 1024  # queued to a reader that does not read: past it, it is cut off
-STALL_TIMEOUT = 10.0  # so long may output wait without a byte of it being taken
-LINE_TIMEOUT = 10.0  # so long may a message be half there
-DRAIN_TIMEOUT = 3.0  # so long may a closing connection take to deliver its last words
-ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 is in after eight turns
-ACCEPT_PAUSE = 0.5  # when descriptors are used up, accepting rests so long
-MAX_PER_ADDRESS = 256  # peers at one address that is not our own: nobody fills the list from one machine
-MAX_UNIDENTIFIED = 1500  # connections from one address that have not yet said who they are
+RECEIVE_SIZE = 32 * 1024  # one read: some 300 messages, a few ms of work; a flood must not delay a key press
+SEND_SIZE = 256 * 1024  # queued pieces are joined up to this size for one send: what a socket's buffer takes at once
+MAX_OUTPUT = 8 * 1024 * 1024  # queued to a far end that does not read; beyond it the connection is cut off
+STALL_TIMEOUT = 10.0  # a connection is cut off when it takes none of the queued output for this long
+LINE_TIMEOUT = 10.0  # a message that was begun must be complete by then; every 64 KiB of it allow as much again
+DRAIN_TIMEOUT = 3.0  # a closing connection has this long to deliver what is queued
+ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes eight turns; more makes turns longer
+ACCEPT_PAUSE = 0.5  # accepting pauses for this long when the descriptors are used up
+MAX_PER_ADDRESS = 256  # peers at one address other than our own, so that no single machine fills the list
+MAX_UNIDENTIFIED = 1500  # connections from one address without a hello: a class behind one NAT; each is a descriptor
 
-# Membership (SWIM with Lifeguard's lessons; the times of the design).
-PROBE_INTERVAL = 2.0  # between two probes of a neighbour: two may be lost before it counts as quiet
-NEIGHBOURS = 2  # peers that each peer probes; as many others probe it
-QUIET_AFTER = 5.0  # silence after which a neighbour is marked quiet and others are asked to try
-SUSPICION = 6.0  # further silence after which it is gone: 11 s after its last sign of life
-REFUSED_SUSPICION = 3.0  # the same when its address refuses connections: time for others to say it lives
-LEFT_SUSPICION = 1.0  # somebody says that it left: time for its answer to a probe; half of it if it refuses
-HEARSAY_SUSPICION = 2.5  # somebody says that it is gone: time for its own answer to a probe
-WARN_INTERVAL = 0.25  # between two probes that say "you are thought gone": others can cause them at will
-PROBE_HELPERS = 3  # peers asked to try one that we cannot reach
-TOMBSTONE_TIME = 3600.0  # how long a removed peer is remembered, so that no old list brings it back
-NEWS_INTERVAL = 0.2  # between two rounds of passing on news (memberlist's gossip interval)
-NEWS_FANOUT = 3  # peers told in one round
-NEWS_ROUNDS = 4  # times an item is sent on, times the number of digits of the number of peers
-RECENT_TIME = 5.0  # for so long who has gone is told to everybody who is met
-NEWS_BATCH = 200  # items told at a time: some 30 KiB
-CLOCK_JUMP = 10.0  # a clock that is so far off says that the machine slept
+# Membership: SWIM, with the lessons of Lifeguard.
+PROBE_INTERVAL = 2.0  # between two probes of a neighbour; two may be lost before the neighbour counts as quiet
+NEIGHBOURS = 2  # peers that each peer probes, and that probe it; each more costs two messages an interval
+QUIET_AFTER = 5.0  # a neighbour silent for this long is suspected, and others are asked to probe it
+SUSPICION = 6.0  # a suspect that stays silent for this long is removed, 11 s after its last sign of life
+REFUSED_SUSPICION = 3.0  # the same when its address refuses connections: time for others to say that it lives
+LEFT_SUSPICION = 1.0  # the same when others say that it left: time to answer a probe; half of it if it also refuses
+HEARSAY_SUSPICION = 2.5  # the same when others say that it is dead
+WARN_INTERVAL = 0.25  # between two probes that tell a peer of an accusation, because others can cause them at will
+PROBE_HELPERS = 3  # peers asked to probe one that we cannot reach
+TOMBSTONE_TIME = 3600.0  # a removed peer is remembered for this long, so that no old list brings it back
+NEWS_INTERVAL = 0.2  # between two rounds of passing on news; memberlist's gossip interval
+NEWS_FANOUT = 3  # peers told in one round; memberlist's gossip nodes
+NEWS_ROUNDS = 4  # each item is sent this many times the number of digits of the number of peers
+NEWS_BATCH = 200  # items in one message, some 30 KiB
+RECENT_TIME = 5.0  # peers that left this recently are told to each newly linked peer: it missed that news
+CLOCK_JUMP = 10.0  # the machine slept if a probe is this late, or if the wall clock jumped by this much
 
 # Links between peers.
-LINKS_TO_ONE = 4  # to the same peer, the newest: two dial each other, and links that broke are not known to have yet
-IDLE_LINKS = 64  # links kept open without being used; some fifty peers are all linked to each other
-IDLE_TIMEOUT = 30.0  # unused for so long, a link beyond that number is closed
-MAX_DIALS = 256  # connections being opened at once: half a room that is off holds up the other half but little
-HELLO_TIMEOUT = 10.0  # a connection to a peer that has not said who it is by then is closed
+LINKS_TO_ONE = 4  # links to one peer, the newest: both ends may dial, and a broken link is not noticed at once
+IDLE_LINKS = 64  # idle links kept open, so some fifty peers are all linked to each other; each is a descriptor
+IDLE_TIMEOUT = 30.0  # beyond that number, a link unused for this long is closed
+MAX_DIALS = 256  # dials in progress: many, because one to a machine that is off takes SOCKET_TIMEOUT to fail
+HELLO_TIMEOUT = 10.0  # an accepted connection is closed if no hello came by then
 
 # Delivery.
-OUTBOX_MESSAGES = 50_000  # waiting for one receiver's acknowledgement
+OUTBOX_MESSAGES = 50_000  # messages that wait for one receiver's acknowledgement; further ones fail at once
 OUTBOX_BYTES = 4 * 1024 * 1024  # the same in bytes
-GOODBYE_TIME = 0.5  # for what a peer that leaves said over another link of its
-UNREACHABLE_TIME = 15.0  # others say it lives, but we find no way to it: then its messages have failed
-CUT_OFF_FACTOR = 4  # sending so many times one's budget, all refused, ends the connection
-BAN_TIME = 60.0  # and no other is accepted from that instance for so long
+GOODBYE_TIME = 0.5  # a peer that said goodbye is removed after this: its messages on a second link still count
+UNREACHABLE_TIME = 15.0  # messages fail if a peer acknowledges none for this long, though others say that it lives
+CUT_OFF_FACTOR = 4  # a sender is cut off once what was refused exceeds its budget this many times
+BAN_TIME = 60.0  # a sender that was cut off may not link again for this long
 
 # Discovery.
-UPDATE_GATHER_TIME = 0.01  # the server gathers joins and leaves for so long and sends them as one message
-RETRY_SERVER_MIN, RETRY_SERVER_MAX = 1.0, 20.0  # between two tries to reach the server: doubled each time
-SETTLE_TIME = 2.0  # whoever is on the local network has answered by then
-BEACON_INTERVAL_ALONE, BEACON_INTERVAL = 1.0, 10.0  # between two beacons, alone and in company
-BEACON_SIZE = 512  # bytes; every beacon is padded to it, so an answer is never longer than its question
-MAX_LOOKS = 16  # addresses dialled within QUIET_AFTER because somebody (a beacon, a peer) named them
-BEACON_ANSWERS = 20  # answered in one second, at most
+UPDATE_GATHER_TIME = 0.01  # the server gathers joins and leaves for this long and sends them as one message
+RETRY_SERVER_MIN, RETRY_SERVER_MAX = 1.0, 20.0  # between two dials of the server; doubled each time
+SETTLE_TIME = 2.0  # after its start a peer waits this long for answers from the local network
+BEACON_INTERVAL_ALONE, BEACON_INTERVAL = 1.0, 10.0  # between two beacons, while nobody is known and later
+BEACON_SIZE = 512  # every beacon is padded to this size, so that an answer is never longer than its question
+BEACON_ANSWERS = 20  # answers to beacons in one second, so that nobody can use us to flood others
+MAX_LOOKS = 16  # addresses dialled within QUIET_AFTER because others named them, so that nobody can make us scan
 
-MAX_MESSAGES = 100_000  # over one link in a minute, records in lists counted: some 5 s of work
-MAX_RENAMES = 20  # over one connection: more is no wish for a better name but a nuisance
-
-LOG_REPEATS = 60  # lines of one kind that others may cause in a minute: nobody fills a disk with them
+# Rates.
+MAX_MESSAGES = 100_000  # messages, and records in lists, over one link in a minute: some 5 s of work
+MAX_RENAMES = 20  # changes of name over one connection in a minute, because each is told to everybody
+LOG_REPEATS = 60  # lines of one kind that others may cause in a minute, so that nobody fills a disk
 
 Address = Tuple[str, int]
 Event = Dict[str, Any]  # what --json prints, without the time
-Listener = Callable[[List[Event]], None]  # is told what happened
-Message = Dict[str, Any]
+Listener = Callable[[List[Event]], None]  # gets the events of one turn
+Message = Dict[str, Any]  # one decoded JSON line
 
 log = logging.getLogger("p2pchat")
-log.addHandler(logging.NullHandler())  # silent unless somebody asks
+log.addHandler(logging.NullHandler())  # silent unless the program sets up a log
 
 
 class ServerSettings(NamedTuple):
-    """What a discovery server can be told; seconds."""
+    """Settings of a discovery server. Times are seconds."""
 
-    host: str = "0.0.0.0"  # where it listens
+    host: str = "0.0.0.0"  # the address to listen on
     port: int = DEFAULT_PORT
-    heartbeat_timeout: float = 30.0  # a peer silent for so long is dropped
-    check_interval: float = 10.0  # how often silence is looked for: what a drop may be late by
-    lan: bool = True  # answers to peers that look for a server on the local network
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+    check_interval: float = 10.0  # between two searches for silent peers: a drop may be this much late
+    lan: bool = True  # answer peers that look for a server on the local network
 
 
 class Settings(NamedTuple):
-    """What a peer can be told; seconds and bytes."""
+    """Settings of a peer. Times are seconds."""
 
-    username: Optional[str] = None  # None: the interface asks
-    server: Optional[Address] = None  # None: 127.0.0.1:9999, and those found on the local network
-    host: str = "0.0.0.0"  # where it listens; a concrete address is also the one it is known by
-    port: int = 0  # 0: chosen by the system
-    heartbeat_interval: float = 10.0  # to the server; it drops who is silent for its own timeout
-    gossip_interval: float = 5.0  # one random peer is asked each time; less converges faster and costs more
-    timeout: float = 5.0  # for a peer connection to open and answer, and for leaving
-    join: Tuple[Address, ...] = ()  # peers or servers named by hand
-    lan: bool = True  # looks for others on the local network
-    budget: int = 1024 * 1024  # bytes of chat accepted from one sender a minute; 0: no limit
+    username: Optional[str] = None  # None: the interface asks for it
+    server: Optional[Address] = None  # None: 127.0.0.1:9999, and servers found on the local network
+    host: str = "0.0.0.0"  # the address to listen on; any other than 0.0.0.0 also becomes part of the id
+    port: int = 0  # 0: the system chooses
+    heartbeat_interval: float = HEARTBEAT_INTERVAL
+    gossip_interval: float = GOSSIP_INTERVAL
+    timeout: float = SOCKET_TIMEOUT  # for a dial and its answer, and for leaving
+    join: Tuple[Address, ...] = ()  # addresses of peers or servers that the user named
+    lan: bool = True  # look for others on the local network
+    budget: int = 1024 * 1024  # bytes of chat accepted from one sender in a minute; 0: no limit
     log_file: Optional[str] = None
 
 
 # ======================================================================================================
 # Text
 #
-# What may be shown, and how wide it is. Every name and text from the network goes through clean(), once,
-# as it comes in: what is left can be read, and do nothing else. Widths are those on which terminals agree;
-# where they don't (joined emoji, skin tones, characters that this Python does not know) a glyph is clipped
-# to the part that is certain, so that no line spills. Pure functions, no state.
+# Cleaning, display width and wrapping. Every name and text from the network goes through clean() once, as
+# it comes in. After that it can be read and can do nothing else: it moves no cursor and hides nothing.
+# Terminals disagree about the width of some glyphs (joined emoji, skin tones, characters that this Python
+# does not know). Such a glyph is reduced to the part whose width is certain, so no line becomes too long.
+# Pure functions without state.
 # ======================================================================================================
 
-MAX_CLUSTER = 32  # characters that are drawn as one: the longest emoji in use have ten
+MAX_CLUSTER = 32  # code points in one grapheme: the longest emoji in use have ten
 MAX_MARKS = 6  # combining marks on one character: Hebrew and Tibetan need four or five
 
 _ZWNJ, _ZWJ, _TEXT_STYLE, _EMOJI_STYLE, _UNKNOWN = "\u200c", "\u200d", "\ufe0e", "\ufe0f", "\ufffd"
@@ -206,9 +213,9 @@ _JOINING_SCRIPTS = ((0x0600, 0x0DFF), (0x1000, 0x109F), (0x1780, 0x18AF), (0xA84
 
 
 def clean(text: str, newlines: bool = False) -> str:
-    """Return a text that can only be read: no controls, no direction overrides, nothing hidden.
+    """Return a text that is safe to show: without controls, direction overrides and invisible characters.
 
-    With `newlines`, line breaks and tabs stay; else they become blanks. Controls become pictures."""
+    Control characters become their pictures (U+2400). Line breaks and tabs stay if `newlines`, else become blanks."""
     if text.isascii() and text.isprintable():
         return text
     if newlines:
@@ -219,7 +226,7 @@ def clean(text: str, newlines: bool = False) -> str:
 
 
 def check_username(name: str) -> str:
-    """The name as it is used (NFC). Raises ValueError with a sentence that says what would be right."""
+    """Return the name in NFC. Raises ValueError with a sentence that says what is allowed."""
     if not name.strip():
         raise ValueError(f"A name is needed: 1 to {MAX_NAME} characters.")
     if name != name.strip():
@@ -227,7 +234,7 @@ def check_username(name: str) -> str:
     name = unicodedata.normalize("NFC", name)
     if len(name) > MAX_NAME:
         raise ValueError(f"A name may have at most {MAX_NAME} characters; this one has {len(name)}.")
-    for character in "@*:→":  # they part names from what stands beside them
+    for character in "@*:→":  # separators: ids and the interfaces put them beside names
         if character in name:
             raise ValueError(f"A name may not contain {character!r}; letters, digits and spaces are fine.")
     if name.startswith("/"):
@@ -241,7 +248,7 @@ def check_username(name: str) -> str:
 
 
 def graphemes(text: str) -> List[str]:
-    """Cut a text into what a reader takes for one character: a base with marks, an emoji sequence, a flag."""
+    """Split a text into what a reader sees as one character: a base with marks, an emoji sequence, a flag."""
     if text.isascii():
         return list(text)
     clusters: List[str] = []
@@ -254,14 +261,14 @@ def graphemes(text: str) -> List[str]:
 
 
 def width(text: str) -> int:
-    """Columns that a text takes on a terminal."""
+    """Return how many columns a text takes on a terminal."""
     if text.isascii():
         return len(text)
     return sum(glyph(cluster)[1] for cluster in graphemes(text))
 
 
 def cut(text: str, cols: int, mark: str = "") -> str:
-    """As much of a text as fits into so many columns; where something is missing, it ends with `mark`."""
+    """Return as much of a text as fits into `cols` columns. It ends with `mark` if something was cut off."""
     if text.isascii() and len(text) <= cols:
         return text
     if width(text) <= cols:
@@ -271,15 +278,15 @@ def cut(text: str, cols: int, mark: str = "") -> str:
 
 
 def pad(text: str, cols: int) -> str:
-    """A text cut or filled with blanks to exactly so many columns."""
+    """Return a text cut or filled with blanks to exactly `cols` columns."""
     text = cut(text, cols)
     return text + " " * (cols - width(text))
 
 
 def wrap(text: str, cols: int, table: bool = False) -> List[str]:
-    """Lines of at most `cols` columns, broken between words, or within those that are longer than a line.
+    """Return lines of at most `cols` columns. They break between words; a word longer than a line is split.
 
-    In a table, what goes on in the next line begins under the second column."""
+    With `table`, a line that goes on is indented to its second column, which two blanks separate from the first."""
     lines: List[str] = []
     for line in text.split("\n"):
         line = line.expandtabs(4).rstrip()
@@ -293,7 +300,7 @@ def wrap(text: str, cols: int, table: bool = False) -> List[str]:
 
 @functools.lru_cache(maxsize=8192)
 def glyph(cluster: str) -> Tuple[str, int]:
-    """What is drawn for a cluster, and its columns: the part of it on whose width terminals agree."""
+    """Return what is drawn for a grapheme and how many columns it takes: the part whose width is certain."""
     base = cluster[0]
     category = unicodedata.category(base)
     if category in ("Cn", "Co", "Cc", "Cs"):
@@ -310,7 +317,7 @@ def glyph(cluster: str) -> Tuple[str, int]:
 
 
 def _wrap_line(clusters: List[str], cols: int, indent: int) -> List[str]:
-    """One line that is too long. A break eats the blanks around it; a word longer than a line is cut."""
+    """Wrap one line that is too long. A break replaces the blanks around it; a word longer than a line is split."""
     lines: List[str] = []
     while clusters:
         margin = indent if lines else 0
@@ -318,7 +325,7 @@ def _wrap_line(clusters: List[str], cols: int, indent: int) -> List[str]:
         if count < len(clusters) and not clusters[count].isspace():
             blank = next((at for at in range(count - 1, 0, -1) if clusters[at].isspace()), 0)
             wide = next((at for at in range(count, 0, -1) if glyph(clusters[at - 1])[1] == 2), 0)
-            count = max(blank + 1 if blank else 0, wide) or count  # ideographs are words by themselves
+            count = max(blank + 1 if blank else 0, wide) or count  # a line may break after any ideograph
             piece = _fitting(clusters[:count], cols - margin)[0]
         lines.append(" " * margin + piece.rstrip())
         while count < len(clusters) and clusters[count] == " ":
@@ -328,7 +335,7 @@ def _wrap_line(clusters: List[str], cols: int, indent: int) -> List[str]:
 
 
 def _fitting(clusters: List[str], cols: int) -> Tuple[str, int]:
-    """As many clusters as fit, as they are drawn, and how many: at least one, even if that can't be drawn."""
+    """Return the text of the graphemes that fit, and their number: at least 1, even if that one does not fit."""
     used, drawn = 0, []
     for cluster in clusters:
         text, columns = (cluster, 1) if cluster.isascii() else glyph(cluster)
@@ -340,7 +347,7 @@ def _fitting(clusters: List[str], cols: int) -> Tuple[str, int]:
 
 
 def _clean_in_context(text: str) -> str:
-    """Take out joiners and styles where nothing needs them, and marks beyond what a character can carry."""
+    """Drop joiners and emoji styles that have no effect here, and marks beyond MAX_MARKS on one character."""
     kept: List[str] = []
     marks = 0
     for position, character in enumerate(text):
@@ -356,7 +363,7 @@ def _clean_in_context(text: str) -> str:
             if marks > MAX_MARKS:
                 continue
             if before == "\n":
-                kept.append("\u25cc")  # a mark with nothing to stand on would stand on our own text
+                kept.append("\u25cc")  # a base for the mark, which would else combine with our own text
         else:
             marks = 0
         kept.append(character)
@@ -364,7 +371,7 @@ def _clean_in_context(text: str) -> str:
 
 
 def _joins(joiner: str, before: str, after: str) -> bool:
-    """Whether a joiner means something here: between emoji, or within a script that is written with it."""
+    """Whether a joiner has an effect here: between emoji, or within a script that uses joiners."""
     if not after:
         return False
     if joiner == _ZWJ and _is_pictograph(after):
@@ -381,12 +388,12 @@ def _is_pictograph(character: str) -> bool:
 
 
 def _is_flag(character: str) -> bool:
-    """Whether it is one of the letters of which two make a flag."""
+    """Whether a character is a regional indicator; two of them make a flag."""
     return "\U0001f1e6" <= character <= "\U0001f1ff"
 
 
 def _extends(cluster: str, character: str) -> bool:
-    """Whether a character belongs to the cluster before it."""
+    """Whether a character belongs to the grapheme before it."""
     if character.isascii() or cluster == "\n":
         return False
     if character in _JOINERS or unicodedata.category(character)[0] == "M":
@@ -403,7 +410,7 @@ def _extends(cluster: str, character: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _replacement(character: str) -> str:
-    """What stands for a character in a cleaned text, wherever it stands."""
+    """Return what replaces a character in a cleaned text, whatever stands around it."""
     if character in _INVISIBLE or "\U000e0000" <= character <= "\U000e0fff":
         return ""
     category = unicodedata.category(character)
@@ -412,11 +419,11 @@ def _replacement(character: str) -> str:
     if category in ("Cs", "Co") or (category == "Cc" and character not in "\n\t"):
         return _UNKNOWN
     if category == "Cn" and (ord(character) & 0xFFFE == 0xFFFE or "\ufdd0" <= character <= "\ufdef"):
-        return _UNKNOWN  # never to be assigned; others may be assigned in a newer Unicode than ours
+        return _UNKNOWN  # never assigned; the other unassigned ones may exist in a newer Unicode than ours
     return character
 
 
-# The control characters below 128 have pictures of their own, which start at U+2400.
+# Each control character below 128 has a picture, from U+2400 on.
 _LINES: Dict[int, Any] = {**{code: chr(0x2400 + code) for code in range(32)}, 9: "\t", 10: "\n", 13: "\n",
                           127: "\u2421", 0x85: "\n", 0x2028: "\n", 0x2029: "\n"}
 _ONE_LINE: Dict[int, Any] = {**_LINES, **dict.fromkeys((9, 10, 13, 0x85, 0x2028, 0x2029), " ")}
@@ -425,10 +432,10 @@ _ONE_LINE: Dict[int, Any] = {**_LINES, **dict.fromkeys((9, 10, 13, 0x85, 0x2028,
 # ======================================================================================================
 # Messages
 #
-# The codec: bytes in, checked messages out, and the other way round. It knows no sockets and no time.
-# Whatever bytes come in, the one exception that leaves this section is BadMessage; anything else is a
-# bug of ours. A message that left it has the four keys, in the right types, and the content that its
-# type asks for. What its claims are worth is for others to judge.
+# The codec: bytes in, checked messages out, and back. It knows no sockets and no time. Whatever bytes come
+# in, BadMessage is the only exception that leaves this section; any other is our bug. Every message that
+# comes out has the four keys with values of the right types, and the content that its type requires. Whether
+# its claims are true is for the caller to decide.
 # ======================================================================================================
 
 MSG_REGISTER = "MSG_REGISTER"
@@ -450,21 +457,21 @@ MSG_PROBE_RESULT = "MSG_PROBE_RESULT"
 MSG_BEACON = "MSG_BEACON"
 MSG_ERROR = "MSG_ERROR"
 
-Fields = Dict[str, Tuple[Callable[[Any], bool], str]]  # name -> check of the value, what would be right
+Fields = Dict[str, Tuple[Callable[[Any], bool], str]]  # name -> check of the value, and in words what is allowed
 
-EVERYONE = "*"  # in `to`: meant for all
-ALIVE, SUSPECT, DEAD, LEFT = "alive", "suspect", "dead", "left"  # a record's status, weakest word first
-RANK = {ALIVE: 0, SUSPECT: 1, DEAD: 2, LEFT: 3}  # at the same incarnation the higher one wins
+EVERYONE = "*"  # as `to`: the message is for all peers
+ALIVE, SUSPECT, DEAD, LEFT = "alive", "suspect", "dead", "left"  # the status of a record
+RANK = {ALIVE: 0, SUSPECT: 1, DEAD: 2, LEFT: 3}  # of two records with the same incarnation the higher rank wins
 
 
 class BadMessage(Exception):
-    """Bytes that are not a valid message; the text says why, in words for the one who sent them."""
+    """The bytes are not a valid message. The text says why, in words meant for their sender."""
 
 
 def create_message(msg_type: str, sender_id: str, content: Any, to: str = EVERYONE, **extra: Any) -> bytes:
-    """Return one message as the bytes that go on the wire, its newline included.
+    """Return one message as the bytes that go on the wire, with the newline.
 
-    Raises ValueError for what JSON cannot hold or what is longer than MAX_LINE."""
+    Raises ValueError for a value that JSON cannot hold, and for a message longer than MAX_LINE."""
     message = {"type": msg_type, "sender_id": sender_id, "to": to, "content": content, **extra}
     data = _ENCODER.encode(message).encode("ascii") + b"\n"
     if len(data) > MAX_LINE:
@@ -473,21 +480,23 @@ def create_message(msg_type: str, sender_id: str, content: Any, to: str = EVERYO
 
 
 def create_chat(sender_id: str, text: str, to: str, sequence: int) -> bytes:
-    """The same for a chat message: what is sent most is not encoded by the general way."""
+    """Return a chat message as bytes. Three times as fast as create_message(), because chat is sent most."""
     quote = json.encoder.encode_basestring_ascii
     head = f'{{"type":"MSG_CHAT","sender_id":{quote(sender_id)},"to":{quote(to)},"content":'
     return f'{head}{quote(text)},"id":{sequence}}}\n'.encode("ascii")
 
 
 def create_raw(msg_type: str, sender_id: str, to: str, content: str) -> bytes:
-    """The same for a content that is JSON already: what goes to a thousand is encoded once."""
+    """Return a message as bytes. `content` is JSON already, so a list for a thousand peers is encoded once."""
     quote = json.encoder.encode_basestring_ascii
     head = f'{{"type":"{msg_type}","sender_id":{quote(sender_id)},"to":{quote(to)},"content":'
     return f"{head}{content}}}\n".encode("ascii")
 
 
 def pack_lists(encoded: Iterable[str]) -> List[str]:
-    """Join encoded records by commas into as few texts as messages can hold: one, nearly always, and never none."""
+    """Join encoded records with commas into as few texts as possible, each short enough for one message.
+
+    Nearly always that is one text; without records it is one empty text."""
     lists: List[List[str]] = [[]]
     size = 0
     for record in encoded:
@@ -500,7 +509,7 @@ def pack_lists(encoded: Iterable[str]) -> List[str]:
 
 
 def parse_message(data: bytes) -> Optional[Message]:
-    """Return the message that `data` is, with or without its newline; None if it is not one valid message."""
+    """Return the message in `data`, with or without its newline; None if that is not one valid message."""
     try:
         return parse_line(data)
     except BadMessage:
@@ -508,7 +517,7 @@ def parse_message(data: bytes) -> Optional[Message]:
 
 
 def parse_line(line: bytes) -> Message:
-    """Return the message on one line. Raises BadMessage, which says what is wrong."""
+    """Return the message on one line. Raises BadMessage."""
     if len(line) > MAX_LINE:
         raise BadMessage(f"longer than {MAX_LINE} bytes")
     try:
@@ -524,18 +533,18 @@ def parse_line(line: bytes) -> Message:
 
 
 class MessageReader:
-    """Cuts a stream of bytes into messages, however the stream was cut into pieces."""
+    """Turns a stream of bytes into messages, in whatever pieces the stream arrives."""
 
     __slots__ = ("partial", "error")
 
     def __init__(self) -> None:
         self.partial = bytearray()  # an unfinished message
-        self.error: Optional[str] = None  # once set, the stream is spoilt and nothing more comes out
+        self.error: Optional[str] = None  # why the stream is invalid; from then on feed() returns nothing
 
     def feed(self, data: bytes) -> List[Message]:
-        """Take the next piece; return the messages that it completes, those before a bad one included.
+        """Take the next piece of the stream; return the messages that it completes. A bad line sets `error`.
 
-        The end of the stream ends a message, too: then feed a newline, for an empty line is nothing."""
+        At the end of the stream feed a newline: it completes a last message, and an empty line is ignored."""
         messages: List[Message] = []
         if self.error is not None:
             return messages
@@ -554,10 +563,10 @@ class MessageReader:
         return messages
 
     def _parse(self, data: bytes, messages: List[Message]) -> None:
-        """Parse whole lines: decoded at once, each message where the one before it ended."""
+        """Parse whole lines. They are decoded in one go, and each message is scanned where the last one ended."""
         try:
             text = data.decode("utf-8")
-        except UnicodeDecodeError as error:  # what comes before the bad line counts
+        except UnicodeDecodeError as error:  # the lines before the bad one are still messages
             bad = data.rfind(b"\n", 0, error.start) + 1
             self._parse(data[:bad], messages)
             messages.append(parse_line(data[bad:data.index(b"\n", bad)]))
@@ -565,17 +574,17 @@ class MessageReader:
         position, length = 0, len(text)
         while position < length:
             newline = text.find("\n", position)
-            plain = text[position] == "{" and newline - position <= MAX_LINE // 4  # too short to have too many bytes
+            plain = text[position] == "{" and newline - position <= MAX_LINE // 4  # at most 4 bytes a character
             message, end = _decode(text, position) if plain else (None, -1)
             if end == newline:
                 messages.append(_check_message(message))
-            elif text[position:newline].strip(_BLANKS):  # an empty line is nothing
+            elif text[position:newline].strip(_BLANKS):  # an empty line is ignored
                 messages.append(parse_line(text[position:newline].encode("utf-8")))
             position = newline + 1
 
 
 def _check_message(message: Any) -> Message:
-    """Return a decoded value if it is a valid message, with the content that its type asks for."""
+    """Return a decoded value that is a valid message, with the content that its type requires. Raises BadMessage."""
     if type(message) is not dict:
         raise BadMessage("not a JSON object")
     try:
@@ -593,7 +602,7 @@ def _check_message(message: Any) -> Message:
 
 
 def _decode(text: str, position: int) -> Tuple[Any, int]:
-    """One JSON value of `text` and where it ends. Whatever the parser raises becomes BadMessage."""
+    """Return the JSON value at `position`, and where it ends. Whatever the parser raises becomes BadMessage."""
     try:
         return _SCAN(text, position)
     except (ValueError, StopIteration, RecursionError, MemoryError) as error:
@@ -619,27 +628,27 @@ def _parse_float(digits: str) -> float:
 _BLANKS = " \t\r\n"
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_int=_parse_int, parse_float=_parse_float)
-# raw_decode without its wrapper in Python: a tenth of the time that a message takes to parse
+# What raw_decode() wraps in Python code: calling it directly saves a tenth of the time for a message.
 _SCAN: Callable[[str, int], Tuple[Any, int]] = getattr(_DECODER, "scan_once", _DECODER.raw_decode)
 
 
-# What each type's content must be: fields, each with the check of its value and, in words, what would be right.
-# A question mark behind a field's name says that it may be missing; fields that are not named here may hold anything.
+# The content of each type: its fields, each with a check of the value and, in words, what is allowed. A field
+# whose name ends in a question mark may be missing. Fields that are not named here may hold anything.
 
 
 def is_count(value: Any) -> bool:
-    """Whether a JSON value is an integer from 0 to MAX_INCARNATION (True is none)."""
+    """Whether a JSON value is an integer from 0 to MAX_INCARNATION; true and false are not."""
     return type(value) is int and 0 <= value <= MAX_INCARNATION
 
 
 def is_port(value: Any) -> bool:
-    """Whether a JSON value is a TCP port that can be dialled."""
+    """Whether a JSON value is a TCP port that one can dial."""
     return type(value) is int and 0 < value <= 65535
 
 
 @functools.lru_cache(maxsize=MAX_PEERS)
 def is_username(name: str) -> bool:
-    """Whether a name may be used, in just this spelling."""
+    """Whether a name is allowed, and is in NFC already."""
     try:
         return check_username(name) == name
     except ValueError:
@@ -658,12 +667,12 @@ def is_peer_ip(ip: str) -> bool:
 
 
 def is_loopback(ip: str) -> bool:
-    """Whether an address never leaves its machine."""
+    """Whether packets to an IPv4 address stay on this machine."""
     return ip.startswith("127.")
 
 
 def split_id(peer_id: str) -> Optional[Tuple[str, str, int]]:
-    """(username, ip, port) of a peer id; None if it is not one."""
+    """Return (username, ip, port) of a peer id; None if the text is not a peer id."""
     username, at, address = peer_id.rpartition("@")
     ip, colon, port = address.rpartition(":")
     if not (at and colon and port.isascii() and port.isdigit() and len(port) <= 5):
@@ -673,7 +682,7 @@ def split_id(peer_id: str) -> Optional[Tuple[str, str, int]]:
 
 
 def check_peer(peer: Any) -> bool:
-    """Check a peer on the wire: its id must be made of its own parts. Raises BadMessage, or returns True."""
+    """Check a peer's record; its id must match its name and address. Returns True or raises BadMessage."""
     _check_fields("a peer", peer, _PEER)
     if peer["id"] != f"{peer['username']}@{peer['ip']}:{peer['port']}":
         raise BadMessage("the id of a peer must be username@ip:port")
@@ -681,22 +690,22 @@ def check_peer(peer: Any) -> bool:
 
 
 def _is_text(most: int, check: Callable[[str], Any] = lambda text: True) -> Callable[[Any], bool]:
-    """The check of a text of at most so many characters, which passes `check`; that may be cached."""
+    """Return a check: a text of at most `most` characters that passes `check`, whose cache sees no longer one."""
     return lambda value: type(value) is str and len(value) <= most and bool(check(value))
 
 
 def _is_list(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """The check of a list, each item of which passes `check`."""
+    """Return a check: a list of at most MAX_PEERS items that each pass `check`."""
     return lambda value: type(value) is list and len(value) <= MAX_PEERS and all(map(check, value))
 
 
 def _is_object(fields: Fields) -> Callable[[Any], bool]:
-    """The check of an object with such fields; it raises BadMessage for a wrong one."""
+    """Return a check: an object with these fields. The check raises BadMessage, which names the wrong field."""
     return lambda value: _check_fields("an item", value, fields)
 
 
 def _check_fields(what: str, content: Any, fields: Fields) -> bool:
-    """Check the fields of an object. Raises BadMessage, which names the first that is wrong, or returns True."""
+    """Check the fields of an object. Returns True, or raises BadMessage, which names the first wrong field."""
     if type(content) is not dict:
         raise BadMessage(f"{what} must be an object with {', '.join(fields)}")
     for name, (check, words) in fields.items():
@@ -710,7 +719,7 @@ def _check_fields(what: str, content: Any, fields: Fields) -> bool:
 
 
 def _check_chat(message: Message, text: Any) -> None:
-    """Chat is what comes most: checked by hand."""
+    """Check a chat message, the most frequent type, without the table of fields."""
     if type(text) is not str:
         raise BadMessage("the content of MSG_CHAT must be a text")
     if len(text) > MAX_TEXT // 4 and len(text.encode("utf-8", "surrogatepass")) > MAX_TEXT:
@@ -764,26 +773,26 @@ _CHECKS: Dict[str, Callable[[Message, Any], None]] = {**dict.fromkeys(_CONTENTS,
 # ======================================================================================================
 # Membership
 #
-# Who is there. A *record* is what is said of a peer on the wire; a *Peer* is what we hold of it; a
-# *tombstone* is a Peer that is gone. The rules are SWIM's (Das, Gupta, Motivala 2002) as HashiCorp's
-# memberlist runs them, with one change: hearsay adds peers, but it removes none. An accusation (suspect,
-# dead, left) by somebody else only makes us ask the accused, who may live to deny it. So one liar, or one
-# bad cable, empties nobody's list. Pure: time and randomness come in as arguments, changes go out as lists.
+# Which peers are present. A *record* describes a peer on the wire; a *Peer* is what we know of it; a
+# *tombstone* is a Peer that is gone. The rules are those of SWIM (Das, Gupta, Motivala 2002) as HashiCorp's
+# memberlist applies them, with one change: hearsay, which is what one peer says of another, adds peers but
+# removes none. When a peer accuses another (suspect, dead, left), we probe the accused, which can refute it.
+# So a liar or a bad cable empties nobody's list. Pure: time and randomness are arguments, changes are results.
 # ======================================================================================================
 
-JOINED, GONE, RENAMED = "joined", "left", "renamed"  # kinds of Change: the events that they become
+JOINED, GONE, RENAMED = "joined", "left", "renamed"  # kinds of Change, named like the events that report them
 
-# What became of a record that was heard.
-NEW = "new"  # it changed the list, and is worth passing on
+# Verdicts on a record.
+NEW = "new"  # it changed the list and is worth passing on
 KNOWN = "known"  # nothing new
-STALE = "stale"  # we know better: the one who said it should be told
-ACCUSED = "accused"  # it says that a peer is gone whom we hold to be there: ask it
-CONFLICT = "conflict"  # another instance at an id that is taken: look which one answers there
-IMPLAUSIBLE = "implausible"  # not believed, not answered
+STALE = "stale"  # we know something newer, which its sender should be told
+ACCUSED = "accused"  # it says that a peer is suspect or gone which we think is present: probe that peer
+CONFLICT = "conflict"  # two instances claim one id, or a peer is said to have moved: dial to see which answers
+IMPLAUSIBLE = "implausible"  # not believed and not answered
 
 
 class Peer:
-    """A peer as we know it. Times are seconds on the loop's clock."""
+    """What we know of a peer. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added_at", "heard_at",
                  "confirmed_at", "unconfirmed_since", "removed_at", "refused", "quiet", "rtt", "via", "asked_at",
@@ -791,28 +800,28 @@ class Peer:
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
-        self.incarnation = incarnation  # raised by its owner only
+        self.incarnation = incarnation  # the version of its record; only its owner raises it
         self.status = ALIVE
         self.added_at = 0.0  # when we learned of it
-        self.heard_at = 0.0  # when it last spoke to us itself; 0 for never
-        self.confirmed_at = 0.0  # when somebody last said to have heard it
-        self.unconfirmed_since: Optional[float] = None  # since when nobody could vouch for it: our network was gone
-        self.removed_at = 0.0  # when it went: for tombstones
-        self.refused = False  # its address refused us after it went: its program has ended
-        self.quiet = False
-        self.rtt: Optional[float] = None
+        self.heard_at = 0.0  # when it last sent us anything itself; 0: never
+        self.confirmed_at = 0.0  # when another peer last said that it lives
+        self.unconfirmed_since: Optional[float] = None  # nobody has confirmed it since then: our network was down
+        self.removed_at = 0.0  # when it became a tombstone
+        self.refused = False  # its address refused a dial after it was removed: its program has ended
+        self.quiet = False  # shown as quiet: nobody has heard it for a while
+        self.rtt: Optional[float] = None  # round trip time of the last probe, seconds
         self.via: Optional[Address] = None  # another address of its machine, at which we reached it
-        self.asked_at = float("-inf")  # when it was asked where it is: somebody elsewhere says to be it
+        self.asked_at = float("-inf")  # when we probed it because another address claims its instance
         self.set_identity(username, ip, port)
 
     @classmethod
     def from_wire(cls, record: Dict[str, Any]) -> "Peer":
-        """The peer that a checked record describes."""
+        """Make a peer from a checked record."""
         return cls(record["username"], record["ip"], record["port"],
                    record.get("instance", ""), record.get("incarnation", 0))
 
     def set_identity(self, username: str, ip: str, port: int) -> None:
-        """Give it a name and an address."""
+        """Set name and address, and with them the id."""
         self.username, self.ip, self.port = username, ip, port
         self.id = f"{username}@{ip}:{port}"
         self._encoded: Optional[Tuple[int, str]] = None
@@ -820,34 +829,34 @@ class Peer:
 
     @property
     def key(self) -> str:
-        """What it is remembered by: its instance, or for want of one its id."""
+        """What identifies it across changes of name and address: its instance, or its id if it has none."""
         return self.instance or self.id
 
     @property
     def address(self) -> Address:
-        """Where its id says that it listens."""
+        """The address in its id, where it listens."""
         return self.ip, self.port
 
     @property
     def route(self) -> Address:
-        """Where to dial it."""
+        """The address to dial: the one at which we reached it, or the one in its id."""
         return self.via or self.address
 
     @property
     def public(self) -> Dict[str, Any]:
-        """What the interfaces are told of it."""
+        """The part of its record that events contain."""
         return {"id": self.id, "ip": self.ip, "port": self.port, "username": self.username}
 
     @property
     def weight(self) -> int:
-        """Its share in the digest of a list."""
+        """The 64 bits that it adds to the digest of a list; they change with its incarnation."""
         if self._weight[0] != self.incarnation:
             self._weight = (self.incarnation, hash64(f"{self.id} {self.instance} {self.incarnation}"))
         return self._weight[1]
 
     @property
     def encoded(self) -> str:
-        """Its record as JSON, alive and verified: what long lists are made of."""
+        """Its record as JSON, as alive and confirmed. It is cached, because long lists consist of these."""
         if self._encoded is None or self._encoded[0] != self.incarnation:
             record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
             self._encoded = (self.incarnation, _ENCODER.encode(record))
@@ -855,7 +864,7 @@ class Peer:
 
     @property
     def ring(self) -> Tuple[int, str]:
-        """Its place on the ring that decides who probes whom: the same for everybody."""
+        """Its position on the ring that decides who probes whom. Every peer computes the same one."""
         return hash64(self.id), self.id
 
     @property
@@ -864,11 +873,11 @@ class Peer:
         return self.status in (DEAD, LEFT)
 
     def last_sign_at(self) -> float:
-        """When there was last a sign of life, from itself or through others."""
+        """When there was last a sign of life, from the peer itself or through others."""
         return max(self.added_at, self.heard_at, self.confirmed_at)
 
     def wire(self, now: float, status: Optional[str] = None) -> Dict[str, Any]:
-        """The record to send. Ages travel, never times of day: clocks differ."""
+        """Return its record. Ages are sent, never times of day, because clocks differ."""
         record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
         status = status or self.status
         if status != ALIVE:
@@ -880,7 +889,7 @@ class Peer:
 
 
 class Change(NamedTuple):
-    """What happened to the list: `old` is how a renamed peer was known, `reason` why one left."""
+    """A change of the list. `reason` says why a peer left; `old` is what `public` of a renamed peer was."""
 
     kind: str
     peer: Peer
@@ -888,46 +897,47 @@ class Change(NamedTuple):
     old: Optional[Dict[str, Any]] = None
 
 
-Merged = Tuple[str, Peer, List[Change]]
+Merged = Tuple[str, Peer, List[Change]]  # the verdict on a record, the peer as we know it, changes of the list
 
 
 class PeerList:
-    """Everybody else who is there, and tombstones of those who were. Never holds oneself."""
+    """All other peers that are present, and the tombstones of those that were. It never holds `me`."""
 
     def __init__(self, me: Peer) -> None:
         self.me = me
         self._present: Dict[str, Peer] = {}  # by id
-        self._by_key: Dict[str, Peer] = {}  # tombstones as well
-        self._count_at: Dict[str, int] = {}  # how many of those present are at each address
-        self._sorted: Optional[List[Peer]] = None
-        self._ring: Optional[List[Peer]] = None  # those present, from the one behind us on
-        self._names: Optional[Dict[str, List[Peer]]] = None
+        self._by_key: Dict[str, Peer] = {}  # present peers and tombstones
+        self._count_at: Dict[str, int] = {}  # IP address -> number of present peers there
+        # Caches, made when they are needed.
+        self._sorted: Optional[List[Peer]] = None  # present peers by name
+        self._ring: Optional[List[Peer]] = None  # present peers by ring position, from our own position on
+        self._names: Optional[Dict[str, List[Peer]]] = None  # case-folded name -> peers, `me` included
 
     def __len__(self) -> int:
         return len(self._present)
 
     def present(self) -> List[Peer]:
-        """Those who are there, by name; a list that may be kept but not changed."""
+        """Return the present peers, sorted by name. The list may be kept but not changed."""
         if self._sorted is None:
             self._sorted = sorted(self._present.values(), key=lambda peer: (peer.username.casefold(), peer.id))
         return self._sorted
 
     def tombstones(self) -> List[Peer]:
-        """Those who are gone, the first to go first."""
+        """Return the tombstones, the oldest first."""
         return [peer for peer in self._by_key.values() if peer.gone]
 
     def get(self, peer_id: str) -> Optional[Peer]:
-        """The one present with this id."""
+        """Return the present peer with this id."""
         return self._present.get(peer_id)
 
     def by_key(self, key: str) -> Optional[Peer]:
-        """The one with this instance, present or gone."""
+        """Return the peer with this key, present or gone."""
         return self._by_key.get(key)
 
-    # -- what is said of peers -------------------------------------------------------------------------
+    # -- merging records -------------------------------------------------------------------------------
 
     def merge_claim(self, record: Dict[str, Any], now: float) -> Merged:
-        """Take in what somebody says of a third: (verdict, the peer as we know it, changes)."""
+        """Merge a record that one peer sent about another: hearsay."""
         peer = Peer.from_wire(record)
         status, age = record.get("status", ALIVE), record.get("age", 0)
         known = self._by_key.get(peer.key)
@@ -944,19 +954,19 @@ class PeerList:
         if peer.incarnation == known.incarnation:
             return KNOWN, known, []
         if peer.address != known.address:
-            return CONFLICT, known, []  # nobody is moved by hearsay: that would divert its messages
+            return CONFLICT, known, []  # hearsay moves no peer to another address: that would divert its messages
         known.confirmed_at = now
         return self._update(known, peer)
 
     def merge_own_claim(self, record: Dict[str, Any], now: float) -> Merged:
-        """Take in what a peer says of itself over its own connection, which is believed."""
+        """Merge a record that a peer sent about itself over its own connection. It is believed."""
         peer = Peer.from_wire(record)
         known = self._by_key.get(peer.key)
         changes = self._displace(peer, now)
         if known is not None and not known.gone:
             known.heard_at = now
             if known.incarnation > peer.incarnation + MAX_RAISE:
-                known.incarnation = peer.incarnation - 1  # others have lied: it can't be that far ahead of itself
+                known.incarnation = peer.incarnation - 1  # somebody lied: no peer is that far ahead of its own word
             if known.incarnation > peer.incarnation:
                 return STALE, known, changes
             verdict, known, more = self._update(known, peer)
@@ -966,47 +976,47 @@ class PeerList:
             known = peer
             changes += self._add(peer, now)
         elif peer.incarnation <= known.incarnation <= peer.incarnation + MAX_RAISE:
-            return STALE, known, changes  # it must raise its incarnation, or others will not believe us
+            return STALE, known, changes  # it must raise its incarnation first, or others keep their tombstones
         else:
             changes += self._revive(known, peer, now)
         known.heard_at = now
         return (NEW if changes else KNOWN), known, changes
 
     def remove(self, peer: Peer, status: str, reason: str, now: float) -> List[Change]:
-        """Bury a peer: it stays as a tombstone. Returns nothing when it was gone already."""
+        """Turn a peer into a tombstone. Returns no change if it was gone already."""
         if peer.gone or self._present.get(peer.id) is not peer:
             return []
         self._take_out(peer)
         peer.status, peer.removed_at, peer.quiet = status, now, False
         self._by_key.pop(peer.key, None)
-        self._by_key[peer.key] = peer  # at the end: tombstones are in the order of their going
+        self._by_key[peer.key] = peer  # moved to the end, so that tombstones are sorted by age
         self._bound_tombstones(now)
         return [Change(GONE, peer, reason)]
 
     # -- choosing --------------------------------------------------------------------------------------
 
     def digest(self) -> str:
-        """A short text that two lists share if they hold the same peers, oneself included."""
+        """Return 16 hexadecimal digits that are equal for two lists with the same peers, `me` included."""
         total = self.me.weight
         for peer in self.shared():
             total ^= peer.weight
         return f"{total:016x}"
 
     def shared(self) -> List[Peer]:
-        """Those of whom we tell others: not whom nobody could vouch for lately, nor whom only this machine reaches."""
+        """Return the peers that we tell others about: only confirmed ones, and none that only this machine reaches."""
         local = is_loopback(self.me.ip)
         return [peer for peer in self._present.values()
                 if peer.unconfirmed_since is None and (local or not is_loopback(peer.ip))]
 
     def sample(self, rng: random.Random, count: int, among: Iterable[Peer]) -> List[Peer]:
-        """Up to `count` peers at random."""
-        pool = sorted(among, key=lambda peer: peer.id)  # an order that is the same in every run
+        """Return up to `count` of the peers `among`, at random."""
+        pool = sorted(among, key=lambda peer: peer.id)  # the same order in every run, so that a seed repeats a run
         return rng.sample(pool, min(count, len(pool)))
 
     def neighbours(self, count: int) -> Tuple[List[Peer], List[Peer]]:
-        """The `count` peers behind us on the ring, whom we probe, and those before us, who probe us.
+        """Return the `count` peers behind us on the ring, which we probe, and those before us, which probe us.
 
-        So each is probed by `count` others, whatever the number of peers: the cost for one is constant."""
+        So every peer is probed by `count` others, and the cost for each does not grow with their number."""
         if self._ring is None:
             self._ring = sorted(self._present.values(), key=lambda peer: peer.ring)
             position = sum(peer.ring < self.me.ring for peer in self._ring)
@@ -1016,7 +1026,7 @@ class PeerList:
     # -- names -----------------------------------------------------------------------------------------
 
     def label(self, peer: Peer) -> str:
-        """The shortest text that tells a peer from all others: its name, name@ip, or its id."""
+        """Return the shortest text that names only this peer: its name, name@ip, or its id."""
         others = [other for other in self._namesakes(peer.username) if other.key != peer.key]
         if not others:
             return peer.username
@@ -1025,7 +1035,7 @@ class PeerList:
         return peer.id
 
     def find(self, text: str) -> List[Peer]:
-        """Those present whom a typed text names: exactly as written if anybody is, or in any case."""
+        """Return the present peers that a typed text names. Exact matches go before those in another case."""
         text = unicodedata.normalize("NFC", text.strip())
         text = text[1:] if text.startswith("@") else text
         name = text.partition("@")[0]
@@ -1045,7 +1055,7 @@ class PeerList:
 
     def _merge_unknown(self, peer: Peer, status: str, age: int, now: float) -> Merged:
         if age > TOMBSTONE_TIME:
-            return IMPLAUSIBLE, peer, []  # nobody has heard of it for longer than we remember the dead
+            return IMPLAUSIBLE, peer, []  # its tombstone may be forgotten by now
         if status in (DEAD, LEFT):
             if len(self._by_key) < 2 * MAX_PEERS and peer.instance:
                 peer.status, peer.removed_at = status, now - age
@@ -1079,7 +1089,7 @@ class PeerList:
         return [Change(JOINED, peer)]
 
     def _may_add(self, peer: Peer) -> bool:
-        """Whether there is room for a peer, and it is not oneself."""
+        """Whether there is room for a peer, and it is not `me`."""
         if len(self._present) >= MAX_PEERS or peer.key == self.me.key or peer.id == self.me.id:
             return False
         if len(self._present) < MAX_PER_ADDRESS or peer.ip == self.me.ip:
@@ -1107,7 +1117,7 @@ class PeerList:
         return self._add(known, now)
 
     def _update(self, known: Peer, peer: Peer) -> Merged:
-        """A newer word on a peer that is there; it may have another name or address by now."""
+        """Take over a newer record of a present peer, perhaps with another name or address."""
         if peer.incarnation <= known.incarnation:
             return KNOWN, known, []
         if peer.id == known.id:
@@ -1123,21 +1133,21 @@ class PeerList:
         return NEW, known, [Change(RENAMED, known, old=old)]
 
     def _displace(self, peer: Peer, now: float) -> List[Change]:
-        """Another instance answers at this id: the one that we knew there is no more."""
+        """Remove the peer that holds this id if it is another instance: its program was restarted."""
         holder = self._present.get(peer.id)
         if holder is None or holder.key == peer.key:
             return []
         return self.remove(holder, DEAD, "restarted", now)
 
     def _make_room(self, now: float) -> List[Change]:
-        """Who is here in person takes the place of one that was only heard of, if the list is full."""
+        """If the list is full, remove a peer that is known only by hearsay, for one that is linked to us."""
         if len(self._present) < MAX_PEERS:
             return []
         unheard = next((peer for peer in self._present.values() if not peer.heard_at), None)
         return self.remove(unheard, DEAD, "never heard", now) if unheard is not None else []
 
     def _bound_tombstones(self, now: float) -> None:
-        """Forget the oldest: after their time, or when there are too many."""
+        """Forget the tombstones that are too old, and the oldest ones if there are too many."""
         tombs = self.tombstones()
         excess = len(tombs) - MAX_PEERS
         for peer in tombs:
@@ -1146,35 +1156,35 @@ class PeerList:
                 excess -= 1
 
     def clear_caches(self) -> None:
-        """Somebody came or went, or has another name, oneself included."""
+        """Call this after any peer, or `me`, has come, gone or changed its name."""
         self._sorted = self._ring = None
         self._names = None
 
 
 class News:
-    """What is being passed on: a record each, for as many sendings as memberlist's retransmit rule asks.
+    """Records that are being passed on, each a limited number of times: memberlist's retransmit rule.
 
-    Sendings = NEWS_ROUNDS * digits of the number of peers: enough to reach nearly all; gossip finds the rest."""
+    That is NEWS_ROUNDS times the digits of the number of peers. It reaches nearly all; gossip reaches the rest."""
 
     def __init__(self) -> None:
-        self._left: Dict[str, List[Any]] = {}  # key -> [peer, status, sendings left]
+        self._left: Dict[str, List[Any]] = {}  # key -> [peer, status, how many more times to send it]
 
     def __bool__(self) -> bool:
         return bool(self._left)
 
     def add(self, peer: Peer, status: str, size: int) -> None:
-        """Pass this on, in place of what was being said of the same peer."""
+        """Pass a peer's status on to `size` peers; it replaces earlier news of the same peer."""
         self._left.pop(peer.key, None)
         if len(self._left) < MAX_PEERS:
             self._left[peer.key] = [peer, status, NEWS_ROUNDS * len(str(size + 1))]
 
     def drop(self, peer: Peer, status: str) -> None:
-        """It is no longer true."""
+        """Stop passing this status on: it is no longer true."""
         if self._left.get(peer.key, (None, ""))[1] == status:
             del self._left[peer.key]
 
     def take(self, sendings: int, now: float) -> List[Dict[str, Any]]:
-        """The records to send to `sendings` peers now, the least told first."""
+        """Return the records to send to `sendings` peers now, those sent least often first."""
         items = sorted(self._left.items(), key=lambda item: -item[1][2])[:NEWS_BATCH]
         for key, item in items:
             item[2] -= sendings
@@ -1184,28 +1194,28 @@ class News:
 
 
 def hash64(text: str) -> int:
-    """64 bits of a good hash, the same on every machine."""
+    """Return 64 bits of BLAKE2b, the same on every machine (hash() differs in every process)."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
 # ======================================================================================================
 # Loop
 #
-# One thread, one loop, no call that blocks. A turn waits for the next deadline or the next readiness,
-# handles what is ready, then the timers that are due, then sends what was queued: one send a connection
-# and turn. Everything that touches time, randomness or the network goes through a Loop, so a test can
-# hand out a simulated one. This section knows nothing of chat. An exception in a handler costs the
-# connection that it belongs to, never the loop.
+# One thread, one loop, no call that blocks. A turn waits until a socket is ready or a timer is due. Then it
+# handles the ready sockets, then the due timers, and at last sends what each connection has queued, in one
+# send. Everything that uses time, randomness or the network goes through a Loop, so a test can pass in a
+# simulated one. This section knows nothing of chat. An exception in a handler ends the connection that it
+# belongs to, never the loop.
 # ======================================================================================================
 
 CONNECTING, OPEN, DRAINING, CLOSED = "connecting", "open", "draining", "closed"
 
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-REFUSED = "refused"  # what `closed` is told when nobody listens at the address; other reasons are only words
+REFUSED = "refused"  # the reason given to on_close when nothing listens at the address; others are for people only
 
 
 class Timer:
-    """A call that is to come; Timer() is one that is over. A deadline is never changed: cancel it, make another."""
+    """A call at a later time. Timer() is one that is over. To change a deadline, cancel it and make another."""
 
     __slots__ = ("when", "_callback", "_args")
 
@@ -1216,13 +1226,13 @@ class Timer:
         self._args = args
 
     def cancel(self) -> None:
-        """Make sure that it does not fire; harmless when it has."""
+        """Prevent the call; without effect if it was made already."""
         self._callback = None
         self._args = ()
 
     @property
     def active(self) -> bool:
-        """Whether it is still to come."""
+        """Whether the call is still to come."""
         return self._callback is not None
 
     def fire(self) -> None:
@@ -1263,28 +1273,28 @@ class RateLimit:
 
 
 class Handler:
-    """What a connection tells its owner. `closed` comes exactly once, and nothing comes after it."""
+    """The owner of a connection, which calls these methods. `on_close` comes exactly once, and last."""
 
     __slots__ = ()
 
     def on_open(self) -> None:
-        """A connection that was dialled is open."""
+        """The connection that we dialled is open."""
 
     def on_messages(self, messages: List[Message]) -> None:
-        """Messages came, in order: as many as one read completed."""
+        """Messages arrived, in order: all that one read has completed."""
 
     def on_bad_input(self, reason: str) -> None:
-        """What came is not a message; nothing further will be read."""
+        """The far end sent something that is not a message. Nothing more is read, and the connection closes."""
 
     def on_close(self, reason: str) -> None:
-        """The connection is gone; REFUSED when nobody listened."""
+        """The connection is closed. The reason is REFUSED if nothing listens at the address that we dialled."""
 
 
 class Connection:
-    """A TCP connection that carries messages: a buffer each way, bounds and time limits.
+    """A connection that carries messages. It has a buffer in each direction, bounds and time limits.
 
-    States: connecting -> open -> draining -> closed. `close` sends what is queued first, `abort` drops
-    it; both may be called in any state, and from within the handler."""
+    States: connecting -> open -> draining -> closed. `close` first sends what is queued, `abort` drops it.
+    Both may be called in any state, and from within the handler."""
 
     def __init__(self, loop: "Loop", remote: Address, state: str) -> None:
         self.loop = loop
@@ -1297,29 +1307,29 @@ class Connection:
         self._line_timer = Timer()
         self._output: Deque[bytes] = collections.deque()
         self.queued = 0  # bytes in _output
-        self._flush_pending = False  # whether the loop will flush it at the end of this turn
+        self._flush_pending = False  # the loop will flush it at the end of this turn
         self._reason = ""  # why it is draining
         self._deadline = Timer()  # of the dial, of stalled output, or of draining
 
     def flush(self) -> None:
-        """Send what is queued, as much as the system takes; for each kind of connection to say how."""
+        """Send as much of the queue as the system takes. Each kind of connection overrides this."""
 
     def close_transport(self) -> None:
-        """Give back what lies below; for each kind of connection to say how."""
+        """Close what carries the bytes, a socket for example. Each kind of connection overrides this."""
 
     def send(self, data: bytes) -> None:
-        """Queue bytes; they go out at the end of this turn. Does nothing once it is closing."""
+        """Queue bytes, which are sent at the end of this turn. Does nothing once the connection is closing."""
         if self.state not in (OPEN, CONNECTING):
             return
         self._output.append(data)
         self.queued += len(data)
         if self.queued > MAX_OUTPUT:
             self.abort("it does not read what it is sent")
-        elif not self._flush_pending and self.state == OPEN:  # asked here, too: a burst need not make the call
+        elif not self._flush_pending and self.state == OPEN:  # tested here to spare a burst the calls
             self._flush_later()
 
     def close(self, reason: str) -> None:
-        """Send what is queued, end the stream, wait a little for the other side, close."""
+        """Send what is queued, end the stream, wait up to DRAIN_TIMEOUT for the far end to do the same, close."""
         if self.state == CONNECTING:
             self.abort(reason)
         elif self.state == OPEN:
@@ -1329,7 +1339,7 @@ class Connection:
             self._flush_later()
 
     def abort(self, reason: str) -> None:
-        """Close at once; the handler hears of it in the next turn."""
+        """Close at once. The handler's on_close is called in the next turn."""
         if self.state == CLOSED:
             return
         self.state = CLOSED
@@ -1341,12 +1351,12 @@ class Connection:
         self.loop.call_later(0, self.handler.on_close, self._reason or reason)
 
     def set_deadline(self, timeout: float, reason: str) -> None:
-        """Abort in so many seconds, and not when it was to be before."""
+        """Abort in `timeout` seconds; this replaces an earlier deadline."""
         self._deadline.cancel()
         self._deadline = self.loop.call_later(timeout, self.abort, reason)
 
     def feed(self, data: bytes) -> None:
-        """Take bytes from the network and hand on the messages in them."""
+        """Take bytes from the network, and pass the messages in them to the handler."""
         if self.state != OPEN:
             return
         reader = self._reader
@@ -1357,13 +1367,13 @@ class Connection:
         if reader.error is not None:
             self._bad_input(reader.error)
         if reader.partial and self.state == OPEN:
-            if not held or len(reader.partial) < held + len(data):  # another message has begun
+            if not held or len(reader.partial) < held + len(data):  # a new message has begun
                 self._line_started = self.loop.now()
             if not self._line_timer.active:
                 self._line_timer = self.loop.call_later(LINE_TIMEOUT, self._check_line)
 
     def end_of_stream(self) -> None:
-        """The other side will send no more, which ends its last message; ours still goes out."""
+        """The far end sends no more, which also ends its last message. What we have queued is still sent."""
         self.feed(b"\n")
         self.close("closed by the other side")
 
@@ -1373,11 +1383,11 @@ class Connection:
             self.loop.flush_later(self)
 
     def _check_line(self) -> None:
-        """A message that was begun must be ended: one byte a second is no way to hold a place."""
+        """Give up on a message that takes too long: nobody may hold a connection with one byte a second."""
         if self.state != OPEN or not self._reader.partial:
             return
-        patience = LINE_TIMEOUT * (1 + len(self._reader.partial) // 65536)  # a long list on a slow network takes longer
-        left = self._line_started + patience - self.loop.now()
+        timeout = LINE_TIMEOUT * (1 + len(self._reader.partial) // 65536)  # a long list on a slow network takes longer
+        left = self._line_started + timeout - self.loop.now()
         if left > 0:
             self._line_timer = self.loop.call_later(left, self._check_line)
         else:
@@ -1390,7 +1400,7 @@ class Connection:
 
 
 class SocketConnection(Connection):
-    """A Connection over a real socket."""
+    """A connection over a TCP socket."""
 
     def __init__(self, loop: "Loop", sock: socket.socket, remote: Address, state: str) -> None:
         super().__init__(loop, remote, state)
@@ -1400,7 +1410,7 @@ class SocketConnection(Connection):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError:
-            pass  # the other side is gone already: reading will tell
+            pass  # the far end is gone already; reading will report it
         if state == OPEN:
             self._learn_local()
         self._set_interest(selectors.EVENT_WRITE if state == CONNECTING else selectors.EVENT_READ)
@@ -1419,7 +1429,7 @@ class SocketConnection(Connection):
                 self.set_deadline(STALL_TIMEOUT, "it does not read what it is sent")
         elif self.state == DRAINING:
             try:
-                self._socket.shutdown(socket.SHUT_WR)  # then read on: a close with input unread is a reset
+                self._socket.shutdown(socket.SHUT_WR)  # then read on: to close with unread input would be a reset
             except OSError as error:
                 self.abort(error_text(error))
         else:
@@ -1428,7 +1438,7 @@ class SocketConnection(Connection):
             self._set_interest(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._output else 0))
 
     def _on_ready(self, events: int) -> None:
-        """The selector says that something can be done."""
+        """The socket can be read or written."""
         if self.state == CONNECTING:
             self._on_connected()
             return
@@ -1464,10 +1474,10 @@ class SocketConnection(Connection):
         elif self._output:
             self._set_interest(selectors.EVENT_WRITE)
         else:
-            self.abort(self._reason)  # the other side is done as well: all is said
+            self.abort(self._reason)  # both ends have sent everything
 
     def _send_some(self) -> bool:
-        """One send of many queued pieces; False when the system takes no more for now."""
+        """Send many queued pieces in one call. Returns False if the system takes no more for now."""
         data = self._output.popleft()
         if self._output and len(data) < SEND_SIZE:
             pieces, size = [data], len(data)
@@ -1495,25 +1505,25 @@ class SocketConnection(Connection):
             pass
 
     def _set_interest(self, interest: int) -> None:
-        """The one place that tells the selector what this connection waits for."""
+        """Tell the selector what this connection waits for. Nothing else does."""
         if interest != self._interest:
             self.loop.set_interest(self._socket, interest, self._on_ready, self)
             self._interest = interest
 
 
 class SocketListener:
-    """Accepts connections. `accept(connection)` returns the handler."""
+    """Accepts connections. `accept(connection)` returns the handler of each."""
 
     def __init__(self, loop: "Loop", host: str, port: int, accept: Callable[[Connection], Handler]) -> None:
-        """Raises OSError when the address can't be had."""
+        """Listen on an address. Raises OSError."""
         self._loop = loop
         self._accept = accept
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
-            if os.name == "posix":  # elsewhere the option lets two programs share a port
+            if os.name == "posix":  # on Windows this option would let two programs share a port
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port))
-            self._socket.listen(4096)  # the system caps it; a small one makes a burst wait for SYN retries
+            self._socket.listen(4096)  # the system limits it; in a short backlog a burst waits for SYN retries
             self._socket.setblocking(False)
         except (OSError, OverflowError):
             self._socket.close()
@@ -1522,7 +1532,7 @@ class SocketListener:
         self._watch()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; accepted connections stay."""
         self._loop.set_interest(self._socket, 0)
         self._socket.close()
 
@@ -1541,25 +1551,25 @@ class SocketListener:
             connection.handler = self._accept(connection)
 
     def _pause(self, error: OSError) -> None:
-        """No descriptors: those who are here go on, newcomers wait in the backlog; spinning helps nobody."""
+        """Without free descriptors accepting rests: newcomers wait in the backlog, and the loop does not spin."""
         limited_log("descriptors", logging.WARNING, "[P2P] accepting pauses: %s", error_text(error))
         self._loop.set_interest(self._socket, 0)
         self._loop.call_later(ACCEPT_PAUSE, self._watch)
 
     def _watch(self) -> None:
-        if self._socket.fileno() >= 0:  # else it was closed while it paused
+        if self._socket.fileno() >= 0:  # it may have been closed during the pause
             self._loop.set_interest(self._socket, selectors.EVENT_READ, self._on_ready)
 
 
 class Unidentified:
-    """Connections that have not yet said who they are: bounded for each address, the oldest goes first."""
+    """Connections without a hello or registration so far. For each address there is a bound."""
 
     def __init__(self, most: int = MAX_UNIDENTIFIED) -> None:
         self._most = most
         self._by_ip: Dict[str, Dict[Connection, None]] = {}
 
     def add(self, connection: Connection) -> None:
-        """One more; too many from its address cost the oldest of them its connection."""
+        """Add a connection. If there are too many from its address, the oldest of them is aborted."""
         ip = connection.remote[0]
         waiting = self._by_ip.setdefault(ip, {})
         waiting[connection] = None
@@ -1570,7 +1580,7 @@ class Unidentified:
             oldest.abort("too many silent connections")
 
     def discard(self, connection: Connection) -> None:
-        """It has said who it is, or is gone."""
+        """Remove a connection that has identified itself or is closed."""
         ip = connection.remote[0]
         waiting = self._by_ip.get(ip, {})
         waiting.pop(connection, None)
@@ -1579,37 +1589,37 @@ class Unidentified:
 
 
 class Lan:
-    """Beacons: datagrams to everybody on the local network, and straight answers to them.
+    """Sends and receives beacons: datagrams to all machines on the local network, and direct answers to them.
 
-    One socket on the port that all share hears what is sent to the group or broadcast. One socket for
-    each local address sends, so that a datagram leaves by every interface, and hears straight answers.
-    While another program keeps the port for itself, these alone must do."""
+    One socket is bound to the shared port and receives multicasts and broadcasts. For each local address
+    there is one more socket. It sends, so that a datagram leaves through every interface, and it receives
+    the direct answers. While another program keeps the port for itself, only these work."""
 
     def __init__(self, loop: "Loop", host: str, port: int,
                  on_datagram: Callable[[bytes, Address], Optional[bytes]]) -> None:
-        """`on_datagram(data, sender)` returns the answer, if any."""
+        """Open the sockets. `on_datagram(data, sender)` returns the answer to send, or None."""
         self._loop = loop
         self._host = host
         self._port = port
         self._on_datagram = on_datagram
         self._senders: Dict[str, socket.socket] = {}
         self._shared: Optional[socket.socket] = None
-        self.problem = ""  # in words, why shouts of others can't be heard
+        self.problem = ""  # in words, why beacons can't be received
         self.refresh()
 
     def refresh(self) -> None:
-        """Follow the machine's addresses: cables are plugged, leases change. Try again for the port, if need be."""
+        """Adapt to changed local addresses (cables, leases), and try again for the shared port if it was taken."""
         current = set(self._addresses())
         if self._shared is None and self._open_shared():
             for ip in list(self._senders):
-                self._drop_sender(ip)  # to join the group
+                self._drop_sender(ip)  # to add it again below, which joins the group on the new shared socket
         for ip in sorted(set(self._senders) - current):
             self._drop_sender(ip)
         for ip in sorted(current - set(self._senders)):
             self._add_sender(ip)
 
     def broadcast(self, data: bytes) -> None:
-        """Send a datagram to everybody, out of every local address."""
+        """Send a datagram to the group and as a broadcast, from every local address."""
         for ip, sock in sorted(self._senders.items()):
             targets = [LAN_GROUP] if is_loopback(ip) else [LAN_GROUP, "255.255.255.255"]
             for target in targets:
@@ -1619,15 +1629,15 @@ class Lan:
                     log.debug("[P2P] no beacon from %s to %s: %s", ip, target, error_text(error))
 
     def close(self) -> None:
-        """Stop sending and hearing."""
+        """Close all sockets."""
         for ip in list(self._senders):
             self._drop_sender(ip)
         if self._shared is not None:
             self._close(self._shared)
 
     def _open_shared(self) -> bool:
-        """Open the socket on the port; False if that can't be had now."""
-        # Bound to the group, a socket hears nothing else: nothing that came from outside the loopback.
+        """Open the socket on the shared port. Returns False if another program keeps the port for itself."""
+        # With --host 127.0.0.1: a socket bound to the group receives nothing that comes from outside this machine.
         ip = LAN_GROUP if is_loopback(self._host) and os.name == "posix" else ""
         try:
             self._shared, self.problem = self._open(ip, self._port), ""
@@ -1668,7 +1678,7 @@ class Lan:
         try:
             self._shared.setsockopt(socket.IPPROTO_IP, socket.IP_DROP_MEMBERSHIP, member)
         except OSError:
-            pass  # the interface went away and took the membership along
+            pass  # the interface is gone, and the membership with it
 
     def _open(self, ip: str, port: int) -> socket.socket:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -1676,7 +1686,7 @@ class Lan:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if sys.platform == "linux":
-                sock.setsockopt(socket.IPPROTO_IP, 49, 0)  # IP_MULTICAST_ALL: only what this socket joined
+                sock.setsockopt(socket.IPPROTO_IP, 49, 0)  # IP_MULTICAST_ALL off: only groups that this socket joined
             elif hasattr(socket, "SO_REUSEPORT"):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.bind((ip, port))
@@ -1702,7 +1712,7 @@ class Lan:
                 self._answer(sock, answer, sender[:2])
 
     def _answer(self, sock: socket.socket, data: bytes, to: Address) -> None:
-        """Straight back: from the socket that heard it, or from the address nearest to the asker."""
+        """Answer from the socket that received the question, or from the local address most similar to the asker's."""
         if sock is self._shared:
             asker = int(ipaddress.IPv4Address(to[0]))
             nearest = min(self._senders, key=lambda ip: int(ipaddress.IPv4Address(ip)) ^ asker, default=None)
@@ -1716,7 +1726,7 @@ class Lan:
 
 
 class Loop:
-    """The real loop: the system's clock, randomness and sockets."""
+    """The real loop, with the system's clock, randomness and sockets."""
 
     def __init__(self, rng: Optional[random.Random] = None) -> None:
         self.random = rng or random.Random()
@@ -1727,20 +1737,20 @@ class Loop:
         self._turn_ends: List[Callable[[], None]] = []
         self._stopped = False
         self._addresses = ["127.0.0.1"]
-        self._most = max(24, raise_descriptor_limit() - 32)  # files waited for: some are needed for other things
+        self._most = max(24, raise_descriptor_limit() - 32)  # descriptors to wait for; 32 are left for other files
         self._signals: Dict[int, Callable[[], None]] = {}
         self._wake: Optional[Tuple[socket.socket, socket.socket]] = None
 
     def now(self) -> float:
-        """Seconds on a clock that only goes forward."""
+        """Return the time on a clock that never goes back, in seconds."""
         return time.monotonic()
 
     def wall(self) -> float:
-        """Unix time, seconds: for people, for incarnations, and to notice that the machine slept."""
+        """Return Unix time in seconds: for people, for incarnations, and to notice that the machine slept."""
         return time.time()
 
     def call_later(self, delay: float, callback: Callable[..., None], *args: Any) -> Timer:
-        """Call back after `delay` seconds; with 0 in the next turn."""
+        """Call back after `delay` seconds; 0 means in the next turn."""
         timer = Timer(self.now() + delay, callback, args)
         heapq.heappush(self._timers, (timer.when, next(self._count), timer))
         return timer
@@ -1750,8 +1760,8 @@ class Loop:
         return SocketListener(self, host, port, accept)
 
     def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
-        """Dial an IPv4 address; `handler` hears `opened`, or `closed` with the reason within `timeout` s."""
-        connection = Connection(self, address, CONNECTING)  # which stays, if there is no descriptor for a real one
+        """Dial an IPv4 address. Within `timeout` seconds the handler's on_open or on_close is called."""
+        connection = Connection(self, address, CONNECTING)  # to report the failure if there is no descriptor
         connection.handler = handler
         try:
             self.check_descriptors()
@@ -1761,35 +1771,35 @@ class Loop:
             connection.set_deadline(timeout, f"no answer within {timeout:g} s")
             sock.connect(address)
         except BlockingIOError:
-            pass  # it is under way
-        except (OSError, OverflowError) as error:  # no descriptor, no way there, or not an address at all
+            pass  # dialling goes on in the background
+        except (OSError, OverflowError) as error:  # no descriptor, no route, or not an address
             connection.abort(error_text(error))
         return connection
 
     def lan(self, host: str, port: int, on_datagram: Callable[[bytes, Address], Optional[bytes]]) -> Lan:
-        """Open the beacon sockets."""
+        """Open the beacon sockets. `on_datagram(data, sender)` returns the answer to send, or None."""
         return Lan(self, host, port, on_datagram)
 
     def local_addresses(self) -> List[str]:
-        """The machine's own IPv4 addresses, the one towards the outside first, loopback last."""
+        """Return this machine's IPv4 addresses: first the one of the default route, loopback last."""
         try:
             self._addresses = find_local_addresses()
         except OSError:
-            pass  # no descriptor to ask with: what was true a moment ago will do
+            pass  # no free descriptor: the last known addresses have to do
         return self._addresses
 
     def watch(self, fileobj: Any, callback: Callable[[], None]) -> None:
-        """Call back whenever a file can be read; an exception there leaves `run`: it is the program's own.
+        """Call back whenever a file can be read. An exception in the callback ends `run`: it concerns no connection.
 
         Raises PermissionError or ValueError for a file that can't be waited for."""
         self._selector.register(fileobj, selectors.EVENT_READ, (lambda events: callback(), self))
 
     def unwatch(self, fileobj: Any) -> None:
-        """Stop watching."""
+        """Stop watching a file."""
         self._selector.unregister(fileobj)
 
     def on_signal(self, signum: int, callback: Callable[[], None]) -> None:
-        """Call back, from the loop, when a signal comes. Only from the main thread."""
+        """Call back, from the loop, when a signal arrives. To be called in the main thread only."""
         if self._wake is None:
             self._wake = socket.socketpair()
             for end in self._wake:
@@ -1800,17 +1810,17 @@ class Loop:
         signal.signal(signum, lambda *_: None)
 
     def run(self) -> None:
-        """Turn until stopped."""
+        """Run turns until `stop` is called."""
         self._stopped = False
         while not self._stopped:
             self.turn()
 
     def stop(self) -> None:
-        """Let `run` return after this turn."""
+        """Make `run` return after this turn."""
         self._stopped = True
 
     def close(self) -> None:
-        """Give back the selector and the signals' descriptors."""
+        """Close the loop's own descriptors."""
         if self._wake is not None:
             signal.set_wakeup_fd(-1)
             for end in self._wake:
@@ -1818,7 +1828,7 @@ class Loop:
         self._selector.close()
 
     def turn(self, longest: Optional[float] = None) -> None:
-        """Wait for something, at most `longest` seconds, and handle all that is ready and due."""
+        """Wait for a socket or a timer, at most `longest` seconds, then handle all that are ready or due."""
         for key, events in self._selector.select(self._wait_time(longest)):
             callback, owner = key.data
             if owner is self:
@@ -1829,26 +1839,26 @@ class Loop:
         due: List[Timer] = []
         while self._timers and self._timers[0][0] <= now:
             due.append(heapq.heappop(self._timers)[2])
-        for timer in due:  # what these schedule waits for the next turn
+        for timer in due:  # timers that these calls add wait for the next turn
             self._run(timer.fire, None)
         turn_ends, self._turn_ends = self._turn_ends, []
         for callback in turn_ends:
             self._run(callback, None)
         queued, self._unflushed = self._unflushed, []
-        for connection in queued:  # where it has closed meanwhile, nothing is queued
+        for connection in queued:  # one that has closed meanwhile has nothing queued
             self._run(connection.flush, connection)
 
     def at_turn_end(self, callback: Callable[[], None]) -> None:
-        """Call back once, when this turn has handled all that was ready and due, and before its output leaves."""
+        """Call back once, after this turn has handled everything, and before it sends what is queued."""
         self._turn_ends.append(callback)
 
     def flush_later(self, connection: Connection) -> None:
-        """Send what a connection has queued at the end of this turn."""
+        """Flush a connection at the end of this turn."""
         self._unflushed.append(connection)
 
     def set_interest(self, sock: Any, interest: int, ready: Optional[Callable[[int], None]] = None,
                      owner: Optional[Connection] = None) -> None:
-        """Change what the selector waits for on a socket; 0 is nothing."""
+        """Set the events (EVENT_READ, EVENT_WRITE; 0: none) to wait for on a socket, and the callback for them."""
         known = sock in self._selector.get_map()
         if interest and known:
             self._selector.modify(sock, interest, (ready, owner))
@@ -1858,18 +1868,18 @@ class Loop:
             self._selector.unregister(sock)
 
     def check_descriptors(self) -> None:
-        """Raises OSError when no more files can be waited for; select() on Windows fails as a whole beyond 512."""
+        """Raise OSError if no more sockets can be waited for: beyond 512 select() on Windows fails for all of them."""
         if len(self._selector.get_map()) >= self._most:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def on_error(self, connection: Optional[Connection]) -> None:
-        """An exception that nobody caught: our bug. It costs the connection, not the loop."""
+        """An exception reached the loop, which is our bug. It ends the connection, not the loop."""
         log.exception("[P2P] an error in the program; %s", "the connection is closed" if connection else "it goes on")
         if connection is not None:
             connection.abort("an error in the program")
 
     def _run(self, callback: Callable[..., None], connection: Optional[Connection], *args: Any) -> None:
-        """The one place from which handlers are called."""
+        """Call back and catch every exception. All handlers are called from here."""
         try:
             callback(*args)
         except Exception:
@@ -1905,22 +1915,22 @@ class Ticker:
         self._timer = loop.call_later(interval * loop.random.random(), self._tick)
 
     def close(self) -> None:
-        """Stop it."""
+        """Make no more calls."""
         self._timer.cancel()
 
     def _tick(self) -> None:
-        self._timer = self._loop.call_later(self._interval, self._tick)  # first: an error must not end it
+        self._timer = self._loop.call_later(self._interval, self._tick)  # first, so that an error does not end it
         self._callback()
 
 
 def find_local_addresses() -> List[str]:
-    """This machine's IPv4 addresses: the one a datagram to the outside would leave by, then each interface's.
+    """Return this machine's IPv4 addresses: first the one of the default route, loopback last.
 
-    Raises OSError when there is no descriptor left."""
+    Raises OSError if there is no free descriptor."""
     found: List[str] = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: it only asks for the route
+            probe.connect(("192.0.2.1", 9))  # sends nothing; it only looks up the route
             found.append(probe.getsockname()[0])
         except OSError:
             pass  # no default route
@@ -1934,17 +1944,17 @@ def _interface_addresses(sock: socket.socket) -> List[str]:
         import array
         import fcntl
         import struct
-    except ImportError:  # Windows: there the host name resolves to all of them
+    except ImportError:  # Windows, where the host name resolves to all addresses
         try:
             return socket.gethostbyname_ex(socket.gethostname())[2]
         except OSError:
             return []
-    if sys.platform == "linux":  # SIOCGIFCONF: an interface may have several, and is listed with each
-        size, room = 40 if sys.maxsize > 2 ** 32 else 32, array.array("B", bytes(16000))  # of a struct ifreq
+    if sys.platform == "linux":  # SIOCGIFCONF lists an interface once for each of its addresses
+        size, room = 40 if sys.maxsize > 2 ** 32 else 32, array.array("B", bytes(16000))  # `size`: of a struct ifreq
         try:
             answer = fcntl.ioctl(sock.fileno(), 0x8912, struct.pack("iP", len(room), room.buffer_info()[0]))
         except OSError:
-            return []  # not allowed here
+            return []  # forbidden, in some sandboxes
         used = struct.unpack("iP", answer)[0]
         return [socket.inet_ntoa(room[start + 20:start + 24]) for start in range(0, used, size)]
     found = []
@@ -1958,13 +1968,13 @@ def _interface_addresses(sock: socket.socket) -> List[str]:
 
 
 def raise_descriptor_limit() -> int:
-    """Ask for as many descriptors as the system allows without root; return how many there are."""
+    """Raise the limit of descriptors as far as the system allows without root. Returns the limit."""
     try:
         import resource
     except ImportError:  # Windows
         return 512
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (65536, 10240, 4096):  # macOS allows less than it says
+    for wanted in (65536, 10240, 4096):  # macOS refuses values below the hard limit that it reports
         if 256 <= soft < wanted and (hard == resource.RLIM_INFINITY or wanted <= hard):
             try:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -1975,9 +1985,9 @@ def raise_descriptor_limit() -> int:
 
 
 def parse_address(text: str) -> Address:
-    """HOST or HOST:PORT as an address that can be dialled. Raises ValueError with what would be right.
+    """Parse HOST or HOST:PORT. Raises ValueError with a sentence that says what is allowed.
 
-    A name is looked up at once, which may block: so this is for before the loop runs."""
+    A name is looked up at once, which may block, so call this only before the loop runs."""
     host, _, port = text.rpartition(":") if ":" in text else (text, "", str(DEFAULT_PORT))
     if not host or ":" in host:
         raise ValueError(f"{text!r} is not HOST or HOST:PORT (IPv4 or a name)")
@@ -1993,12 +2003,12 @@ def parse_address(text: str) -> Address:
 
 
 def format_address(address: Address) -> str:
-    """HOST:PORT."""
+    """Return an address as HOST:PORT."""
     return f"{address[0]}:{address[1]}"
 
 
 def check_reach(host: str, addresses: Iterable[Address]) -> None:
-    """Raises ValueError if one who listens on `host` is to dial what it must not: the loopback is this machine only."""
+    """Raise ValueError if `host` is a loopback address, which limits us to this machine, and an address is not."""
     for ip, port in addresses:
         if is_loopback(host) and not is_loopback(ip):
             raise ValueError(f"--host {host} keeps everything on this machine, and {ip}:{port} is not 127.0.0.1: "
@@ -2006,7 +2016,7 @@ def check_reach(host: str, addresses: Iterable[Address]) -> None:
 
 
 def port_problem(host: str, port: int, error: OSError) -> str:
-    """Why listening failed, and what to do."""
+    """Return why listening failed, and what to do about it."""
     if error.errno == errno.EADDRINUSE:
         return f"port {port} on {host} is in use already; choose another with --port"
     if error.errno == errno.EACCES:
@@ -2034,7 +2044,7 @@ def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
 
 
 def error_text(error: Exception) -> str:
-    """An error of the system in words; REFUSED for the one that proves that nobody is there."""
+    """Return the text of a system error; REFUSED for the one that proves that nothing listens at an address."""
     if isinstance(error, ConnectionRefusedError):
         return REFUSED
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
