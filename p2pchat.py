@@ -99,8 +99,8 @@ MAX_RAISE = 1 << 20  # how far hearsay may raise a known incarnation: an owner r
 # Connections.
 RECEIVE_SIZE = 32 * 1024  # one read: some 300 messages, a few ms of work; a flood must not delay a key press
 SEND_SIZE = 256 * 1024  # queued pieces are joined up to this size for one send: what a socket's buffer takes at once
-MAX_OUTPUT = 8 * 1024 * 1024  # queued to a far end that does not read; beyond it the connection is cut off
-STALL_TIMEOUT = 10.0  # a connection is cut off when it takes none of the queued output for this long
+MAX_OUTPUT = 8 * 1024 * 1024  # queued to a far end that does not read; beyond it the connection is aborted
+STALL_TIMEOUT = 10.0  # a connection is aborted when it takes none of its queued output for this long
 LINE_TIMEOUT = 10.0  # a message that was begun must be complete by then; every 64 KiB of it allow as much again
 DRAIN_TIMEOUT = 3.0  # a closing connection has this long to deliver what is queued
 ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes eight turns; more makes turns longer

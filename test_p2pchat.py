@@ -9554,7 +9554,7 @@ def test_readme_has_the_keys_of_the_program():
 def test_readme_has_the_options_of_the_program(command):
     parser = p2pchat.make_parser()._subparsers._group_actions[0].choices[command]
     options = {name for action in parser._actions for name in action.option_strings} - {"-h", "--help"}
-    told = {word for row in readme_table(f"`python p2pchat.py {command}`:")
+    told = {word for row in readme_table(f"`python3 p2pchat.py {command}`:")
             for word in row[0].replace("`", " ").replace(",", " ").split() if word.startswith("-")}
     assert told == options
 
