@@ -9573,6 +9573,12 @@ def test_readme_has_the_events_of_the_program():
     assert {row[0].strip("`") for row in readme_table("## A bot in ten lines")} == emitted
 
 
+def test_the_docstring_maps_the_sections_of_the_program():
+    with open(p2pchat.__file__, encoding="utf-8") as file:
+        sections = re.findall(r"^# ={90,}\n# (.+)\n#\n", file.read(), re.MULTILINE)
+    assert re.findall(r"^    ([A-Z][a-z ]*?)  +\S", p2pchat.__doc__, re.MULTILINE) == sections
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
