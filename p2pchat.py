@@ -786,7 +786,7 @@ JOINED, GONE, RENAMED = "joined", "left", "renamed"  # kinds of Change, named li
 NEW = "new"  # it changed the list and is worth passing on
 KNOWN = "known"  # nothing new
 STALE = "stale"  # we know something newer, which its sender should be told
-ACCUSED = "accused"  # it says that a peer is suspect or gone which we think is present: probe that peer
+ACCUSED = "accused"  # it calls a peer suspect or gone that we think is present: probe that peer
 CONFLICT = "conflict"  # two instances claim one id, or a peer is said to have moved: dial to see which answers
 IMPLAUSIBLE = "implausible"  # not believed and not answered
 
