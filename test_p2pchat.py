@@ -5,6 +5,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import errno
 import fcntl
 import functools
@@ -45,7 +46,6 @@ import p2pchat
 # ------------------------------------------------------------------------------------------------------
 # Text and chat view: pure, no terminal, no network
 # ------------------------------------------------------------------------------------------------------
-
 
 
 class ViewLoop:
@@ -928,8 +928,6 @@ def test_the_start_form():
 # -- codec ---------------------------------------------------------------------------------------------
 
 
-
-
 ALICE = {"id": "Alice@192.168.1.10:10001", "ip": "192.168.1.10", "port": 10001, "username": "Alice"}
 BOB = {"id": "Bob@192.168.1.11:10002", "ip": "192.168.1.11", "port": 10002, "username": "Bob",
        "instance": "00ff", "incarnation": 7}
@@ -1159,9 +1157,6 @@ def test_codec_too_long_a_message_is_not_made():
 
 
 # -- membership ----------------------------------------------------------------------------------------
-
-
-
 
 
 def member_record(name="Bob", host=2, instance="b1", incarnation=100, **more):
@@ -1401,8 +1396,6 @@ def test_pure_sections_use_neither_sockets_nor_clocks():
 # cut in one direction stops only what goes in that direction, besides new handshakes; a kernel never gives
 # up on a connection by itself. An exception in a handler leaves SimNetwork.run: the test fails.
 # ======================================================================================================
-
-
 
 
 def each(call):
@@ -1668,6 +1661,7 @@ class SimLoop:
         self.dead = False
         self.frozen = False
         self.connections = {}  # those not closed
+        self.dialled = []  # the addresses that it has dialled
         self._turning = False
         self._turn_ends = []
         self._unflushed = []
@@ -1696,6 +1690,7 @@ class SimLoop:
         return listener
 
     def connect(self, address, handler, timeout):
+        self.dialled.append(address)
         connection = SimConnection(self, address, p2pchat.CONNECTING)
         connection.handler = handler
         ip = "127.0.0.1" if address[0].startswith("127.") else self.host.addresses[0]
@@ -1973,6 +1968,7 @@ class SimLan:
 
     def broadcast(self, data):
         """To everybody who listens, oneself included."""
+        assert len(data) <= p2pchat.BEACON_SIZE
         for lan in list(self.loop.network.lans):
             self.loop.network.datagram(self, lan, data)
 
@@ -2017,6 +2013,479 @@ def sim_count(census, segment):
     for line in segment.splitlines(True):
         kind = line[9:line.index(b'"', 9)].decode()
         census[kind] = census.get(kind, 0) + len(line)
+
+
+# -- a world: a server, peers, and clients that speak by hand -----------------------------------------------
+#
+# One of each for all tests of servers and peers. What a test must know of a node's insides it asks here, so
+# that few lines depend on them.
+
+
+SERVER = ("10.200.0.1", p2pchat.DEFAULT_PORT)
+EVIL = "10.0.0.66"  # the machine of those who speak by hand
+
+
+class EventLog:
+    """What an interface was told."""
+
+    def __init__(self):
+        self.events = []
+
+    def saw(self, kind, of=None, **keys):
+        """The events of one kind that have these values; `of` is short for the user name in `peer`."""
+        return [event for event in self.events if event["event"] == kind
+                and (of is None or event["peer"]["username"] == of)
+                and all(event.get(key) == value for key, value in keys.items())]
+
+    def texts(self, kind="chat", sender=None):
+        """The texts that it was shown, or that one user sent it; or those of its events of another kind."""
+        return [event["text"] for event in self.saw(kind) if sender is None or event["from"]["username"] == sender]
+
+
+class SimPeer(EventLog):
+    """A peer on the simulated network, and what its interface was told. All else is as its node says."""
+
+    def __init__(self, world, machine, username, **settings):
+        super().__init__()
+        self.world = world
+        self.host = machine
+        self.answers = {}  # what the interface does about an event, by its kind
+        self.known = {}  # peer ids, and whose they were last
+        self.removed = {}  # instances, and their incarnation when they were removed
+        self.born = world.network.time
+        self.died = None  # when it crashed, or said goodbye
+        self.left = False  # it leaves, or has left
+        self.loop = world.network.start(machine, username)
+        self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings(username=username, **settings), each(self._event))
+        self.instance = self.node.me.instance
+        self.loop.enter(self.node.start)
+
+    def __getattr__(self, name):
+        if name == "node":
+            raise AttributeError(name)
+        return getattr(self.node, name)
+
+    def __repr__(self):
+        return f"[seed {self.world.network.seed}, {self.world.network.time:.2f} s] {self.node.me.id}"
+
+    def _event(self, event):
+        if self.world.keep_events:
+            self.events.append(event)
+            json.dumps(event).encode("ascii")
+            assert not any(character < " " and character not in "\n\t" for character in event.get("text", "")), event
+        if self.world.witness is not None:
+            self.world.witness.note(self, event)
+        answer = self.answers.get(event["event"])
+        if answer is not None:
+            answer(event)
+
+    # -- what it knows, and its links --------------------------------------------------------------------
+
+    def sees(self):
+        """The instances of those it holds to be present."""
+        return {peer.instance for peer in self.node.present()}
+
+    def names(self):
+        """Their names, in the order of the list."""
+        return [peer.username for peer in self.node.present()]
+
+    def record_of(self, other):
+        """What it holds of another, present or gone."""
+        return self.node.peers.by_key(other.instance)
+
+    def linked(self):
+        """The links that it sends by, one for each peer that it is linked to: by instance."""
+        return dict(self.node.links.current)
+
+    def link_to(self, other):
+        """The one to another peer."""
+        return self.node.links.current[other.instance]
+
+    def all_links(self):
+        """All its links, whether they are bound to a peer or not."""
+        return list(self.node.links.all)
+
+    def dial(self, address):
+        """Dial an address, if there is no reason not to."""
+        self.loop.enter(self.node.links.dial, address)
+
+    def hear_of(self, record, ip="10.0.0.99"):
+        """Somebody there tells it of a third peer."""
+        self.loop.enter(self.node.gossip.hear_of, record, ip)
+
+    def hear_beacon(self, data, ip=EVIL):
+        """A datagram comes from there; what is answered."""
+        return self.node.finder._heard(data, (ip, 5000))
+
+    def servers(self):
+        """The addresses at which it looks for a server."""
+        return self.node.discovery.candidates
+
+    # -- what it does ------------------------------------------------------------------------------------
+
+    def say(self, text):
+        """To all, outside a turn of its loop."""
+        return self.node.broadcast_chat_message(text)
+
+    def chat(self, text, to=None):
+        """In a turn of its own, to all or to one; nothing if nobody is there to receive."""
+        self.loop.enter(self._chat, text, to)
+
+    def _chat(self, text, to):
+        if not self.node.present() or to is not None and self.record_of(to) not in self.node.present():
+            return
+        if to is None:
+            self.node.broadcast_chat_message(text)
+        else:
+            self.node.send_chat_message(self.record_of(to).id, text)
+
+    def must_have_noticed(self, gone):
+        """By now it must know, if it runs, that another is gone."""
+        if self.died is None:
+            how = "left" if gone.left else "crashed"
+            assert gone.instance not in self.sees(), f"{self} still sees {gone}, {how} at {gone.died:.2f} s"
+
+    def depart(self, after_goodbye=lambda: None):
+        """Go, saying so: once what is under way has arrived, or can wait no longer. Then the process ends."""
+        say_goodbye = self.node.links.close_all
+
+        def close_all():
+            self.died = self.world.network.time
+            say_goodbye()
+            after_goodbye()
+
+        self.left, self.node.links.close_all = True, close_all
+        self.loop.enter(self.node.leave)
+        self.world.network.post(self.node.settings.timeout + 5, self.loop.crash)
+
+    def crash(self, reset=True):
+        """Go without a word."""
+        self.died = self.world.network.time
+        self.loop.crash(reset=reset)
+
+    def restart(self, same_address=True):
+        """The same user again: another process, at the same id or at another address."""
+        self.world.network.plug(self.host)
+        port = self.node.me.port
+        if not same_address:
+            self.world.move(self)
+            port = 0
+        settings = self.node.settings._replace(port=port)._asdict()
+        if self.world.by == "join":  # those whom it named the last time may be gone by now
+            settings["join"] = tuple(friend.me.address for friend in self.world.random.sample(self.world.living(), 3))
+        return self.world.add(machine=self.host, **settings)
+
+
+class World:
+    """A simulated network with peers on it, who find each other `by` the "first" of them, whom all name with
+    --join; by two of them ("join"); by beacons ("lan"); by a "server"; or not at all ("none")."""
+
+    def __init__(self, *names, seed=1, by="first", witness=None, keep_events=True, settings=None, **network):
+        self.network = SimNetwork(seed, **network)
+        self.random = random.Random(f"scenario {seed}")
+        self.by = by
+        self.witness = witness
+        self.keep_events = keep_events
+        self.settings = settings or {}
+        self.numbers = itertools.count(1)
+        self.peers = []
+        self.server = None
+        if by == "server":
+            self.start_server()
+        for name in names:
+            self.add(name)
+        if len(names) > 1:
+            self.until(self.all_linked, 30)
+
+    def __getitem__(self, name):
+        """The peer that was started last under a name; `world.ann` is short for `world["Ann"]`."""
+        return [peer for peer in self.peers if peer.node.settings.username == name][-1]
+
+    def __getattr__(self, name):
+        if name == "peers":
+            raise AttributeError(name)
+        return self[name.capitalize()]
+
+    def start_server(self, host=None, **settings):
+        """A discovery server, at its usual address if no host is given."""
+        host = host or self.network.hosts.get("server") or self.network.host("server", SERVER[0])
+        host.dark = False
+        loop = self.network.start(host)
+        self.server = p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(**{"lan": False, **settings}))
+        loop.enter(self.server.start)
+        return self.server
+
+    def add(self, username=None, ip=None, machine=None, **settings):
+        """A peer, on a machine of its own if none is given."""
+        username = username or f"u{next(self.numbers)}"
+        addresses = [peer.me.address for peer in self.peers[:2]]
+        ways = {"lan": {}, "none": {"lan": False}, "server": {"server": SERVER},
+                "join": {"lan": False, "join": tuple(addresses)},
+                "first": {"lan": False, "join": tuple(addresses[:1]), "port": 5000}}
+        machine = machine or self.network.host(username, *([ip] if ip else []))
+        peer = SimPeer(self, machine, username, **{**ways[self.by], **self.settings, **settings})
+        if self.witness is not None:
+            self.witness.peers[peer.instance] = peer
+        self.peers.append(peer)
+        return peer
+
+    def client(self, target, ip=EVIL, **who):
+        """A client on the machine at an address, connected to a peer or to the server."""
+        client = Client(self.process_at(ip), **who)
+        if target is not self.server:
+            client.dial((target.host.addresses[0], target.me.port))  # wherever it believes itself to be
+        else:
+            client.dial(("127.0.0.1" if client.loop.host is target.loop.host else SERVER[0], target.address[1]))
+        self.until(lambda: client.connection.state != p2pchat.CONNECTING, 5, 0.01)
+        return client
+
+    def process_at(self, ip):
+        """A process of its own on the machine that has an address."""
+        return self.network.start(self.network.by_ip.get(ip) or self.network.host(ip, ip))
+
+    def attack(self, target, ip=EVIL, **who):
+        """A client that has said hello to a peer, and been answered or turned away."""
+        client = self.client(target, ip, **who)
+        client.hello()
+        self.until(lambda: "MSG_HELLO" in client.kinds() or client.ended, 5)
+        return client
+
+    def registered(self, name, at="10.0.0.1", port=5000, **content):
+        """A client that has registered with the server and been answered."""
+        client = self.client(self.server, at, name=name, port=port)
+        client.say("MSG_REGISTER", {"username": name, "port": port, **content})
+        self.run(0.1)
+        return client
+
+    def run(self, seconds):
+        self.network.run(seconds)
+
+    def until(self, condition, limit, step=0.05):
+        """Let time pass until it holds; return how long that took."""
+        return self.network.run_until(condition, limit, step)
+
+    def hosts(self, *names):
+        return [self.network.hosts[name] for name in names]
+
+    def move(self, peer):
+        """Its machine gets an address that nobody has had."""
+        number = next(self.numbers)
+        self.network.move(peer.host, f"10.77.{number // 250}.{number % 250 + 1}")
+
+    def add_settled(self, count):
+        """Many peers that know each other already, as after a long time."""
+        added = [self.add() for _ in range(count)]
+        records = [peer.me.wire(0) for peer in added]
+        for peer in added:
+            for record in records:
+                if record["instance"] != peer.instance:
+                    peer.known[record["id"]] = record["instance"]
+                    peer.node.peers.merge_claim(record, peer.loop.now())
+        return added
+
+    def chatter(self, mean_gap, until):
+        """Somebody says something now and then, to all or to one, sometimes in a burst."""
+        def speak():
+            if self.network.time < until:
+                self.network.post(self.random.expovariate(1 / mean_gap), speak)
+                speaker, listener = self.random.sample(self.living(), 2)
+                for number in range(self.random.choice((1, 1, 1, 7))):
+                    speaker.chat(f"{number} at {self.network.time:.3f}", self.random.choice((None, listener)))
+        self.network.post(self.random.expovariate(1 / mean_gap), speak)
+
+    def finish(self, calm=60.0):
+        """Everything is mended; a while later all agree, and no message is unaccounted for."""
+        self.network.link_life = None
+        self.network.heal()
+        for peer in self.living():
+            if peer.loop.frozen:
+                peer.loop.thaw()
+        self.run(calm)
+        assert self.agreed(), self.disagreement()
+        return self.witness.check_messages()
+
+    # -- what is so ----------------------------------------------------------------------------------------
+
+    def living(self):
+        """Those who have neither crashed nor begun to leave."""
+        return [peer for peer in self.peers if peer.died is None and not peer.left]
+
+    def all_linked(self):
+        """Whether each knows all the others, and is linked to them."""
+        return all(len(peer.node.peers) == len(self.peers) - 1 == len(peer.linked()) for peer in self.peers)
+
+    def all_know(self, count):
+        """Whether each knows so many others."""
+        return all(len(peer.node.peers) == count for peer in self.peers)
+
+    def agreed(self, peers=None):
+        """Whether each of these sees all the others, and nobody else."""
+        peers = self.living() if peers is None else peers
+        everybody = {peer.instance for peer in peers}
+        return all(peer.sees() | {peer.instance} == everybody for peer in peers)
+
+    def settle(self, limit=60.0, peers=None):
+        """Until all see all; return how long that took."""
+        return self.until(lambda: self.agreed(peers), limit, 0.25)
+
+    def sees(self, name, other):
+        """Whether one has the other in its list, under its name of now."""
+        return self[other].me.id in [peer.id for peer in self[name].present()]
+
+    def chats(self, name="Alice", other="Bob"):
+        """A text from one to the other is shown, once: the next good client is served."""
+        text = f"text {self.network.time}"
+        self[name].send_chat_message(self[other].me.id, text)
+        self.run(1)
+        return self[other].texts().count(text) == 1
+
+    def check(self, ip=EVIL):
+        """Nothing is outside its bounds, and good clients at an address are served."""
+        for target in [*self.peers, *([self.server] if self.server else [])]:
+            (check_server_bounds if target is self.server else check_bounds)(target)
+            client = self.client(target, ip, name="Honest", port=777, instance="h777")
+            client.say("MSG_SYNC_PEERS_REQUEST", None)
+            self.until(lambda: "MSG_SYNC_PEERS_RESPONSE" in client.kinds(), 2)
+            client.connection.abort("done")
+
+    def disagreement(self):
+        """Who misses or imagines whom, in words."""
+        everybody = {peer.instance: peer for peer in self.living()}
+        lines = [f"seed {self.network.seed}, at {self.network.time:.1f} s:"]
+        for peer in self.living():
+            missing = [everybody[each].me.id for each in set(everybody) - peer.sees() - {peer.instance}]
+            ghosts = [self.witness.peers[each].me.id for each in peer.sees() - set(everybody)]
+            if missing or ghosts:
+                lines.append(f"{peer.me.id} misses {missing}, has ghosts {ghosts}")
+        return "\n".join(lines)
+
+
+class Client(p2pchat.Handler):
+    """A program that speaks the protocol by hand: it says what a test has it say and keeps what it hears. By
+    itself it says only what `answers` has for a message type: a function from a content to (type, content)."""
+
+    def __init__(self, loop, name="Mallory", port=666, instance="m666", answers=None):
+        self.loop = loop
+        self.peer = p2pchat.Peer(name, loop.host.addresses[0], port, instance, 1_700_000_000_000)
+        self.registered = ""  # the id that a server gave it
+        self.heard = []
+        self.ended = None  # why its connection was closed
+        self.answers = answers or {}
+        self.greets = False  # whether it begins each connection with a hello
+        self.taken = []  # those who speak for it on connections that others dialled
+        self.connection = None
+
+    @property
+    def id(self):
+        """What it signs with."""
+        return self.registered or self.peer.id
+
+    def dial(self, address):
+        """Its connection, or another one."""
+        self.connection = self.loop.connect(address, self, 5.0)
+        return self
+
+    def listen(self, greeting=b""):
+        """Take connections; each begins with the same bytes. What is heard on them it hears."""
+        def accept(connection):
+            taken = copy.copy(self)
+            taken.connection = connection
+            taken.send(greeting)
+            taken.on_open()
+            self.taken.append(taken)
+            return taken
+        self.loop.listen("0.0.0.0", self.peer.port, accept)
+        return self
+
+    def on_open(self):
+        if self.greets:
+            self.hello()
+
+    def on_messages(self, messages):
+        self.heard += messages
+        for message in messages:
+            if message["type"] == "MSG_REGISTER_ACK":
+                self.registered = message["content"]["peer_id"]
+            if message["type"] in self.answers:
+                self.say(*self.answers[message["type"]](message["content"]))
+
+    def on_bad_input(self, reason):
+        raise AssertionError(f"{self.peer.id} is sent what is no message: {reason}")
+
+    def on_close(self, reason):
+        self.ended = reason
+
+    def send(self, data):
+        self.connection.send(data)
+
+    def say(self, kind, content, sender=None, **extra):
+        self.send(p2pchat.create_message(kind, sender or self.id, content, **extra))
+
+    def hello(self, **changes):
+        """Say who it is, or that it is somebody else."""
+        record = dict(self.peer.wire(0.0), **changes)
+        self.say("MSG_HELLO", {"peer": record}, record["id"])
+
+    def kinds(self):
+        return [message["type"] for message in self.heard]
+
+    def got(self, kind):
+        """The contents of all messages of a type."""
+        return [message["content"] for message in self.heard if message["type"] == kind]
+
+    def take(self, kind):
+        """The same, of those heard since the last time."""
+        taken = self.got(kind)
+        self.heard[:] = [message for message in self.heard if message["type"] != kind]
+        return taken
+
+    def reasons(self):
+        """Why it was refused."""
+        return [content["reason"] for content in self.got("MSG_ERROR")]
+
+
+def take_part(world, target):
+    """Eve, a client who takes part: she says hello to a peer and to all who dial her, and answers probes."""
+    eve = Client(world.network.start(world.network.host(f"eve {next(world.numbers)}")), "Eve", 7, "eeee", {
+        "MSG_PROBE": lambda content: ("MSG_PROBE_ACK", content),
+        "MSG_SYNC_PEERS_REQUEST": lambda content: ("MSG_SYNC_PEERS_RESPONSE", {"peer_list": []})})
+    eve.greets = True
+    eve.listen()
+    return eve.dial(target.me.address)
+
+
+def check_bounds(node):
+    """No structure that the network fills is larger than its constant says."""
+    most = p2pchat.MAX_PEERS
+    sizes = {
+        "present": (len(node.peers), most),
+        "tombstones": (len(node.peers.tombstones()), most + 1),
+        "dialling": (len(node.links.dialling), p2pchat.MAX_DIALS),
+        "waiting": (len(node.links.waiting), most),
+        "own": (len(node.links.own), p2pchat.MAX_DIALS),
+        "banned": (len(node.links._banned), most),
+        "failed": (len(node.links._failed), 2 * most),
+        "channels": (len(node.delivery._channels), 2 * most + 1),
+        "doubts": (len(node.detector._doubts), most),
+        "askers": (len(node.detector._askers), most),
+        "news": (len(node.gossip.news._left), most),
+        "asked": (len(node.gossip._asked), p2pchat.MAX_DIALS),
+        "tried": (len(node.finder.tried), 64),
+        "looked": (len(node.links._looked), p2pchat.MAX_LOOKS),
+        "servers": (len(node.discovery.candidates), 8),
+    }
+    assert all(node.peers.get(peer.id) is peer for peer in node.peers._by_key.values() if not peer.gone)
+    over = {name: size for name, (size, bound) in sizes.items() if size > bound}
+    assert not over, f"outside their bounds: {over}"
+    for channel in node.delivery._channels.values():
+        assert channel.size <= p2pchat.OUTBOX_BYTES and len(channel.waiting) <= p2pchat.OUTBOX_MESSAGES
+        assert len(channel.refused) <= 1000
+
+
+def check_server_bounds(server):
+    most = p2pchat.MAX_PEERS
+    assert len(server._peers) <= most and len(set(server._peers.values())) == len(server._peers)
+    assert len(server._joined) <= most and len(server._left) <= 2 * most
 
 
 # -- the simulator and the real loop, side by side -----------------------------------------------------
@@ -2901,237 +3370,160 @@ def test_lan_with_real_sockets():
 # -- discovery server ----------------------------------------------------------------------------------
 
 
-class ServerRig:
-    """A server on the simulated network, and clients that speak the bare protocol."""
-
-    def __init__(self, **settings):
-        self.network = SimNetwork(delay=(0.001, 0.002))
-        self.loop = self.network.start(self.network.host("server", "10.0.0.100"))
-        self.server = p2pchat.DiscoveryServer(self.loop, p2pchat.ServerSettings(**settings))
-        self.server.start()
-
-    def client(self, ip="10.0.0.1", host=None):
-        """A connection to the server, open."""
-        host = host or self.network.by_ip.get(ip) or self.network.host(ip, ip)
-        client = ServerClient()
-        address = ("127.0.0.1" if host is self.loop.host else "10.0.0.100", 9999)
-        client.connection = self.network.start(host).connect(address, client, 5.0)
-        self.network.run(0.01)
-        assert client.connection.state == "open"
-        return client
-
-    def registered(self, name, ip="10.0.0.1", port=5000, **content):
-        """A client that has registered and been answered."""
-        client = self.client(ip)
-        client.say("MSG_REGISTER", {"username": name, "port": port, **content})
-        self.network.run(0.1)
-        return client
-
-
-class ServerClient(p2pchat.Handler):
-    """Keeps what it hears."""
-
-    def __init__(self):
-        self.heard = []
-        self.ended = None
-        self.id = "somebody"
-
-    def on_messages(self, messages):
-        self.heard += messages
-        for message in messages:
-            if message["type"] == "MSG_REGISTER_ACK":
-                self.id = message["content"]["peer_id"]
-
-    def on_close(self, reason):
-        self.ended = reason
-
-    def say(self, kind, content, sender=None):
-        self.connection.send(p2pchat.create_message(kind, sender or self.id, content))
-
-    def take(self, kind):
-        """The contents of all messages of a type heard since the last time."""
-        taken = [message["content"] for message in self.heard if message["type"] == kind]
-        self.heard = [message for message in self.heard if message["type"] != kind]
-        return taken
-
-
 def test_server_registers_introduces_and_tells_the_others():
-    rig = ServerRig()
-    alice = rig.registered("Alice", "10.0.0.1", instance="a1", incarnation=7)
+    world = server_world()
+    alice = world.registered("Alice", instance="a1", incarnation=7)
     assert alice.take("MSG_REGISTER_ACK") == [{"peer_id": "Alice@10.0.0.1:5000", "peer_list": [
         {"id": "Alice@10.0.0.1:5000", "ip": "10.0.0.1", "port": 5000, "username": "Alice", "instance": "a1",
          "incarnation": 7}]}]
-    bob = rig.registered("Bob", "10.0.0.2")
+    bob = world.registered("Bob", "10.0.0.2")
     assert [peer["id"] for peer in bob.take("MSG_REGISTER_ACK")[0]["peer_list"]] == [alice.id, "Bob@10.0.0.2:5000"]
     (update,) = alice.take("MSG_PEER_LIST_UPDATE")
     assert [peer["id"] for peer in update["joined"]] == [bob.id] and update["left"] == []
     assert bob.take("MSG_PEER_LIST_UPDATE") == []
 
 
+def server_world(**settings):
+    """A server at which clients register that speak by hand."""
+    world = World(seed=0, delay=(0.001, 0.002))
+    world.start_server(**settings)
+    return world
+
+
 def test_server_a_second_registration_replaces_the_first():
-    rig = ServerRig()
-    first = rig.registered("Alice", instance="a1")
-    second = rig.registered("Alice", instance="a2")
-    rig.network.run(1)
+    world = server_world()
+    first, second = world.registered("Alice", instance="a1"), world.registered("Alice", instance="a2")
+    world.run(1)
     assert first.ended and first.take("MSG_ERROR")
-    assert second.ended is None and rig.server.peer_ids == ["Alice@10.0.0.1:5000"]
+    assert second.ended is None and world.server.peer_ids == ["Alice@10.0.0.1:5000"]
 
 
 def test_server_the_same_peer_under_another_name():
-    rig = ServerRig()
-    bob, alice = rig.registered("Bob", "10.0.0.2"), rig.registered("Alice")
+    world = server_world()
+    bob, alice = world.registered("Bob", "10.0.0.2"), world.registered("Alice")
     bob.take("MSG_PEER_LIST_UPDATE")
     alice.say("MSG_REGISTER", {"username": "Alicia", "port": 5000})
-    rig.network.run(0.1)
+    world.run(0.1)
     (update,) = bob.take("MSG_PEER_LIST_UPDATE")
     assert [peer["username"] for peer in update["joined"]] == ["Alicia"]
     assert [(gone["id"], gone["reason"]) for gone in update["left"]] == [("Alice@10.0.0.1:5000", "renamed")]
 
 
-def leave_by_word(rig, peer):
-    peer.say("MSG_UNREGISTER", None)
-
-
-def leave_by_breaking(rig, peer):
-    peer.connection.abort("gone")
-
-
-def leave_by_silence(rig, peer):
-    peer.connection.loop.freeze()
-
-
 @pytest.mark.parametrize("leave, reason, within", [
-    (leave_by_word, "left", 0.1), (leave_by_breaking, "connection lost", 0.1), (leave_by_silence, "timed out", 40.1)])
+    (lambda peer: peer.say("MSG_UNREGISTER", None), "left", 0.1),
+    (lambda peer: peer.connection.abort("gone"), "connection lost", 0.1),
+    (lambda peer: peer.loop.freeze(), "timed out", 40.1)])
 def test_server_tells_who_left_and_why(leave, reason, within):
-    rig = ServerRig()
-    alice, bob = rig.registered("Alice"), rig.registered("Bob", "10.0.0.2")
+    world = server_world()
+    alice, bob = world.registered("Alice"), world.registered("Bob", "10.0.0.2")
     alice.take("MSG_PEER_LIST_UPDATE")
-    leave(rig, bob)
+    leave(bob)
     for _ in range(int(within * 10)):
         alice.say("MSG_HEARTBEAT", None)
-        rig.network.run(0.1)
+        world.run(0.1)
     (update,) = alice.take("MSG_PEER_LIST_UPDATE")
     assert update["joined"] == [] and [gone["id"] for gone in update["left"]] == ["Bob@10.0.0.2:5000"]
     assert update["left"][0]["reason"].startswith(reason)
-    assert rig.server.peer_ids == ["Alice@10.0.0.1:5000"] and alice.take("MSG_HEARTBEAT") != []
+    assert world.server.peer_ids == ["Alice@10.0.0.1:5000"] and alice.take("MSG_HEARTBEAT") != []
 
 
 def test_server_answers_anybody_who_asks_for_the_list():
-    rig = ServerRig()
-    rig.registered("Alice")
-    asker = rig.client("10.0.0.9")
+    world = server_world()
+    world.registered("Alice")
+    asker = world.client(world.server)
     asker.say("MSG_SYNC_PEERS_REQUEST", None, "nobody")
-    rig.network.run(0.1)
+    world.run(0.1)
     assert [peer["id"] for peer in asker.take("MSG_SYNC_PEERS_RESPONSE")[0]["peer_list"]] == ["Alice@10.0.0.1:5000"]
 
 
-@pytest.mark.parametrize("kind, sender", [("MSG_HEARTBEAT", "Bob@10.0.0.2:5000"), ("MSG_UNREGISTER", "Bob@10.0.0.2:5000"),
-                                          ("MSG_UNREGISTER", "")])
-def test_server_nobody_speaks_for_another(kind, sender):
-    rig = ServerRig()
-    rig.registered("Bob", "10.0.0.2")
-    mallory = rig.registered("Mallory", "10.0.0.3")
-    mallory.say(kind, None, sender or "x")
-    rig.network.run(1)
-    assert mallory.take("MSG_ERROR") and mallory.ended and rig.server.peer_ids == ["Bob@10.0.0.2:5000"]
+@pytest.mark.parametrize("kind, sender, reason", [
+    ("MSG_HEARTBEAT", "Bob@10.0.0.2:5000", ""), ("MSG_UNREGISTER", "Bob@10.0.0.2:5000", ""), ("MSG_UNREGISTER", "x", ""),
+    ("MSG_HEARTBEAT", None, "register"), ("MSG_UNREGISTER", None, "register")])
+def test_server_nobody_speaks_for_another(kind, sender, reason):
+    """Nor for itself before it has registered."""
+    world = server_world()
+    world.registered("Bob", "10.0.0.2")
+    mallory = world.registered("Mallory", EVIL) if sender else world.client(world.server)
+    mallory.say(kind, None, sender)
+    world.run(1)
+    assert reason in mallory.reasons()[0] and mallory.ended and world.server.peer_ids == ["Bob@10.0.0.2:5000"]
 
 
-@pytest.mark.parametrize("kind", ["MSG_HEARTBEAT", "MSG_UNREGISTER"])
-def test_server_who_has_not_registered_is_told_to(kind):
-    rig = ServerRig()
-    stranger = rig.client()
-    stranger.say(kind, None)
-    rig.network.run(1)
-    assert "register" in stranger.take("MSG_ERROR")[0]["reason"] and stranger.ended
+@pytest.mark.parametrize("ip, claimed, introduced", [
+    (SERVER[0], SERVER[0], SERVER[0]), (SERVER[0], None, SERVER[0]), (SERVER[0], "8.8.8.8", SERVER[0]),
+    (SERVER[0], "127.0.0.1", "127.0.0.1"), (SERVER[0], 5, SERVER[0]),
+    ("10.0.0.3", "10.0.0.1", "10.0.0.3")])  # no address is believed from afar
+def test_server_a_peer_on_its_own_machine_is_introduced_at_an_address_that_others_reach(ip, claimed, introduced):
+    world = server_world()
+    world.registered("Bob")
+    assert world.registered("Alice", ip, **{"ip": claimed}).id == f"Alice@{introduced}:5000"
 
 
-@pytest.mark.parametrize("claimed, introduced", [
-    ("10.0.0.100", "10.0.0.100"), (None, "10.0.0.100"), ("8.8.8.8", "10.0.0.100"), ("127.0.0.1", "127.0.0.1"), (5, "10.0.0.100")])
-def test_server_a_peer_on_its_own_machine_is_introduced_at_an_address_that_others_reach(claimed, introduced):
-    rig = ServerRig()
-    local = rig.client(host=rig.loop.host)
-    local.say("MSG_REGISTER", {"username": "Alice", "port": 5000, "ip": claimed})
-    rig.network.run(0.1)
-    assert local.id == f"Alice@{introduced}:5000"
-
-
-def test_server_believes_no_address_from_afar():
-    rig = ServerRig()
-    assert rig.registered("Alice", ip="10.0.0.1", **{}).id == "Alice@10.0.0.1:5000"
-    liar = rig.client("10.0.0.3")
-    liar.say("MSG_REGISTER", {"username": "Bob", "port": 5000, "ip": "10.0.0.1"})
-    rig.network.run(0.1)
-    assert liar.id == "Bob@10.0.0.3:5000"
-
-
-def test_server_silent_strangers_are_sent_away_and_bounded(monkeypatch):
-    monkeypatch.setattr(p2pchat, "MAX_UNIDENTIFIED", 5)
-    rig = ServerRig()
-    rig.server._unidentified = p2pchat.Unidentified(5)
-    silent = [rig.client("10.0.0.9") for _ in range(8)]
-    rig.network.run(0.1)
+def test_server_silent_strangers_are_sent_away_and_bounded():
+    world = server_world()
+    world.server._unidentified = p2pchat.Unidentified(5)
+    silent = [world.client(world.server) for _ in range(8)]
+    world.run(0.1)
     assert [client.ended is not None for client in silent] == [True] * 3 + [False] * 5
-    rig.network.run(45)
+    world.run(45)
     assert all(client.ended for client in silent)
-    assert rig.registered("Alice").id == "Alice@10.0.0.1:5000"
+    assert world.registered("Alice").id == "Alice@10.0.0.1:5000"
 
 
 def test_server_a_thousand_at_once_cost_each_of_them_little():
     """Linear in the news: what a newcomer receives is near the size of the list that it must learn."""
-    rig = ServerRig()
-    first = rig.registered("First", "10.0.9.9")
+    world = server_world()
+    first = world.registered("First", "10.0.9.9")
     first.heard.clear()
-    clients = [rig.client(f"10.0.{number // 200 + 1}.{number % 200 + 1}") for number in range(300)]
+    clients = [world.client(world.server, f"10.0.{number // 200 + 1}.{number % 200 + 1}") for number in range(300)]
     for client in clients:
         client.say("MSG_REGISTER", {"username": "x", "port": 5000})
-    rig.network.run(1)
-    assert len(rig.server.peer_ids) == 301
+    world.run(1)
+    assert len(world.server.peer_ids) == 301
     assert len(first.heard) <= 5, "the joins were gathered"
     learned = {peer["id"] for message in first.heard for peer in message["content"]["joined"]}
     assert learned == {client.id for client in clients}
 
 
 def test_server_a_beacon_is_answered_by_no_more_than_it_brought():
-    rig = ServerRig()
+    server = server_world().server
     question = {"role": "peer", "port": 5, "instance": "a", "server_wanted": True}
     for size in (150, 300, 512):
         data = p2pchat.make_beacon("Alice@10.0.0.1:5", question, size)
-        answer = rig.server._beacon(data, ("10.0.0.1", 5))
+        answer = server._beacon(data, ("10.0.0.1", 5))
         assert len(answer or b"") <= len(data)
         if answer:
             assert p2pchat.parse_message(answer)["content"] == {"role": "server", "port": 9999}
-    content = dict(question, server_wanted=False)
-    assert rig.server._beacon(p2pchat.make_beacon("a", content, 512), ("10.0.0.1", 5)) is None
-    assert rig.server._beacon(b"garbage", ("10.0.0.1", 5)) is None
+    for data in (p2pchat.make_beacon("a", dict(question, server_wanted=False), 512), b"garbage"):
+        assert server._beacon(data, ("10.0.0.1", 5)) is None
 
 
 @pytest.mark.parametrize("lan", [True, False])
 def test_server_is_found_on_the_local_network_unless_told_not_to(lan):
-    rig = ServerRig(lan=lan)
-    seeker = SimShouter(rig.network)
+    world = server_world(lan=lan)
+    seeker = SimShouter(world.network)
     seeker.broadcast(server_wanted=True)
-    rig.network.run(1)
+    world.run(1)
     assert [content["role"] for content in seeker.heard] == ["server"] * lan
 
 
 def test_server_registering_again_and_again_is_not_told_to_everybody_for_ever():
-    rig = ServerRig()
-    bob = rig.registered("Bob", "10.0.0.2")
-    mallory = rig.registered("Mallory", "10.0.0.3")
+    world = server_world()
+    bob, mallory = world.registered("Bob", "10.0.0.2"), world.registered("Mallory", EVIL)
     bob.heard.clear()
     for _ in range(10 * p2pchat.MAX_RENAMES):
         mallory.say("MSG_REGISTER", {"username": "Mallory", "port": 5000})
-        rig.network.run(0.02)
+        world.run(0.02)
     assert mallory.ended and mallory.take("MSG_ERROR")
     assert len(bob.take("MSG_PEER_LIST_UPDATE")) <= p2pchat.MAX_RENAMES + 1
 
 
 def test_server_says_why_it_ends():
-    rig = ServerRig()
-    alice = rig.registered("Alice")
-    rig.server.stop()
-    rig.network.run(1)
-    assert [error["reason"] for error in alice.take("MSG_ERROR")] == ["the server stops"] and alice.ended
+    world = server_world()
+    alice = world.registered("Alice")
+    world.server.stop()
+    world.run(1)
+    assert alice.reasons() == ["the server stops"] and alice.ended
 
 
 # ======================================================================================================
@@ -3147,11 +3539,9 @@ def test_server_says_why_it_ends():
 # ======================================================================================================
 
 
-
-
 CRASH_KNOWN = 15.0  # seconds in which a crash must be known to all
 LEAVE_KNOWN = 2.0  # and a leave, from its goodbye
-SIM_SERVER = "10.200.0.1"
+SIM_ROUND = p2pchat.Settings().gossip_interval
 
 
 class Witness:
@@ -3166,6 +3556,10 @@ class Witness:
         self.delivered = set()
         self.last = collections.defaultdict(int)  # (sender's, receiver's instance) -> sequence last shown
         self.detection = collections.defaultdict(float)  # "crash", "leave" -> longest time until all knew
+
+    def note(self, peer, event):
+        """An interface is told something."""
+        getattr(self, f"on_{event['event']}", lambda peer, event: None)(peer, event)
 
     def on_sent(self, peer, event):
         for receiver in event["receivers"]:
@@ -3237,192 +3631,12 @@ class Witness:
         return {**counts, "both": both}
 
 
-class SimPeer:
-    """A peer on the simulated network, and what its interface was told."""
-
-    def __init__(self, world, machine, username, **settings):
-        self.world = world
-        self.host = machine
-        self.known = {}  # peer ids, and whose they were last
-        self.removed = {}  # instances, and their incarnation when they were removed
-        self.log = []  # events
-        self.born = world.network.time
-        self.died = None  # when it crashed, or said goodbye
-        self.left = False  # it leaves, or has left
-        self.loop = world.network.start(machine, username)
-        self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings(username=username, **settings), each(self._event))
-        self.instance = self.node.me.instance
-        world.witness.peers[self.instance] = self
-        self.loop.enter(self.node.start)
-
-    def __repr__(self):
-        return f"[seed {self.world.network.seed}, {self.world.network.time:.2f} s] {self.node.me.id}"
-
-    def _event(self, event):
-        if self.world.keep_log:
-            self.log.append((self.world.network.time, event))
-        note = getattr(self.world.witness, f"on_{event['event']}", None)
-        if note is not None:
-            note(self, event)
-
-    def saw(self, kind, **keys):
-        """The events of one kind that have these values."""
-        return [event for _, event in self.log
-                if event["event"] == kind and all(event[key] == value for key, value in keys.items())]
-
-    def sees(self):
-        """The instances of those it holds to be present."""
-        return {peer.instance for peer in self.node.present()}
-
-    def chat(self, text, to=None):
-        """Send; None if nobody is there to receive."""
-        if to is not None and self.node.peers.by_key(to.instance) not in self.node.present():
-            return None
-        if not self.node.present():
-            return None
-        if to is None:
-            return self.node.broadcast_chat_message(text)
-        return self.node.send_chat_message(self.node.peers.by_key(to.instance).id, text)
-
-    def must_have_noticed(self, gone):
-        """By now it must know, if it runs, that another is gone."""
-        if self.died is None:
-            how = "left" if gone.left else "crashed"
-            assert gone.instance not in self.sees(), f"{self} still sees {gone}, {how} at {gone.died:.2f} s"
-
-    def leave(self, after_goodbye=lambda: None):
-        """Go, saying so: once what is under way has arrived, or can wait no longer."""
-        say_goodbye = self.node.links.close_all
-
-        def close_all():
-            self.died = self.world.network.time
-            say_goodbye()
-            after_goodbye()
-
-        self.left, self.node.links.close_all = True, close_all
-        self.loop.enter(self.node.leave)
-        self.world.network.post(self.node.settings.timeout + 5, self.loop.crash)
-
-    def crash(self, reset=True):
-        """Go without a word."""
-        self.died = self.world.network.time
-        self.loop.crash(reset=reset)
-
-    def restart(self, same_address=True):
-        """The same user again: another process, at the same id or at another address."""
-        self.world.network.plug(self.host)
-        port = self.node.me.port
-        if not same_address:
-            self.world.move(self)
-            port = 0
-        settings = self.node.settings._replace(port=port)._asdict()
-        if self.world.by == "join":  # those whom it named the last time may be gone by now
-            friends = self.world.random.sample(self.world.living(), 3)
-            settings["join"] = tuple(friend.node.me.address for friend in friends)
-        peer = SimPeer(self.world, self.host, **settings)
-        self.world.peers.append(peer)
-        return peer
-
-
-class SimWorld:
-    """A network with peers on it, who find each other `by` beacons ("lan"), a "server", or "join"."""
-
-    def __init__(self, seed, count=0, by="lan", keep_log=True, gossip_interval=5.0, **network):
-        self.network = SimNetwork(seed, **network)
-        self.random = random.Random(f"scenario {seed}")
-        self.witness = Witness()
-        self.keep_log = keep_log
-        self.by = by
-        self.gossip_interval = gossip_interval
-        self.numbers = itertools.count(1)
-        self.peers = []
-        self.server = None
-        if by == "server":
-            self.start_server()
-        for _ in range(count):
-            self.add()
-
-    def start_server(self):
-        """A discovery server, at its usual address."""
-        host = self.network.hosts.get("server") or self.network.host("server", SIM_SERVER)
-        host.dark = False
-        loop = self.network.start(host)
-        self.server = p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(lan=False))
-        loop.enter(self.server.start)
-
-    def add(self, username=None, **settings):
-        """A peer on a machine of its own."""
-        username = username or f"u{next(self.numbers)}"
-        ways = {"lan": {}, "server": {"server": (SIM_SERVER, p2pchat.DEFAULT_PORT)}, "none": {"lan": False},
-                "join": {"lan": False, "join": tuple(peer.node.me.address for peer in self.peers[:2])}}
-        settings = {"gossip_interval": self.gossip_interval, **ways[self.by], **settings}
-        peer = SimPeer(self, self.network.host(f"host of {username}"), username, **settings)
-        self.peers.append(peer)
-        return peer
-
-    def add_settled(self, count):
-        """Many peers that know each other already, as after a long time."""
-        added = [self.add() for _ in range(count)]
-        records = [peer.node.me.wire(0) for peer in added]
-        for peer in added:
-            for record in records:
-                if record["instance"] != peer.instance:
-                    peer.known[record["id"]] = record["instance"]
-                    peer.node.peers.merge_claim(record, peer.loop.now())
-        return added
-
-    def move(self, peer):
-        """Its machine gets an address that nobody has had."""
-        number = next(self.numbers)
-        self.network.move(peer.host, f"10.77.{number // 250}.{number % 250 + 1}")
-
-    def living(self):
-        """Those who have neither crashed nor begun to leave."""
-        return [peer for peer in self.peers if peer.died is None and not peer.left]
-
-    def agreed(self, peers=None):
-        """Whether each of these sees all the others, and nobody else."""
-        peers = self.living() if peers is None else peers
-        everybody = {peer.instance for peer in peers}
-        return all(peer.sees() | {peer.instance} == everybody for peer in peers)
-
-    def settle(self, limit=60.0, peers=None):
-        """Until all see all; return how long that took."""
-        return self.network.run_until(lambda: self.agreed(peers), limit, 0.25)
-
-    def chatter(self, mean_gap, until):
-        """Somebody says something now and then, to all or to one, sometimes in a burst."""
-        def speak():
-            if self.network.time < until:
-                self.network.post(self.random.expovariate(1 / mean_gap), speak)
-                peers = self.living()
-                speaker, listener = self.random.sample(peers, 2)
-                for number in range(self.random.choice((1, 1, 1, 7))):
-                    text = f"{number} at {self.network.time:.3f}"
-                    speaker.loop.enter(speaker.chat, text, self.random.choice((None, listener)))
-        self.network.post(self.random.expovariate(1 / mean_gap), speak)
-
-    def finish(self, calm=60.0):
-        """Everything is mended; a while later all agree, and no message is unaccounted for."""
-        self.network.link_life = None
-        self.network.heal()
-        for peer in self.living():
-            if peer.loop.frozen:
-                peer.loop.thaw()
-        self.network.run(calm)
-        assert self.agreed(), self.disagreement()
-        return self.witness.check_messages()
-
-    def disagreement(self):
-        """Who misses or imagines whom, in words."""
-        everybody = {peer.instance: peer for peer in self.living()}
-        lines = [f"seed {self.network.seed}, at {self.network.time:.1f} s:"]
-        for peer in self.living():
-            missing = [everybody[each].node.me.id for each in set(everybody) - peer.sees() - {peer.instance}]
-            ghosts = [self.witness.peers[each].node.me.id for each in peer.sees() - set(everybody)]
-            if missing or ghosts:
-                lines.append(f"{peer.node.me.id} misses {missing}, has ghosts {ghosts}")
-        return "\n".join(lines)
+def scenario_world(seed, size=0, by="lan", **options):
+    """A world that a witness watches, with so many peers on it."""
+    world = World(seed=seed, by=by, witness=Witness(), **options)
+    for _ in range(size):
+        world.add()
+    return world
 
 
 # -- 1. a newcomer ---------------------------------------------------------------------------------------
@@ -3446,36 +3660,36 @@ def ideal_push_pull(seed, size):
 
 def scenario_newcomer(seed, size=16, limit=15.0):
     """A newcomer that knows one of many peers, and no server: rounds until all know it, and it knows all."""
-    world = SimWorld(seed, by="none", keep_log=False)
+    world = scenario_world(seed, by="none", keep_events=False)
     settled = world.add_settled(size)
-    world.network.run(12)
+    world.run(12)
     begin = world.network.time
     contact = world.random.choice(settled)
-    newcomer = world.add(join=(contact.node.me.address,))
+    newcomer = world.add(join=(contact.me.address,))
     unaware = set(settled)
 
     def all_know():
-        unaware.difference_update([peer for peer in unaware if peer.node.peers.by_key(newcomer.instance)])
+        unaware.difference_update([peer for peer in unaware if peer.record_of(newcomer)])
         return not unaware
 
-    world.network.run_until(all_know, limit * world.gossip_interval, 0.02)
-    rounds = (world.network.time - begin) / world.gossip_interval
-    world.network.run_until(lambda: len(newcomer.node.peers) == size, limit * world.gossip_interval, 0.02)
-    knows_all = (world.network.time - begin) / world.gossip_interval
+    world.until(all_know, limit * SIM_ROUND, 0.02)
+    rounds = (world.network.time - begin) / SIM_ROUND
+    world.until(lambda: len(newcomer.node.peers) == size, limit * SIM_ROUND, 0.02)
+    knows_all = (world.network.time - begin) / SIM_ROUND
     return {"rounds": rounds, "ideal": ideal_push_pull(seed, size + 1), "knows all": knows_all}
 
 
 def scenario_hundred(seed, size=100, calm=60):
     """100 peers and a newcomer: known to all within 15 rounds; then one leaves, and nobody brings it back."""
-    world = SimWorld(seed, by="none", keep_log=False)
+    world = scenario_world(seed, by="none", keep_events=False)
     settled = world.add_settled(size)
-    world.network.run(5)
-    newcomer = world.add(join=(world.random.choice(settled).node.me.address,))
-    took = world.settle(15 * world.gossip_interval)
+    world.run(5)
+    newcomer = world.add(join=(world.random.choice(settled).me.address,))
+    took = world.settle(15 * SIM_ROUND)
     leaver = world.random.choice(settled)
-    leaver.leave()
-    gone = world.settle(15 * world.gossip_interval)
-    world.network.run(calm)
+    leaver.depart()
+    gone = world.settle(15 * SIM_ROUND)
+    world.run(calm)
     assert world.agreed(), world.disagreement()
     assert newcomer.died is None
     return {"known after s": took, "left after s": gone}
@@ -3497,7 +3711,7 @@ def churn_event(world, event):
     """One peer goes, and perhaps comes again."""
     peer = world.random.choice([each for each in world.living() if world.network.time - each.born > 10])
     if event == "leave":
-        peer.leave(lambda: world.network.post(LEAVE_KNOWN, churn_must_be_known, world, peer))
+        peer.depart(lambda: world.network.post(LEAVE_KNOWN, churn_must_be_known, world, peer))
         return
     peer.crash(reset=world.random.random() < 0.5)
     world.network.post(CRASH_KNOWN, churn_must_be_known, world, peer)
@@ -3515,11 +3729,11 @@ def churn_must_be_known(world, gone):
 def scenario_churn(seed, size=50, minutes=60, crashes=10, leaves=10, restarts=10, link_life=600.0):
     """Links break at random, packets take up to 500 ms, peers crash, leave and come again."""
     by = ("lan", "server", "join")[seed % 3]
-    world = SimWorld(seed, size, by=by, keep_log=False, delay=(0.001, 0.5), link_life=link_life, lan_loss=0.1)
+    world = scenario_world(seed, size, by=by, keep_events=False, delay=(0.001, 0.5), link_life=link_life, lan_loss=0.1)
     world.settle(120)
     churn_plan(world, crashes, leaves, restarts, minutes * 60 - 90)
     world.chatter(mean_gap=10.0, until=world.network.time + minutes * 60 - 30)
-    world.network.run(minutes * 60)
+    world.run(minutes * 60)
     figures = world.finish()
     detection = world.witness.detection
     return {**{f"{kind} known after s": seconds for kind, seconds in sorted(detection.items())}, **figures}
@@ -3530,16 +3744,16 @@ def scenario_churn(seed, size=50, minutes=60, crashes=10, leaves=10, restarts=10
 
 def scenario_halves(seed, size=20, minutes=10):
     """Cut into halves, healed later, no server: all see all within 60 s."""
-    world = SimWorld(seed, size, by="none", delay=(0.001, 0.05))
+    world = scenario_world(seed, size, by="none", delay=(0.001, 0.05))
     for peer in world.peers[1:]:
-        peer.node.links.dial(world.peers[0].node.me.address)
+        peer.dial(world.peers[0].me.address)
     world.settle(60)
     half, other = world.peers[:size // 2], world.peers[size // 2:]
     world.witness.strict = False
     world.chatter(mean_gap=5.0, until=world.network.time + minutes * 60)
     world.network.cut([peer.host for peer in half], [peer.host for peer in other])
-    parted = world.network.run_until(lambda: world.agreed(half) and world.agreed(other), 30)
-    world.network.run(minutes * 60)
+    parted = world.until(lambda: world.agreed(half) and world.agreed(other), 30)
+    world.run(minutes * 60)
     assert world.agreed(half) and world.agreed(other), world.disagreement()
     world.network.heal()
     healed = world.settle(60)
@@ -3548,17 +3762,17 @@ def scenario_halves(seed, size=20, minutes=10):
 
 def scenario_cut_off(seed, size=10, seconds=120):
     """One peer's cable is pulled: it says that its own network is gone, keeps its list, and is back soon."""
-    world = SimWorld(seed, size, by=("lan", "none")[seed % 2], delay=(0.001, 0.05))
+    world = scenario_world(seed, size, by=("lan", "none")[seed % 2], delay=(0.001, 0.05))
     for peer in world.peers[1:]:
-        peer.node.links.dial(world.peers[0].node.me.address)
+        peer.dial(world.peers[0].me.address)
     world.settle(60)
-    world.network.run(10)
+    world.run(10)
     victim, others = world.peers[-1], world.peers[:-1]
     world.witness.strict = False
     world.network.unplug(victim.host)
-    noticed = world.network.run_until(lambda: victim.saw("network", gone=True), 20)
-    dropped = world.network.run_until(lambda: world.agreed(others), CRASH_KNOWN)
-    world.network.run(seconds)
+    noticed = world.until(lambda: victim.saw("network", gone=True), 20)
+    dropped = world.until(lambda: world.agreed(others), CRASH_KNOWN)
+    world.run(seconds)
     assert not victim.saw("left") and len(victim.sees()) == size - 1
     world.network.plug(victim.host)
     back = world.settle(10)
@@ -3568,17 +3782,17 @@ def scenario_cut_off(seed, size=10, seconds=120):
 
 def scenario_partly(seed, size=12, seconds=180):
     """A third of the others can't reach one peer: nobody removes it, and what can't be sent is reported."""
-    world = SimWorld(seed, size, delay=(0.001, 0.05))
+    world = scenario_world(seed, size, delay=(0.001, 0.05))
     world.settle(60)
     victim = world.random.choice(world.peers)
     others = [peer for peer in world.peers if peer is not victim]
     cut = world.random.sample(others, (size - 1) // 3)
     world.network.cut([peer.host for peer in cut], [victim.host])
-    world.network.run(seconds)
+    world.run(seconds)
     assert world.agreed(), world.disagreement()
     for peer in world.peers:
-        peer.loop.enter(peer.chat, f"from {peer.node.me.username}")
-    world.network.run(40)
+        peer.chat(f"from {peer.me.username}")
+    world.run(40)
     figures = world.witness.check_messages()
     assert figures["failed"] == 2 * len(cut), figures
     return {**figures, **world.finish(60)}
@@ -3605,7 +3819,7 @@ def mishap_crash(world, peer, seconds):
 def mishap_leave(world, peer, seconds):
     """It leaves, and comes again."""
     if len(world.living()) > 4 and not peer.loop.frozen:
-        peer.leave()
+        peer.depart()
         world.network.post(7 + seconds, peer.restart)
 
 
@@ -3646,14 +3860,14 @@ MISHAPS = {"crash": mishap_crash, "leave": mishap_leave, "freeze": mishap_freeze
 
 def scenario_delivery(seed, size=8, minutes=10, link_life=40.0, kinds=("crash", "leave"), calm=60):
     """Breaking links, crashes, restarts: every message is shown once and in order, or reported."""
-    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], keep_log=False, delay=(0.001, 0.3),
+    world = scenario_world(seed, size, by=("lan", "server")[seed % 2], keep_events=False, delay=(0.001, 0.3),
                      link_life=link_life, lan_loss=0.1)
     world.settle(60)
     world.witness.strict = not set(kinds) - {"crash", "leave"}
     until = world.network.time + minutes * 60
     world.chatter(mean_gap=0.3, until=until)
     world.network.post(5, delivery_mishap, world, until, kinds)
-    world.network.run(minutes * 60)
+    world.run(minutes * 60)
     return world.finish(calm)
 
 
@@ -3670,12 +3884,12 @@ def scenario_mess(seed, **sizes):
 
 def scenario_bytes(seed, size=16, seconds=60):
     """Bytes of a gossip round (question and answer), and all bytes that one peer sends in a minute."""
-    world = SimWorld(seed, by="none", keep_log=False)
+    world = scenario_world(seed, by="none", keep_events=False)
     world.add_settled(size)
-    world.network.run(30)
+    world.run(30)
     census = world.network.census = {}
-    world.network.run(seconds)
-    rounds = size * seconds / world.gossip_interval
+    world.run(seconds)
+    rounds = size * seconds / SIM_ROUND
     gossip = census.get("MSG_SYNC_PEERS_REQUEST", 0) + census.get("MSG_SYNC_PEERS_RESPONSE", 0)
     assert gossip, "nobody gossips"
     minutes = size * seconds / 60
@@ -3687,17 +3901,17 @@ def scenario_bytes(seed, size=16, seconds=60):
 
 def scenario_dial_at_once(seed, seconds=60):
     """Two peers dial each other at the same moment and talk at once: working links, and nothing lost."""
-    world = SimWorld(seed, by="none", delay=(0.01, 0.2))
+    world = scenario_world(seed, by="none", delay=(0.01, 0.2))
     one = world.add(port=5001)
     two = world.add(port=5002)
     for here, there in ((one, two), (two, one)):
         for _ in range(3):
-            here.loop.enter(here.node.links.dial, (there.host.addresses[0], there.node.me.port))
+            here.dial((there.host.addresses[0], there.me.port))
     for number in range(40):
-        world.network.run(0.05)
+        world.run(0.05)
         for peer in (one, two):
-            peer.loop.enter(peer.chat, f"{number}")
-    world.network.run(seconds)
+            peer.chat(f"{number}")
+    world.run(seconds)
     figures = world.finish(1)
     assert figures["failed"] == 0 and figures["shown"] == figures["messages"] > 20, figures
     return figures
@@ -3705,13 +3919,13 @@ def scenario_dial_at_once(seed, seconds=60):
 
 def scenario_walled(seed, size=6, minutes=5):
     """A peer that can dial but not be dialled takes part: its links serve both directions."""
-    world = SimWorld(seed, size, by=("server", "join")[seed % 2], delay=(0.001, 0.05), link_life=120)
+    world = scenario_world(seed, size, by=("server", "join")[seed % 2], delay=(0.001, 0.05), link_life=120)
     world.peers[-1].host.walled = True
     world.settle(60)
     for _ in range(minutes * 6):
-        world.network.run(10)
+        world.run(10)
         for peer in world.peers:
-            peer.loop.enter(peer.chat, "hello")
+            peer.chat("hello")
     assert world.agreed(), world.disagreement()
     figures = world.finish()
     assert figures["failed"] <= figures["messages"] / 100, figures
@@ -3721,20 +3935,20 @@ def scenario_walled(seed, size=6, minutes=5):
 def scenario_clock(seed, size=6, seconds=60):
     """Clocks jump, just when a message is on its way and somebody else has been silent for some seconds:
     nobody loses anybody, and no message fails."""
-    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
+    world = scenario_world(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
     world.settle(60)
     jumps = [(3600, None), (0, -86400), (0, 86400), (11, None), (-30, 0)]
     for seconds_forward, wall in jumps:
         peer, slow = world.random.sample(world.peers, 2)
         slow.loop.freeze()
-        world.network.run(5.5)
+        world.run(5.5)
         for each in world.peers:
-            each.loop.enter(each.chat, "still here")
-        world.network.run(0.002)
+            each.chat("still here")
+        world.run(0.002)
         peer.loop.jump(seconds_forward, wall)
-        world.network.run(0.5)
+        world.run(0.5)
         slow.loop.thaw()
-        world.network.run(seconds)
+        world.run(seconds)
         assert world.agreed(), world.disagreement()
     figures = world.finish()
     assert figures["failed"] == 0, figures
@@ -3743,15 +3957,15 @@ def scenario_clock(seed, size=6, seconds=60):
 
 def scenario_sleep(seed, size=6, seconds=600):
     """A laptop sleeps: dropped meanwhile, and back within 10 s of waking, knowing all."""
-    world = SimWorld(seed, size, by=("lan", "server", "none")[seed % 3], delay=(0.001, 0.05))
+    world = scenario_world(seed, size, by=("lan", "server", "none")[seed % 3], delay=(0.001, 0.05))
     for peer in world.peers[1:]:
-        peer.node.links.dial(world.peers[0].node.me.address)
+        peer.dial(world.peers[0].me.address)
     world.settle(60)
     sleeper = world.random.choice(world.peers)
     world.witness.strict = False
     sleeper.loop.freeze()
     world.network.unplug(sleeper.host)
-    world.network.run(seconds)
+    world.run(seconds)
     assert world.agreed([peer for peer in world.peers if peer is not sleeper]), world.disagreement()
     sleeper.loop.jump(-seconds, wall=0)  # Linux stops the one clock while it sleeps
     world.network.plug(sleeper.host)
@@ -3761,24 +3975,24 @@ def scenario_sleep(seed, size=6, seconds=600):
 
 def scenario_new_address(seed, size=6, seconds=120):
     """A new lease: the same instance at another address. Known to all there soon, and nothing is lost."""
-    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
+    world = scenario_world(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
     world.settle(60)
-    world.network.run(20)
+    world.run(20)
     mover = world.random.choice(world.peers)
     world.witness.strict = False
     world.network.move(mover.host, "10.50.0.1")
 
     def moved():
-        found = [peer.node.peers.by_key(mover.instance) for peer in world.peers if peer is not mover]
+        found = [peer.record_of(mover) for peer in world.peers if peer is not mover]
         return all(peer is not None and not peer.gone and peer.ip == "10.50.0.1" for peer in found)
 
     for peer in world.peers:
-        peer.loop.enter(peer.chat, "during the change")
-    took = world.network.run_until(moved, 30)
+        peer.chat("during the change")
+    took = world.until(moved, 30)
     renamed = sum(bool(peer.saw("renamed")) for peer in world.peers if peer is not mover)
     for peer in world.peers:
-        peer.loop.enter(peer.chat, "after the change")
-    world.network.run(seconds)
+        peer.chat("after the change")
+    world.run(seconds)
     figures = world.finish()
     assert figures["failed"] == 0, figures
     return {"known there after s": took, "renamed": renamed / (size - 1), **figures}
@@ -3786,22 +4000,22 @@ def scenario_new_address(seed, size=6, seconds=120):
 
 def scenario_restart(seed, size=5):
     """Killed, and at once back at the same id: another instance, whose messages count anew."""
-    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
+    world = scenario_world(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.05))
     world.settle(60)
     for number in range(4):
         victim = world.random.choice(world.living())
         for _ in range(3):
-            victim.loop.enter(victim.chat, "before")
-        world.network.run(1)
+            victim.chat("before")
+        world.run(1)
         victim.crash(reset=world.random.random() < 0.7)
-        world.network.run(world.random.choice((0.01, 0.5, 3, 20)))
+        world.run(world.random.choice((0.01, 0.5, 3, 20)))
         again = victim.restart()
-        assert again.node.me.id == victim.node.me.id or world.by == "lan"
+        assert again.me.id == victim.me.id or world.by == "lan"
         world.settle(30)
-        again.loop.enter(again.chat, "after")
+        again.chat("after")
         for peer in world.living():
-            peer.loop.enter(peer.chat, f"welcome {number}")
-        world.network.run(5)
+            peer.chat(f"welcome {number}")
+        world.run(5)
         shown = [peer for peer in world.living() if peer.saw("chat", text="after")]
         assert len(shown) >= size - 1
     return world.finish()
@@ -3809,105 +4023,63 @@ def scenario_restart(seed, size=5):
 
 def scenario_lan(seed, size=8):
     """No address known, datagrams lost: the first is alone and says why; then all find each other."""
-    world = SimWorld(seed, 1, by="lan", delay=(0.001, 0.02), lan_loss=0.2)
-    world.network.run(4)
+    world = scenario_world(seed, 1, by="lan", delay=(0.001, 0.02), lan_loss=0.2)
+    world.run(4)
     first = world.peers[0]
-    words = "\n".join(first.node.alone())
-    assert f"--join {first.node.me.ip}:{first.node.me.port}" in words and "127.0.0.1:9999: refused" in words
-    assert first.chat("hello?") is None
+    words = "\n".join(first.alone())
+    assert f"--join {first.me.ip}:{first.me.port}" in words and "127.0.0.1:9999: refused" in words
+    assert first.present() == []
     for _ in range(size - 1):
-        world.network.run(world.random.random())
+        world.run(world.random.random())
         world.add()
     took = world.settle(10)
-    assert first.node.alone() == []
+    assert first.alone() == []
     return {"found after s": took}
-
-
-class StrangerLink(p2pchat.Handler):
-    """One connection of a SimStranger."""
-
-    def __init__(self, stranger, connection=None):
-        self.stranger = stranger
-        self.connection = connection
-
-    def on_open(self):
-        self.send("MSG_HELLO", {"peer": self.stranger.me})
-
-    def on_messages(self, messages):
-        self.stranger.got += messages
-        for message in messages:
-            if message["type"] == "MSG_PROBE":
-                self.send("MSG_PROBE_ACK", message["content"])
-            elif message["type"] == "MSG_SYNC_PEERS_REQUEST":
-                self.send("MSG_SYNC_PEERS_RESPONSE", {"peer_list": self.stranger.peer_list})
-
-    def send(self, kind, content):
-        """Say something."""
-        self.connection.send(p2pchat.create_message(kind, self.stranger.me["id"], content))
-
-
-class SimStranger:
-    """A program that speaks the protocol by hand: it says hello and answers probes."""
-
-    def __init__(self, world, target):
-        self.loop = world.network.start(world.network.host(f"stranger {next(world.numbers)}"))
-        ip = self.loop.host.addresses[0]
-        self.me = {"id": f"Eve@{ip}:7", "ip": ip, "port": 7, "username": "Eve", "instance": "eeee"}
-        self.got = []
-        self.peer_list = []  # what it answers when it is asked whom it knows
-        self.loop.listen("0.0.0.0", 7, self._accept)
-        self.link = StrangerLink(self)
-        self.link.connection = self.loop.connect(target.node.me.address, self.link, 5)
-
-    def _accept(self, connection):
-        link = StrangerLink(self, connection)
-        link.on_open()
-        return link
 
 
 def scenario_stale_list(seed, size=5):
     """A stale list does not bring back who was removed, and who offers it is answered with the tombstone."""
-    world = SimWorld(seed, size, delay=(0.001, 0.05))
+    world = scenario_world(seed, size, delay=(0.001, 0.05))
     world.settle(60)
     gone, *rest = world.random.sample(world.peers, size)
-    stale = gone.node.me.wire(gone.loop.now())
-    gone.leave() if seed % 2 else gone.crash()
+    stale = gone.me.wire(gone.loop.now())
+    gone.depart() if seed % 2 else gone.crash()
     world.settle(CRASH_KNOWN)
-    world.network.run(5)  # until it is no news any more
-    stranger = SimStranger(world, rest[0])
-    world.network.run(2)
+    world.run(5)  # until it is no news any more
+    eve = take_part(world, rest[0])
+    world.run(2)
 
     def was_told():
-        return [record for message in stranger.got if message["type"] == "MSG_PEER_NEWS"
-                for record in message["content"]["peers"]
+        return [record for content in eve.got("MSG_PEER_NEWS") for record in content["peers"]
                 if record["instance"] == gone.instance and record["status"] in ("dead", "left")]
 
-    stranger.got.clear()
-    stranger.loop.enter(stranger.link.send, "MSG_PEER_NEWS", {"peers": [stale]})
-    world.network.run_until(was_told, 2)
-    stranger.got.clear()
-    stranger.peer_list = [stale, stranger.me]
-    world.network.run_until(was_told, 120)
-    world.network.run(10)
+    eve.heard.clear()
+    eve.say("MSG_PEER_NEWS", {"peers": [stale]})
+    world.until(was_told, 2)
+    eve.heard.clear()
+    known = {"peer_list": [stale, eve.peer.wire(0.0)]}
+    eve.answers["MSG_SYNC_PEERS_REQUEST"] = lambda content: ("MSG_SYNC_PEERS_RESPONSE", known)
+    world.until(was_told, 120)
+    world.run(10)
     assert not any(gone.instance in peer.sees() for peer in rest)
     return {}
 
 
 def scenario_frozen(seed, size=5, count=200):
     """One peer is stopped: nobody waits for it; it is dropped in time, and back soon after it runs again."""
-    world = SimWorld(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.02))
+    world = scenario_world(seed, size, by=("lan", "server")[seed % 2], delay=(0.001, 0.02))
     world.settle(60)
     frozen, *rest = world.peers
     frozen.loop.freeze()
     world.witness.strict = False
     begin = world.network.time
     for number in range(count):
-        rest[number % len(rest)].loop.enter(rest[number % len(rest)].chat, f"{number}")
-    world.network.run(1)
+        rest[number % len(rest)].chat(f"{number}")
+    world.run(1)
     late = [when for (_, receiver), when in world.witness.shown.items() if when - begin > 0.1]
     assert not late and len(world.witness.shown) == count * (size - 2)
-    dropped = world.network.run_until(lambda: world.agreed(rest), CRASH_KNOWN)
-    world.network.run(20)
+    dropped = world.until(lambda: world.agreed(rest), CRASH_KNOWN)
+    world.run(20)
     frozen.loop.thaw()
     back = world.settle(10)
     figures = world.finish()
@@ -3917,17 +4089,17 @@ def scenario_frozen(seed, size=5, count=200):
 
 def scenario_server(seed, size=3):
     """The server dies: chat goes on, all say so; it comes back: all are registered within 35 s."""
-    world = SimWorld(seed, size, by="server", delay=(0.001, 0.02))
+    world = scenario_world(seed, size, by="server", delay=(0.001, 0.02))
     world.settle(10)
     world.server.loop.crash(reset=seed % 2 == 0)
-    world.network.run(60)
+    world.run(60)
     assert all(peer.saw("server")[-1]["online"] is False for peer in world.peers)
     for peer in world.peers:
-        peer.loop.enter(peer.chat, "without a server")
-    world.network.run(1)
+        peer.chat("without a server")
+    world.run(1)
     assert len(world.witness.shown) == size * (size - 1) and world.agreed()
     world.start_server()
-    took = world.network.run_until(lambda: len(world.server.peer_ids) == size, 35)
+    took = world.until(lambda: len(world.server.peer_ids) == size, 35)
     return {"registered after s": took, **world.finish(10)}
 
 
@@ -4052,140 +4224,93 @@ def simulate_limits(name, columns):
 # -- peer node -----------------------------------------------------------------------------------------
 
 
-class NodeRig:
-    """Peers on a simulated network who know each other by --join; each event of each is kept."""
-
-    def __init__(self, *names, seed=1, settings=None, **network):
-        self.network = SimNetwork(seed, **network)
-        self.nodes, self.events, self.answers = {}, {}, {}
-        for name in names:
-            self.add(name, **(settings or {}))
-        if len(names) > 1:
-            self.network.run_until(lambda: all(len(node.peers) == len(names) - 1 == len(node.links.current)
-                                               for node in self.nodes.values()), 30)
-
-    def add(self, name, host=None, **settings):
-        """A peer on a machine of its own."""
-        others = tuple(node.me.address for node in self.nodes.values())[:1]
-        self.events[name] = []
-        settings = {"lan": False, "port": 5000, "join": others, **settings}
-        loop = self.network.start(host or self.network.host(name))
-        node = p2pchat.PeerNode(loop, p2pchat.Settings(name, **settings), each(functools.partial(self._on_event, name)))
-        self.nodes[name] = node
-        node.start()
-        return node
-
-    def _on_event(self, name, event):
-        self.events[name].append(event)
-        answer = self.answers.get((name, event["event"]))
-        if answer is not None:
-            answer(event)
-
-    def __getattr__(self, name):
-        return self.nodes[name.capitalize()]
-
-    def run(self, seconds):
-        self.network.run(seconds)
-
-    def saw(self, name, kind):
-        return [event for event in self.events[name] if event["event"] == kind]
-
-    def shown(self, name):
-        """The texts that a peer was shown."""
-        return [event["text"] for event in self.saw(name, "chat")]
-
-    def hosts(self, *names):
-        return [self.network.hosts[name] for name in names]
-
-
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_node_an_interface_may_chat_from_within_an_event(seed):
     """What waited for a peer goes out first, whatever is said in answer to its coming back."""
-    rig = NodeRig("Ann", "Bob", seed=seed, delay=(0.001, 0.1))
+    rig = World("Ann", "Bob", seed=seed, delay=(0.001, 0.1))
     rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
     texts = [f"m{number}" for number in range(3)]
     for text in texts:
-        rig.ann.broadcast_chat_message(text)
-    rig.answers["Ann", "sent"] = lambda event: rig.answers.pop(("Ann", "sent")) and rig.ann.broadcast_chat_message("nested")
-    rig.ann.broadcast_chat_message("outer")
-    rig.answers["Ann", "quiet"] = lambda event: event["quiet"] or rig.ann.broadcast_chat_message("welcome back")
-    rig.network.run_until(lambda: rig.saw("Ann", "quiet"), 10)
+        rig.ann.say(text)
+    rig.ann.answers["sent"] = lambda event: rig.ann.answers.pop("sent") and rig.ann.say("nested")
+    rig.ann.say("outer")
+    rig.ann.answers["quiet"] = lambda event: event["quiet"] or rig.ann.say("welcome back")
+    rig.until(lambda: rig.ann.saw("quiet"), 10)
     rig.network.heal()
     rig.run(30)
-    assert rig.shown("Bob") == [*texts, "outer", "nested", "welcome back"] and not rig.saw("Ann", "failed")
+    assert rig.bob.texts() == [*texts, "outer", "nested", "welcome back"] and not rig.ann.saw("failed")
 
 
 def test_node_a_new_name_closes_no_link_and_is_followed_by_messages_under_it():
-    rig = NodeRig("Ann", "Bob", "Cy")
-    before = dict(rig.bob.links.current)
-    rig.ann.broadcast_chat_message("old")
+    rig = World("Ann", "Bob", "Cy")
+    before = rig.bob.linked()
+    rig.ann.say("old")
     rig.ann.rename("Anna")
-    rig.ann.broadcast_chat_message("new")
+    rig.ann.say("new")
     rig.run(5)
-    assert rig.bob.links.current == before
-    assert [(event["text"], event["from"]["username"]) for event in rig.saw("Bob", "chat")] == [("old", "Ann"), ("new", "Anna")]
-    assert [event["old"]["username"] for event in rig.saw("Cy", "renamed")] == ["Ann"]
-    assert not rig.saw("Bob", "left") and not rig.saw("Ann", "failed")
+    assert rig.bob.linked() == before
+    assert [(event["text"], event["from"]["username"]) for event in rig.bob.saw("chat")] == [("old", "Ann"), ("new", "Anna")]
+    assert [event["old"]["username"] for event in rig.cy.saw("renamed")] == ["Ann"]
+    assert not rig.bob.saw("left") and not rig.ann.saw("failed")
 
 
 def test_node_renames_now_and_then_are_no_flood():
-    rig = NodeRig("Ann", "Bob")
+    rig = World("Ann", "Bob")
     for number in range(2 * p2pchat.MAX_RENAMES):
         rig.ann.rename(f"Ann {number}")
         rig.run(90)
-    assert not rig.saw("Bob", "left") and rig.bob.present()[0].username == f"Ann {2 * p2pchat.MAX_RENAMES - 1}"
+    assert not rig.bob.saw("left") and rig.bob.present()[0].username == f"Ann {2 * p2pchat.MAX_RENAMES - 1}"
 
 
 def test_node_what_was_shown_is_never_told_as_refused():
     """Texts of mixed sizes at the edge of the budget: the refusals are exactly those that were not shown."""
-    rig = NodeRig("Ann", "Bob", settings={"budget": 2000})
+    rig = World("Ann", "Bob", settings={"budget": 2000})
     texts = ["a" * 1500, "b" * 1500, "c", "d" * 1500, "e"]
     for text in texts:
-        rig.ann.broadcast_chat_message(text)
+        rig.ann.say(text)
     rig.run(5)
-    failed = [event["text"] for event in rig.saw("Ann", "failed")]
-    assert rig.shown("Bob") == ["a" * 1500, "c", "e"] and failed == ["b" * 1500, "d" * 1500]
-    assert len(rig.saw("Ann", "delivered")) == 3
+    failed = rig.ann.texts("failed")
+    assert rig.bob.texts() == ["a" * 1500, "c", "e"] and failed == ["b" * 1500, "d" * 1500]
+    assert len(rig.ann.saw("delivered")) == 3
 
 
 def test_node_a_full_queue_is_reported(monkeypatch):
     monkeypatch.setattr(p2pchat, "OUTBOX_MESSAGES", 3)
-    rig = NodeRig("Ann", "Bob")
+    rig = World("Ann", "Bob")
     rig.bob.loop.freeze()
     for number in range(5):
-        rig.ann.broadcast_chat_message(f"m{number}")
+        rig.ann.say(f"m{number}")
     rig.run(0)
-    kinds = [event["event"] for event in rig.events["Ann"] if event["event"] in ("sent", "failed")]
+    kinds = [event["event"] for event in rig.ann.events if event["event"] in ("sent", "failed")]
     assert kinds == ["sent"] * 4 + ["failed", "sent", "failed"]
     rig.bob.loop.thaw()
     rig.run(5)
-    assert rig.shown("Bob") == ["m0", "m1", "m2"]
+    assert rig.bob.texts() == ["m0", "m1", "m2"]
 
 
 @pytest.mark.parametrize("seconds", [3, 6, 9, 12, 20])
 def test_node_a_stopped_peer_shows_nothing_that_was_reported_undelivered(seconds):
     """What lies in its kernel when it runs again may be given up already: it is sent again, or not shown."""
     for seed in range(5):
-        rig = NodeRig("Ann", "Bob", "Cy", seed=seed)
+        rig = World("Ann", "Bob", "Cy", seed=seed)
         rig.run(seed / 2)
         rig.bob.loop.freeze()
         for number in range(2 * seconds):
             rig.run(0.5)
             if len(rig.ann.peers) == 2:
-                rig.ann.broadcast_chat_message(f"m{number}")
+                rig.ann.say(f"m{number}")
         rig.bob.loop.thaw()
         rig.run(20)
-        texts = [event["text"] for event in rig.saw("Ann", "sent")]
-        failed = [event["text"] for event in rig.saw("Ann", "failed")]
-        assert texts and rig.shown("Bob") == [text for text in texts if text not in failed], seed
-        assert len(rig.shown("Cy")) == len(texts) and bool(failed) == (seconds > 10), seed
+        texts, failed = rig.ann.texts("sent"), rig.ann.texts("failed")
+        assert texts and rig.bob.texts() == [text for text in texts if text not in failed], seed
+        assert len(rig.cy.texts()) == len(texts) and bool(failed) == (seconds > 10), seed
 
 
 def test_node_a_cut_off_peer_that_is_refused_knows_that_the_network_is_back():
     """The two others lost power and boot again without the program: no ghosts, no "network gone" for ever."""
-    rig = NodeRig("Ann", "Bob", "Cy")
+    rig = World("Ann", "Bob", "Cy")
     for name in ("Bob", "Cy"):
-        rig.nodes[name].loop.crash(reset=False)
+        rig[name].loop.crash(reset=False)
     rig.run(30)
     assert rig.ann.network_gone and len(rig.ann.peers) == 2
     for host in rig.hosts("Bob", "Cy"):
@@ -4195,7 +4320,7 @@ def test_node_a_cut_off_peer_that_is_refused_knows_that_the_network_is_back():
 
 
 def test_node_a_lone_peer_does_not_wake_for_nothing():
-    rig = NodeRig("Ann", "Bob")
+    rig = World("Ann", "Bob")
     rig.bob.leave()
     rig.run(30)
     wakes = []
@@ -4208,36 +4333,32 @@ def test_node_a_lone_peer_does_not_wake_for_nothing():
 def test_node_two_hosts_dial_each_other_at_the_same_moment():
     """Both end with a link that works, and nothing that was said meanwhile is lost or doubled."""
     for seed in range(10):
-        rig = NodeRig("Ann", "Bob", "Cy", seed=seed, delay=(0.001, 0.3))
-        for one in (rig.ann, rig.bob):
-            for link in list(one.links.current.values()):
-                link.connection.abort("cut by the test")
+        rig = World("Ann", "Bob", "Cy", seed=seed, delay=(0.001, 0.3))
+        for link in [*rig.ann.linked().values(), *rig.bob.linked().values()]:
+            link.connection.abort("cut by the test")
         rig.run(0.4)
         for number in range(5):
-            rig.ann.broadcast_chat_message(f"a{number}")
-            rig.bob.broadcast_chat_message(f"b{number}")
+            rig.ann.say(f"a{number}")
+            rig.bob.say(f"b{number}")
             rig.run(0.1)
         rig.run(20)
-        assert rig.shown("Ann") == [f"b{number}" for number in range(5)]
-        assert rig.shown("Bob") == [f"a{number}" for number in range(5)]
-        assert not rig.saw("Ann", "failed") + rig.saw("Bob", "failed")
+        assert rig.ann.texts() == [f"b{number}" for number in range(5)]
+        assert rig.bob.texts() == [f"a{number}" for number in range(5)]
+        assert not rig.ann.saw("failed") + rig.bob.saw("failed")
 
 
 def test_node_joining_oneself_does_no_harm():
-    network = SimNetwork()
-    host = network.host("ann")
+    rig = World()
+    host = rig.network.host("Ann")
     address = (host.addresses[0], 5000)
-    events = []
-    settings = p2pchat.Settings("Ann", port=5000, join=(address,), lan=False)
-    node = p2pchat.PeerNode(network.start(host), settings, each(events.append))
-    node.start()
-    network.run(60)
-    assert len(node.peers) == 0 and address in node.links.own and len(node.links.all) == 0
+    ann = rig.add("Ann", machine=host, join=(address,))
+    rig.run(60)
+    assert len(ann.peers) == 0 and address in ann.links.own and not ann.all_links()
 
 
 def test_node_addresses_that_echo_our_instance_are_bounded():
     """Whoever we dial can answer with our own instance, from as many addresses as it has."""
-    rig = NodeRig("Ann")
+    rig = World("Ann")
     record = rig.ann.me.wire(0.0)
     for number in range(3 * p2pchat.MAX_DIALS):
         link = p2pchat.Link(rig.ann, ("10.9.9.9", number + 1), dialled=True)
@@ -4247,440 +4368,401 @@ def test_node_addresses_that_echo_our_instance_are_bounded():
 
 def test_node_whose_place_is_taken_by_another_process_is_not_tried_again():
     """Bob's machine crashed and he is back at the same address: nothing is lost there any more."""
-    rig = NodeRig("Ann", "Bob", "Cy")
-    rig.bob.loop.crash(reset=False)
+    rig = World("Ann", "Bob", "Cy")
+    rig.bob.crash(reset=False)
     rig.run(1)
-    host = rig.network.hosts["Bob"]
-    rig.network.plug(host)
-    rig.add("Bob", host)
+    rig.network.plug(rig.bob.host)
+    rig.add("Bob", machine=rig.bob.host)
     rig.run(60)
-    assert [peer.username for peer in rig.ann.present()] == ["Bob", "Cy"]
-    assert len(rig.ann.links.all) == 2
+    assert rig.ann.names() == ["Bob", "Cy"] and len(rig.ann.all_links()) == 2
 
 
 def test_node_a_late_word_of_its_life_does_not_bring_back_one_that_has_left():
     """It denied a suspicion just before it left: that news may come behind its goodbye."""
-    rig = NodeRig("Ann", "Bob", "Cy")
+    rig = World("Ann", "Bob", "Cy")
     rig.bob.me.incarnation += 1  # as deny() does; nobody has heard of it yet
     last_word = rig.bob.me.wire(rig.bob.loop.now())
     rig.bob.leave()
     rig.run(1)
-    assert [peer.username for peer in rig.ann.present()] == ["Cy"]
-    rig.ann.loop.enter(rig.ann.gossip.hear_of, last_word, rig.cy.me.ip)
+    assert rig.ann.names() == ["Cy"]
+    rig.ann.hear_of(last_word, rig.cy.me.ip)
     rig.run(10)
-    assert [event["peer"]["username"] for event in rig.saw("Ann", "joined")].count("Bob") == 1
+    assert [event["peer"]["username"] for event in rig.ann.saw("joined")].count("Bob") == 1
 
 
 def test_node_who_leaves_tells_first_what_was_shown():
     """A bot answers the last word of one that leaves: the answer is shown, and known to be."""
-    rig = NodeRig("Ann", "Bob", delay=(0.01, 0.02))
-    rig.answers["Ann", "chat"] = lambda event: rig.ann.send_chat_message(event["from"]["id"], "pong")
-    rig.bob.broadcast_chat_message("ping")
+    rig = World("Ann", "Bob", delay=(0.01, 0.02))
+    rig.ann.answers["chat"] = lambda event: rig.ann.send_chat_message(event["from"]["id"], "pong")
+    rig.bob.say("ping")
     rig.bob.leave()
     rig.run(10)
-    assert rig.shown("Bob") == ["pong"]
-    assert len(rig.saw("Ann", "delivered")) == 1 and not rig.saw("Ann", "failed")
+    assert rig.bob.texts() == ["pong"]
+    assert len(rig.ann.saw("delivered")) == 1 and not rig.ann.saw("failed")
 
 
 def test_node_a_goodbye_waits_for_what_was_said_over_the_other_link():
     """Between two with two links, an acknowledgement over the one may come behind the goodbye over the other."""
     for seed in range(12):
-        rig = NodeRig("Ann", "Bob", seed=seed, delay=(0.01, 0.4))
-        rig.ann.loop.enter(rig.ann.links.dial, rig.bob.me.address)
+        rig = World("Ann", "Bob", seed=seed, delay=(0.01, 0.4))
+        rig.ann.dial(rig.bob.me.address)
         rig.run(3)
-        rig.bob.broadcast_chat_message("are you still there?")
+        rig.bob.say("are you still there?")
         rig.run(0.3)
         rig.ann.loop.enter(rig.ann.leave)
         rig.run(10)
         assert rig.bob.present() == []
-        assert len(rig.shown("Ann")) == len(rig.saw("Bob", "delivered"))
+        assert len(rig.ann.texts()) == len(rig.bob.saw("delivered"))
 
 
 @pytest.mark.parametrize("seed", [1, 6, 7])
 def test_node_who_leaves_before_its_hello_is_answered_does_not_come_back(seed):
     """It told its old incarnation with its hello, and denies a suspicion just before it leaves."""
-    rig = NodeRig("Ann", "Cy", seed=seed, delay=(0.25, 0.25))
+    rig = World("Ann", "Cy", seed=seed, delay=(0.25, 0.25))
     bob = rig.add("Bob", join=(rig.cy.me.address,))
 
     def between():
-        return rig.cy.me.key in bob.links.current and any(
-            link.dialled and link.peer is None and link.said and link.address == rig.ann.me.address for link in bob.links.all)
+        return rig.cy.instance in bob.linked() and any(
+            link.dialled and link.peer is None and link.said and link.address == rig.ann.me.address for link in bob.all_links())
 
-    rig.network.run_until(lambda: between() or rig.ann.me.key in bob.links.current, 10, 0.01)
+    rig.until(lambda: between() or rig.ann.instance in bob.linked(), 10, 0.01)
     bob.loop.enter(bob.deny, bob.me.incarnation)
     rig.run(0.01)
     bob.loop.enter(bob.leave)
     rig.run(20)
-    for name in ("Ann", "Cy"):
-        came = [event for event in rig.saw(name, "joined") if event["peer"]["username"] == "Bob"]
-        assert len(came) <= 1 and "Bob" not in [peer.username for peer in rig.nodes[name].present()]
+    for peer in (rig.ann, rig.cy):
+        assert len(peer.saw("joined", of="Bob")) <= 1 and "Bob" not in peer.names()
 
 
 def test_node_what_was_shown_is_not_told_as_refused_when_it_comes_again():
     """Two refused and between them one shown; the answers are lost with the link, and all three come again."""
-    rig = NodeRig("Ann", "Bob", settings={"budget": 2000}, delay=(0.05, 0.05))
-    rig.ann.broadcast_chat_message("a" * 1500)
+    rig = World("Ann", "Bob", settings={"budget": 2000}, delay=(0.05, 0.05))
+    rig.ann.say("a" * 1500)
     rig.run(1)
-    link = rig.bob.links.current[rig.ann.me.key]
+    link = rig.bob.link_to(rig.ann)
     for text in ("b" * 1500, "c", "d" * 1500):
-        rig.ann.broadcast_chat_message(text)
+        rig.ann.say(text)
     rig.run(0.06)
     rig.network.break_link(link.connection)
     rig.run(20)
-    assert rig.shown("Bob") == ["a" * 1500, "c"]
-    assert [event["text"][0] for event in rig.saw("Ann", "failed")] == ["b", "d"]
-    assert len(rig.saw("Ann", "delivered")) == 2
+    assert rig.bob.texts() == ["a" * 1500, "c"]
+    assert [text[0] for text in rig.ann.texts("failed")] == ["b", "d"] and len(rig.ann.saw("delivered")) == 2
 
 
 def test_node_one_on_the_same_machine_that_dies_is_removed_though_the_network_is_gone():
-    rig = NodeRig()
-    mine = rig.network.host("mine")
-    rig.add("Ann", mine, port=5000)
-    rig.add("Al", mine, port=5001)
-    rig.add("Bob", port=5000)
-    rig.add("Cy", port=5000)
+    rig = World("Ann")
+    rig.add("Al", machine=rig.ann.host, port=5001)
+    rig.add("Bob")
+    rig.add("Cy")
     rig.run(10)
-    for name in ("Bob", "Cy"):
-        rig.nodes[name].loop.crash(reset=False)
+    for peer in (rig.bob, rig.cy):
+        peer.crash(reset=False)
     rig.run(30)
     assert rig.ann.network_gone and len(rig.ann.present()) == 3
-    rig.al.loop.crash(reset=True)
+    rig.al.crash()
     rig.run(30)
-    assert [peer.username for peer in rig.ann.present()] == ["Bob", "Cy"]
+    assert rig.ann.names() == ["Bob", "Cy"]
+
+
+def routed(peer, table):
+    """Let a peer reach only the networks that it is on (24 bits, and its address there), from there."""
+    connect = peer.loop.connect
+
+    def reach(address, *rest):
+        own = table.get(address[0].rpartition(".")[0])
+        connection = connect(address if own else ("10.255.0.1", 1), *rest)
+        connection.local = (own, connection.local[1]) if own else connection.local
+        return connection
+
+    peer.loop.connect = reach
+    return peer
 
 
 def test_node_a_machine_on_two_networks_answers_at_the_address_that_the_server_lists():
     """Bob has confirmed Ann's address on the first network; the server on the second lists the other one."""
-    rig = NodeRig()
+    rig = World(settings={"server": ("10.9.2.100", 9999), "join": ()})
     left, right = rig.network.host("bob", "10.9.1.2"), rig.network.host("cy", "10.9.2.2")
-    both, middle = rig.network.host("ann", "10.9.1.1", "10.9.2.1"), rig.network.host("server", "10.9.2.100")
-
-    def routed(node, table):
-        """Let a node reach the networks that it is on, each from its address there."""
-        connect = node.loop.connect
-
-        def reach(address, *rest):
-            own = table.get(address[0].rpartition(".")[0])
-            connection = connect(address if own else ("10.255.0.1", 1), *rest)
-            connection.local = (own, connection.local[1]) if own else connection.local
-            return connection
-
-        node.loop.connect = reach
-
-    tables = {"Bob": {"10.9.1": "10.9.1.2"}, "Ann": {"10.9.1": "10.9.1.1", "10.9.2": "10.9.2.1"}, "Cy": {"10.9.2": "10.9.2.2"}}
-    server = p2pchat.DiscoveryServer(rig.network.start(middle), p2pchat.ServerSettings(lan=False))
-    for name, host, join in (("Bob", left, ()), ("Ann", both, (("10.9.1.2", 5000),))):
-        rig.add(name, host, server=("10.9.2.100", 9999), join=join)
-        routed(rig.nodes[name], tables[name])
-        rig.run(1)
-    rig.run(5)
+    both, middle = rig.network.host("ann", "10.9.1.1", "10.9.2.1"), rig.network.host("middle", "10.9.2.100")
+    routed(rig.add("Bob", machine=left), {"10.9.1": "10.9.1.2"})
+    rig.run(1)
+    routed(rig.add("Ann", machine=both, join=(("10.9.1.2", 5000),)), {"10.9.1": "10.9.1.1", "10.9.2": "10.9.2.1"})
+    rig.run(6)
     assert rig.ann.me.ip == "10.9.1.1"
-    server.start()
-    routed(rig.add("Cy", right, server=("10.9.2.100", 9999), join=()), tables["Cy"])
+    rig.start_server(middle)
+    routed(rig.add("Cy", machine=right), {"10.9.2": "10.9.2.2"})
     rig.run(45)
     assert "Ann@10.9.2.1:5000" in [peer.id for peer in rig.cy.present()]
     rig.cy.send_chat_message("Ann@10.9.2.1:5000", "to the address that the server gave")
     rig.run(5)
-    assert rig.shown("Ann") == ["to the address that the server gave"] and not rig.saw("Cy", "failed")
+    assert rig.ann.texts() == ["to the address that the server gave"] and not rig.cy.saw("failed")
 
 
 def test_node_whose_port_is_taken_by_another_name_is_known_to_be_gone_soon():
     """Killed and restarted under another name: who is found there is not dialled again and again."""
-    world = SimWorld(1, 12, by="lan", delay=(0.001, 0.02))
+    world = scenario_world(1, 12, delay=(0.001, 0.02))
     world.settle(60)
-    world.network.run(20)
+    world.run(20)
     gone = world.peers[1]
     gone.crash()
-    other = SimPeer(world, gone.host, "other", port=gone.node.me.port)
-    world.peers.append(other)
-    assert world.network.run_until(lambda: all(gone.instance not in peer.sees() for peer in world.living()), 20) < 8
-    world.network.run(60)
-    assert len(other.node.links.all) <= 2 * 11
+    other = world.add("other", machine=gone.host, port=gone.me.port)
+    assert world.until(lambda: all(gone.instance not in peer.sees() for peer in world.living()), 20) < 8
+    world.run(60)
+    assert len(other.all_links()) <= 2 * 11
 
 
 def test_node_a_rename_before_the_server_has_answered_reaches_it():
-    network = SimNetwork(1)
-    server = p2pchat.DiscoveryServer(network.start(network.host("server", "10.0.0.1")), p2pchat.ServerSettings(lan=False))
-    server.start()
-    settings = p2pchat.Settings("Bob", server=("10.0.0.1", 9999), lan=False)
-    node = p2pchat.PeerNode(network.start(network.host("bob", "10.0.0.2")), settings)
-    node.start()
-    network.run_until(lambda: node.discovery.connection.state == p2pchat.OPEN, 2, 0.0001)
-    assert not node.discovery.online
-    node.loop.enter(node.rename, "Robert")
-    network.run(5)
-    assert server.peer_ids == [node.me.id] and node.me.username == "Robert"
+    rig = World(by="server", settings={"lan": False})
+    bob = rig.add("Bob")
+    rig.until(lambda: bob.discovery.connection.state == p2pchat.OPEN, 2, 0.0001)
+    assert not bob.discovery.online
+    bob.loop.enter(bob.rename, "Robert")
+    rig.run(5)
+    assert rig.server.peer_ids == [bob.me.id] and bob.me.username == "Robert"
 
 
 def test_node_what_is_sent_again_from_within_a_failure_is_not_failed_with_the_rest():
-    rig = NodeRig("Ann", "Bob")
+    rig = World("Ann", "Bob")
     rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
-    rig.ann.broadcast_chat_message("first")
-    rig.ann.broadcast_chat_message("second")
-    rig.answers["Ann", "failed"] = lambda event: len(rig.saw("Ann", "sent")) < 4 and rig.ann.broadcast_chat_message("again")
+    rig.ann.say("first")
+    rig.ann.say("second")
+    rig.ann.answers["failed"] = lambda event: len(rig.ann.saw("sent")) < 4 and rig.ann.say("again")
     rig.ann.loop.enter(rig.ann.delivery.fail, rig.ann.present()[0], "for a test")
-    assert [event["text"] for event in rig.saw("Ann", "failed")] == ["first", "second"]
-    assert rig.ann.delivery.is_waiting()
+    assert rig.ann.texts("failed") == ["first", "second"] and rig.ann.delivery.is_waiting()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_node_a_newcomer_hears_who_left_just_before_it_came(seed):
     """Cy has a list that is a moment old: it is told by the first whom it meets, not by the next comparison."""
-    rig = NodeRig("Ann", "Bob", "Dan", seed=seed, delay=(0.05, 0.3))
+    rig = World("Ann", "Bob", "Dan", seed=seed, delay=(0.05, 0.3))
     old = rig.bob.me.wire(rig.bob.loop.now())
     rig.bob.leave()
-    rig.network.run_until(lambda: all(len(rig.nodes[name].present()) == 1 for name in ("Ann", "Dan")), 3)
+    rig.until(lambda: all(len(peer.present()) == 1 for peer in (rig.ann, rig.dan)), 3)
     rig.run(2)
     cy = rig.add("Cy")
     cy.gossip._synced = True  # it had that list from somebody else
-    cy.loop.enter(cy.gossip.hear_of, old, "10.0.0.99")
-    assert [peer.username for peer in cy.present()] == ["Bob"]
+    cy.hear_of(old)
+    assert cy.names() == ["Bob"]
     rig.run(2)
-    assert "Ann" in [peer.username for peer in cy.present()] and rig.saw("Cy", "left")[0]["peer"]["username"] == "Bob"
+    assert "Ann" in cy.names() and cy.saw("left")[0]["peer"]["username"] == "Bob"
 
 
 @pytest.mark.parametrize("size", [3, 10])
 def test_node_an_instance_that_lives_is_not_moved_by_a_stranger(size):
     """Somebody else has its instance from a list. One of whom nothing was heard lately is asked first."""
-    world = SimWorld(3, size, delay=(0.001, 0.01))
+    world = scenario_world(3, size, delay=(0.001, 0.01))
     world.settle(30)
-    world.network.run(30)
-    ann, bob = max(itertools.permutations(world.peers, 2),
-                   key=lambda pair: -pair[0].node.peers.by_key(pair[1].instance).heard_at)
-    stranger = SimStranger(world, ann)
-    stranger.link.connection.abort("not yet")
-    stranger.me.update(instance=bob.instance, incarnation=bob.node.me.incarnation + 1)
+    world.run(30)
+    ann, bob = max(itertools.permutations(world.peers, 2), key=lambda pair: -pair[0].record_of(pair[1]).heard_at)
+    eve = take_part(world, ann)
+    eve.connection.abort("not yet")
+    eve.peer.instance, eve.peer.incarnation = bob.instance, bob.me.incarnation + 1
     for _ in range(60):
-        stranger.link.connection = stranger.loop.connect(ann.node.me.address, stranger.link, 5)
-        world.network.run(0.5)
-        assert ann.node.peers.get(bob.node.me.id) is ann.node.peers.by_key(bob.instance)
-    assert stranger.got and all(message["type"] == "MSG_ERROR" for message in stranger.got)
+        eve.dial(ann.me.address)
+        world.run(0.5)
+        assert ann.node.peers.get(bob.me.id) is ann.record_of(bob)
+    assert eve.heard and set(eve.kinds()) == {"MSG_ERROR"}
 
 
 def test_node_an_instance_is_believed_elsewhere_however_late_it_tries_again():
     """Once nothing came from its old address in the time for an answer to a probe."""
-    rig = NodeRig("Ann", "Bob")
-    bob = rig.ann.peers.by_key(rig.bob.me.instance)
+    rig = World("Ann", "Bob")
+    bob = rig.ann.record_of(rig.bob)
     record = dict(bob.wire(0.0), id="Bob@10.9.9.9:5000", ip="10.9.9.9")
     link = types.SimpleNamespace(address=("10.9.9.9", 41000), dialled=False,
                                  connection=types.SimpleNamespace(remote=("10.9.9.9", 41000)))
     rig.ann.detector._expired = lambda peer: None
-    rig.network.unplug(rig.network.hosts["Bob"])
+    rig.network.unplug(rig.bob.host)
     for _ in range(2):
         assert rig.ann.links._objection(link, record) == "that instance is at 10.0.0.3:5000, and still answers"
         rig.run(8)
     assert not bob.gone and rig.ann.links._objection(link, record) == ""
 
 
+def walled_peer(rig):
+    """A peer that can dial and not be dialled."""
+    host = rig.network.host("Walled")
+    host.walled = True
+    return rig.add("Walled", machine=host)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_node_a_walled_peer_that_restarts_is_back_at_once(seed):
     """Its port is fixed, its firewall answers no dial: that alone keeps nobody out for long."""
-    rig = NodeRig("Ann", "Bob", seed=seed)
-    walled = rig.network.host("Walled")
-    walled.walled = True
-    first = rig.add("Walled", host=walled)
-    rig.network.run_until(lambda: len(rig.bob.peers) == len(first.peers) == 2, 10)
+    rig = World("Ann", "Bob", seed=seed)
+    first = walled_peer(rig)
+    rig.until(lambda: len(rig.bob.peers) == len(first.peers) == 2, 10)
     rig.run(5)
-    first.loop.crash()
+    first.crash()
     rig.run(1.5)
-    again = rig.add("Walled", host=walled)
-    rig.network.run_until(lambda: rig.ann.peers.by_key(again.me.instance) in rig.ann.present(), 3)
-    rig.network.run_until(lambda: rig.bob.peers.by_key(again.me.instance) in rig.bob.present(), 6)
-    again.broadcast_chat_message("back")
+    again = rig.add("Walled", machine=first.host)
+    for peer, limit in ((rig.ann, 3), (rig.bob, 6)):
+        rig.until(lambda: again.instance in peer.sees(), limit)
+    again.say("back")
     rig.run(2)
-    assert rig.shown("Ann") == rig.shown("Bob") == ["back"] and again.me.id == first.me.id
+    assert rig.ann.texts() == rig.bob.texts() == ["back"] and again.me.id == first.me.id
 
 
 def test_node_a_walled_peer_without_a_link_is_not_taken_for_gone_where_not_all_are_linked(monkeypatch):
-    rig = NodeRig("Ann", "Bob")
-    host = rig.network.host("Walled")
-    host.walled = True
-    walled = rig.add("Walled", host=host)
-    rig.network.run_until(lambda: len(rig.ann.links.current) == 2, 10)
-    held = rig.ann.links.current.pop(walled.me.instance)
+    rig = World("Ann", "Bob")
+    walled = walled_peer(rig)
+    rig.until(lambda: len(rig.ann.linked()) == 2, 10)
+    held = rig.ann.links.current.pop(walled.instance)
     rig.ann.links.dial(walled.me.address)
     rig.run(2)
     for most, mute in ((2, True), (1, False)):
         monkeypatch.setattr(p2pchat, "IDLE_LINKS", most)
         assert rig.ann.links._is_mute(held.peer) == mute
-    rig.ann.links.current[walled.me.instance] = held
+    rig.ann.links.current[walled.instance] = held
     assert not rig.ann.links._is_mute(held.peer)
 
 
 def test_node_chat_of_one_that_never_says_hello_survives_a_stop():
     """It sends nothing again, and asks for no acknowledgement: what lies here is shown."""
-    rig = NodeRig("Ann")
-    program = rig.network.start(rig.network.host("nc"))
-    connection = program.connect(rig.ann.me.address, p2pchat.Handler(), 5)
+    rig = World("Ann")
+    client = rig.client(rig.ann)
     rig.run(1)
     rig.ann.loop.freeze()
-    connection.send(p2pchat.create_message("MSG_CHAT", f"nc@{program.host.addresses[0]}:7", "are you there?"))
+    client.say("MSG_CHAT", "are you there?")
     rig.run(20)
     rig.ann.loop.thaw()
     rig.run(1)
-    assert rig.shown("Ann") == ["are you there?"]
+    assert rig.ann.texts() == ["are you there?"]
 
 
 def test_node_all_links_have_a_round_trip_time():
-    rig = NodeRig(*(f"p{number}" for number in range(8)), delay=(0.05, 0.05))
+    rig = World(*(f"p{number}" for number in range(8)), delay=(0.05, 0.05))
     rig.run(5)
-    for node in rig.nodes.values():
-        header, *rows = node.who()
+    for peer in rig.peers:
+        header, *rows = peer.who()
         assert header.split() == ["name", "address", "heard", "ago", "trip"] and len(rows) == 7
-        assert all(row.endswith(" ms") and 90 < float(row.split()[-2]) < 120 for row in rows), node.who()
+        assert all(row.endswith(" ms") and 90 < float(row.split()[-2]) < 120 for row in rows), peer.who()
 
 
 def test_node_an_acknowledgement_of_nothing_new_is_no_progress():
     """One that acknowledges the same message over and over holds what is under way for no longer than a silent one."""
-    rig = NodeRig("Ann", "Bob", settings={"timeout": 60.0})
-    rig.ann.broadcast_chat_message("first")
+    rig = World("Ann", "Bob", settings={"timeout": 60.0})
+    rig.ann.say("first")
     rig.run(1)
     rig.bob.handlers["MSG_CHAT"] = lambda link, message: None
-    rig.ann.broadcast_chat_message("second")
-    link = rig.bob.links.current[rig.ann.me.instance]
+    rig.ann.say("second")
+    link = rig.bob.link_to(rig.ann)
     for _ in range(25):
         link.send("MSG_CHAT_ACK", {"upto": 1})
         rig.run(1)
-    assert [event["text"] for event in rig.saw("Ann", "failed")] == ["second"]
+    assert rig.ann.texts("failed") == ["second"]
 
 
 def test_node_a_named_server_is_not_driven_out():
     """However many others claim to be servers: the one that the user named is tried on and on."""
-    rig = NodeRig("Ann", settings={"server": ("10.0.0.99", 9999)})
-    discovery = rig.ann.discovery
+    rig = World("Ann", settings={"server": SERVER})
     rig.network.host("others", "10.8.0.1")  # nothing listens there
     for number in range(100):
         rig.run(0.3)
-        discovery.found(("10.8.0.1", 1000 + number))
-        assert ("10.0.0.99", 9999) in discovery.candidates and len(discovery.candidates) <= 8
-    server = p2pchat.DiscoveryServer(rig.network.start(rig.network.host("server", "10.0.0.99")), p2pchat.ServerSettings())
-    server.start()
+        rig.ann.discovery.found(("10.8.0.1", 1000 + number))
+        assert SERVER in rig.ann.servers() and len(rig.ann.servers()) <= 8
+    rig.start_server()
     rig.run(300)
-    assert server.peer_ids == [rig.ann.me.id]
+    assert rig.server.peer_ids == [rig.ann.me.id]
 
 
 def test_node_its_first_server_is_tried_however_many_others_are_announced():
-    network = SimNetwork()
-    host = network.host("ann")
-    network.host("evil", "10.8.0.1").walled = True
-    ann = p2pchat.PeerNode(network.start(host), p2pchat.Settings("Ann"))
-    ann.start()
-    network.run(5)
-    server = p2pchat.DiscoveryServer(network.start(host), p2pchat.ServerSettings(lan=False))
-    server.start()
+    rig = World("Ann", by="lan")
+    rig.network.host("evil", EVIL).walled = True
+    rig.run(5)
+    rig.start_server(rig.ann.host)
     for number in range(600):
-        network.run(0.3)
+        rig.run(0.3)
         beacon = p2pchat.make_beacon("x", {"role": "server", "port": 1000 + number % 8}, p2pchat.BEACON_SIZE)
-        ann.loop.enter(ann.finder._heard, beacon, ("10.8.0.1", 5))
-    assert server.peer_ids == [ann.me.id]
+        rig.ann.loop.enter(rig.ann.hear_beacon, beacon)
+    assert rig.server.peer_ids == [rig.ann.me.id]
 
 
 def test_node_on_the_loopback_registers_at_no_server_elsewhere():
-    network = SimNetwork()
-    settings = p2pchat.Settings("Ann", host="127.0.0.1", lan=False)
-    ann = p2pchat.PeerNode(network.start(network.host("ann")), settings)
+    rig = World()
+    ann = p2pchat.PeerNode(rig.network.start(rig.network.host("Ann")), p2pchat.Settings("Ann", host="127.0.0.1", lan=False))
     ann.discovery.found(("10.9.9.9", 9999))
     assert ann.discovery.candidates == [("127.0.0.1", 9999)] and ann.discovery.connection is None
 
 
 def test_node_only_who_was_named_by_hand_is_believed_to_be_a_server():
     for join in (True, False):
-        rig = NodeRig("Ann")
-        server = p2pchat.DiscoveryServer(rig.network.start(rig.network.host("server")), p2pchat.ServerSettings(port=777))
-        server.start()
-        address = (rig.network.hosts["server"].addresses[0], 777)
+        rig = World("Ann")
+        rig.start_server(port=777)
+        address = (SERVER[0], 777)
         bob = rig.add("Bob", join=(address,) if join else ())
         bob.links.look(address)
         rig.run(20)
-        assert (address in bob.discovery.candidates) == join == bool(server.peer_ids)
+        assert (address in bob.servers()) == join == bool(rig.server.peer_ids)
 
 
 def test_node_a_peer_joined_by_another_of_its_addresses_is_dialled_once():
-    network = SimNetwork()
-    ann_host = network.host("ann", "10.0.0.1", "10.0.1.1")
-    ann = p2pchat.PeerNode(network.start(ann_host), p2pchat.Settings("Ann", lan=False, port=5000), print)
-    bob = p2pchat.PeerNode(network.start(network.host("bob")),
-                           p2pchat.Settings("Bob", lan=False, port=5000, join=(("10.0.1.1", 5000),)))
-    ann.emit = lambda event: None
-    dials, connect = [], bob.loop.connect
-    bob.loop.connect = lambda address, *rest: (dials.append(address), connect(address, *rest))[1]
-    ann.start()
-    bob.start()
-    network.run(600)
-    assert dials.count(("10.0.1.1", 5000)) == 1 and len(ann.links.all) == 1 == len(bob.present())
+    rig = World()
+    ann = rig.add("Ann", machine=rig.network.host("Ann", "10.0.0.1", "10.0.1.1"))
+    bob = rig.add("Bob", join=(("10.0.1.1", 5000),))
+    rig.run(600)
+    assert bob.loop.dialled.count(("10.0.1.1", 5000)) == 1 and len(ann.all_links()) == 1 == len(bob.present())
 
 
 def test_node_a_network_that_comes_later_gives_the_address():
     """A laptop that is on before its network: /who names an address that others can reach."""
-    network = SimNetwork()
-    host = network.host("ann", "127.0.0.1")
-    ann = p2pchat.PeerNode(network.start(host), p2pchat.Settings("Ann", lan=False, port=5000))
-    ann.start()
-    network.run(5)
+    rig = World()
+    ann = rig.add("Ann", "127.0.0.1")
+    rig.run(5)
     assert ann.me.ip == "127.0.0.1"
-    network.move(host, "10.0.0.7")
-    network.run(10)
+    rig.network.move(ann.host, "10.0.0.7")
+    rig.run(10)
     assert ann.me.ip == "10.0.0.7" and "--join 10.0.0.7:5000" in ann.alone()[-1]
-    network.move(host)
-    network.run(10)
+    rig.network.move(ann.host)
+    rig.run(10)
     assert "no address on a network" in ann.alone()[-1] and "--join" not in "".join(ann.alone())
 
 
 @pytest.mark.parametrize("phase", range(8))
 def test_node_an_address_that_came_late_is_left_again(phase):
     """Somebody confirms an address that came a moment ago: it is ours, and not one given to us by a router."""
-    network = SimNetwork(phase)
-    host, other = network.host("ann", "127.0.0.1"), network.host("bob", "10.0.0.2")
-    settings = p2pchat.Settings("Ann", lan=False, port=5000, join=(("10.0.0.2", 5000),))
-    ann = p2pchat.PeerNode(network.start(host), settings)
-    bob = p2pchat.PeerNode(network.start(other), p2pchat.Settings("Bob", lan=False, port=5000))
-    for node in (bob, ann):
-        node.start()
-    network.run(20 + phase / 3)
-    network.move(host, "10.0.0.7")
-    network.run(30)
+    rig = World(seed=phase)
+    bob = rig.add("Bob", "10.0.0.2")
+    ann = rig.add("Ann", "127.0.0.1")
+    rig.run(20 + phase / 3)
+    rig.network.move(ann.host, "10.0.0.7")
+    rig.run(30)
     assert len(ann.peers) == 1
     bob.leave()
-    network.run(20)
-    network.move(host, "10.0.0.8")
-    network.run(10)
+    rig.run(20)
+    rig.network.move(ann.host, "10.0.0.8")
+    rig.run(10)
     assert ann.me.ip == "10.0.0.8" and "--join 10.0.0.8:5000" in ann.alone()[-1]
 
 
 def test_node_on_the_loopback_knows_and_dials_nobody_elsewhere():
     """--host 127.0.0.1 keeps everything on the machine, whatever is heard from one who is on the network, too."""
-    network = SimNetwork()
-    here, there = network.host("here"), network.host("there")
-    nodes = {}
-    for name, host, settings in (
-            ("Cy", there, {}), ("Bob", here, {"join": ((there.addresses[0], 5001),)}),
-            ("Ann", here, {"host": "127.0.0.1", "join": (("127.0.0.1", 5002), (there.addresses[0], 5001))})):
-        settings = p2pchat.Settings(name, lan=False, port=5001 + len(nodes), **settings)
-        nodes[name] = p2pchat.PeerNode(network.start(host), settings)
-        nodes[name].start()
-        network.run(1)
-    dials, connect = [], nodes["Ann"].loop.connect
-    nodes["Ann"].loop.connect = lambda address, *rest: (dials.append(address), connect(address, *rest))[1]
-    network.run(60)
-    assert [peer.username for peer in nodes["Ann"].present()] == ["Bob"]
-    assert {ip for ip, _ in dials} <= {"127.0.0.1", *here.addresses}
-    assert {peer.username for peer in nodes["Bob"].present()} == {"Ann", "Cy"}
+    rig = World()
+    here, there = rig.network.host("here"), rig.network.host("there")
+    far = (there.addresses[0], 5001)
+    rig.add("Cy", machine=there, port=5001)
+    rig.run(1)
+    rig.add("Bob", machine=here, port=5002, join=(far,))
+    rig.run(1)
+    ann = rig.add("Ann", machine=here, port=5003, join=(("127.0.0.1", 5002), far), host="127.0.0.1")
+    rig.run(61)
+    assert ann.names() == ["Bob"] and {ip for ip, _ in ann.loop.dialled} <= {"127.0.0.1", *here.addresses}
+    assert set(rig.bob.names()) == {"Ann", "Cy"}
 
 
 def test_node_alone_says_what_was_tried():
     """Who was heard but could not be met; a server that is online; and that nothing was heard, only if so."""
-    rig = NodeRig("Ann")
-    host, walled = rig.network.hosts["Ann"].addresses[0], rig.network.host("walled")
+    rig = World("Ann")
+    ip, walled = rig.ann.me.ip, rig.network.host("walled")
     walled.walled = True
-    p2pchat.DiscoveryServer(rig.network.start(rig.network.host("server", "10.0.0.99")), p2pchat.ServerSettings()).start()
-    zoe = rig.add("Zoe", join=((host, 7000), ("10.0.0.99", 9999)), lan=True)
+    rig.start_server(lan=True)
+    zoe = rig.add("Zoe", join=((ip, 7000), SERVER), lan=True)
     beacon = p2pchat.create_message("MSG_BEACON", "x", {"role": "peer", "port": 5000, "instance": "w"})
-    zoe.loop.enter(zoe.finder._heard, beacon, (walled.addresses[0], 5))
+    zoe.loop.enter(zoe.hear_beacon, beacon, walled.addresses[0])
     rig.run(7)
     report = zoe.alone()
-    assert f"Tried {host}:7000: refused." in report
+    assert f"Tried {ip}:7000: refused." in report
     assert f"Tried {walled.addresses[0]}:5000: heard on the local network, but no answer within 5 s." in report
-    assert "Tried server 10.0.0.99:9999: online." in report
+    assert f"Tried server {SERVER[0]}:9999: online." in report
     silent = "Looked on the local network (UDP port 9999): no answer."
     assert silent not in report
     rig.run(30)
@@ -4688,7 +4770,7 @@ def test_node_alone_says_what_was_tried():
 
 
 def test_node_alone_repeats_what_the_other_side_said():
-    rig = NodeRig("Ann")
+    rig = World("Ann")
     address = rig.ann.me.address
     rig.ann.links._objection = lambda link, record: "not you"
     bob = rig.add("Bob", join=(address,))
@@ -4697,15 +4779,15 @@ def test_node_alone_repeats_what_the_other_side_said():
 
 
 def test_node_leaving_waits_for_what_is_under_way():
-    rig = NodeRig("Ann", "Bob", delay=(0.2, 0.4))
-    rig.ann.broadcast_chat_message("last words")
+    rig = World("Ann", "Bob", delay=(0.2, 0.4))
+    rig.ann.say("last words")
     rig.ann.leave()
     with pytest.raises(p2pchat.ChatError):
-        rig.ann.broadcast_chat_message("too late")
+        rig.ann.say("too late")
     rig.run(5)
-    assert rig.shown("Bob") == ["last words"] and rig.ann.undelivered == 0
-    assert [event["event"] for event in rig.events["Ann"]][-2:] == ["delivered", "stopped"]
-    assert [event["reason"] for event in rig.saw("Bob", "left")] == ["left"]
+    assert rig.bob.texts() == ["last words"] and rig.ann.undelivered == 0
+    assert [event["event"] for event in rig.ann.events][-2:] == ["delivered", "stopped"]
+    assert [event["reason"] for event in rig.bob.saw("left")] == ["left"]
 
 
 def test_loop_without_descriptors_the_former_addresses_count(monkeypatch):
@@ -4733,184 +4815,154 @@ def test_node_the_living_are_reached_though_many_have_gone_dark(monkeypatch):
     """Dials into nothing take their time; they must not cost the living their messages."""
     monkeypatch.setattr(p2pchat, "MAX_DIALS", 4)
     monkeypatch.setattr(p2pchat, "IDLE_LINKS", 3)  # so that nobody dials just to be linked
-    rig = NodeRig("Ann")
-    names = [f"p{number}" for number in range(40)]
-    for name in names:
-        rig.add(name)
-    rig.network.run_until(lambda: all(len(node.peers) == 40 for node in rig.nodes.values()), 120)
+    rig = World("Ann")
+    others = [rig.add(f"p{number}") for number in range(40)]
+    rig.until(lambda: rig.all_know(40), 120)
     rig.run(200)  # until needless links are closed
-    for name in names[:30]:
-        rig.nodes[name].loop.crash(reset=False)
-    rig.ann.broadcast_chat_message("anybody?")
+    for peer in others[:30]:
+        peer.crash(reset=False)
+    rig.ann.say("anybody?")
     rig.run(60)
-    assert all(rig.shown(name) == ["anybody?"] for name in names[30:])
-    assert {event["to"]["username"] for event in rig.saw("Ann", "failed")} == set(names[:30])
+    assert all(peer.texts() == ["anybody?"] for peer in others[30:])
+    assert {event["to"]["username"] for event in rig.ann.saw("failed")} == {f"p{number}" for number in range(30)}
 
 
 def test_node_a_machine_on_two_networks_is_known_on_both():
     """Known by its address on the first; on the second it answers where it was dialled."""
-    rig = NodeRig(settings={"lan": True, "join": ()})
+    rig = World(settings={"lan": True, "join": ()})
     left, right = rig.network.host("bob", "10.9.1.2"), rig.network.host("cy", "10.9.2.2")
     both = rig.network.host("ann", "10.9.1.1", "10.9.2.1")
-    rig.add("Bob", left, join=())
-    rig.add("Ann", both, join=(("10.9.1.2", 5000),))
+    rig.add("Bob", machine=left)
+    rig.add("Ann", machine=both, join=(("10.9.1.2", 5000),))
     rig.run(5)
     assert rig.ann.me.ip == "10.9.1.1" and rig.bob.present()
     rig.network.cut([left], [right])
-    cy = rig.add("Cy", right, join=(("10.9.2.1", 5000),))
-    connect = cy.loop.connect  # there is no way from the one network to the other
-    cy.loop.connect = lambda address, *rest: connect(("10.255.0.1", 1) if address[0].startswith("10.9.1.") else address, *rest)
+    routed(rig.add("Cy", machine=right, join=(("10.9.2.1", 5000),)), {"10.9.2": "10.9.2.2"})
     rig.run(20)
     assert rig.cy.present()[0].id in (rig.ann.me.id, rig.bob.me.id)
     rig.cy.send_chat_message(rig.ann.me.id, "from the other side")
     rig.ann.send_chat_message(rig.cy.me.id, "welcome")
     rig.run(5)
-    assert rig.shown("Ann") == ["from the other side"] and rig.shown("Cy") == ["welcome"]
+    assert rig.ann.texts() == ["from the other side"] and rig.cy.texts() == ["welcome"]
     rig.run(120)
-    assert not [event for event in rig.saw("Cy", "left") if event["peer"]["username"] == "Ann"]
+    assert not rig.cy.saw("left", of="Ann")
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
 def test_node_a_server_that_says_it_is_there_is_tried_at_once(seed):
     """After a long absence there is no waiting for the back-off when its beacon is heard."""
-    network = SimNetwork(seed)
-    host = network.host("server")
-
-    def start_server():
-        loop = network.start(host)
-        p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings()).start()
-        return loop
-
-    server = start_server()
-    events = []
-    node = p2pchat.PeerNode(network.start(network.host("ann")), p2pchat.Settings("Ann"), each(events.append))
-    node.start()
-    network.run_until(lambda: node.discovery.online, 10)
-    server.crash()
-    network.run(600)
-    assert not node.discovery.online
-    start_server()
-    assert network.run_until(lambda: node.discovery.online, 60) < 5
+    rig = World(seed=seed, by="lan")
+    rig.start_server(lan=True)
+    ann = rig.add("Ann")
+    rig.until(lambda: ann.discovery.online, 10)
+    rig.server.loop.crash()
+    rig.run(600)
+    assert not ann.discovery.online
+    rig.start_server(lan=True)
+    assert rig.until(lambda: ann.discovery.online, 60) < 5
 
 
 def test_node_a_walled_peer_is_not_removed_by_a_rumour():
     """Its firewall refuses what comes in; it lives, and one says that it left."""
-    rig = NodeRig("Ann", "Bob", "Cy", "Walled")
-    walled = rig.walled
-    rig.network.hosts["Walled"].listeners.clear()  # from now on a dial is refused, its own links stay
-    for link in list(rig.ann.links.current.values()):
-        if link.peer.username == "Walled":
-            link.connection.abort("cut by the test")
-    record = rig.bob.peers.by_key(walled.me.instance).wire(0.0, "left")
-    rig.bob.links.current[rig.ann.me.instance].send("MSG_PEER_NEWS", {"peers": [record]})
+    rig = World("Ann", "Bob", "Cy", "Walled")
+    rig.walled.host.listeners.clear()  # from now on a dial is refused, its own links stay
+    rig.ann.link_to(rig.walled).connection.abort("cut by the test")
+    record = rig.bob.record_of(rig.walled).wire(0.0, "left")
+    rig.bob.link_to(rig.ann).send("MSG_PEER_NEWS", {"peers": [record]})
     rig.run(30)
-    assert not [event for name in ("Ann", "Cy") for event in rig.saw(name, "left")]
+    assert not rig.ann.saw("left") + rig.cy.saw("left")
 
 
 def test_node_a_settled_room_dials_little():
     """Links beyond IDLE_LINKS are closed when they are not needed, and stay closed."""
-    rig = NodeRig("p0")
+    rig = World("p0")
     for number in range(1, 75):
         rig.add(f"p{number}")
-    rig.network.run_until(lambda: all(len(node.peers) == 74 for node in rig.nodes.values()), 60)
+    rig.until(lambda: rig.all_know(74), 60)
     rig.run(90)
-    dials = []
-    for node in rig.nodes.values():
-        node.loop.connect = functools.partial(lambda connect, *rest: (dials.append(rest[0]), connect(*rest))[1], node.loop.connect)
+    before = sum(len(peer.loop.dialled) for peer in rig.peers)
     rig.run(30)
-    assert len(dials) < 75 * 30 / 3 and not any(rig.saw(name, "left") for name in rig.nodes)
+    dials = sum(len(peer.loop.dialled) for peer in rig.peers) - before
+    assert dials < 75 * 30 / 3 and not any(peer.saw("left") for peer in rig.peers)
 
 
 def test_node_one_peer_and_a_server_silent_at_once_are_our_own_network():
     """With two sources that fall silent together it is more likely us; with one it can't be known."""
-    network = SimNetwork()
-    p2pchat.DiscoveryServer(network.start(network.host("server", "10.0.0.100")), p2pchat.ServerSettings()).start()
-    events = {"ann": [], "bob": []}
-    for name, kept in events.items():
-        settings = p2pchat.Settings(name, server=("10.0.0.100", 9999), lan=False)
-        p2pchat.PeerNode(network.start(network.host(name)), settings, each(kept.append)).start()
-    network.run(10)
-    network.unplug(network.hosts["ann"])
-    network.run(40)
-    assert [event["event"] for event in events["ann"] if event["event"] in ("left", "network")] == ["network"]
-    assert [event["reason"] for event in events["bob"] if event["event"] == "left"] == ["silent"]
+    rig = World("Ann", "Bob", by="server", settings={"lan": False})
+    rig.run(10)
+    rig.network.unplug(rig.ann.host)
+    rig.run(40)
+    assert [event["event"] for event in rig.ann.events if event["event"] in ("left", "network")] == ["network"]
+    assert [event["reason"] for event in rig.bob.saw("left")] == ["silent"]
 
 
 def test_node_a_rename_during_the_handshake_costs_no_link():
-    rig = NodeRig("Ann", delay=(0.2, 0.2))
+    rig = World("Ann", delay=(0.2, 0.2))
     bob = rig.add("Bob")
     rig.run(0.5)  # its hello is on the way
     bob.rename("Rob")
     rig.run(1)
-    links = list(rig.ann.links.all)
-    bob.broadcast_chat_message("hello")
+    links = rig.ann.all_links()
+    bob.say("hello")
     rig.run(3)
-    assert rig.shown("Ann") == ["hello"] and list(rig.ann.links.all) == links and len(links) == 1
+    assert rig.ann.texts() == ["hello"] and rig.ann.all_links() == links and len(links) == 1
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_node_who_was_thought_gone_is_sent_to_as_soon_as_it_is_back(seed):
     """The link is made while the peer is a tombstone, which it denies over that very link."""
-    rig = NodeRig("Ann", "Bob", "Cy", "Dan", seed=seed)
+    rig = World("Ann", "Bob", "Cy", "Dan", seed=seed)
     rig.network.cut(rig.hosts("Ann", "Bob"), rig.hosts("Cy", "Dan"))
-    rig.network.run_until(lambda: all(len(node.peers) == 1 for node in rig.nodes.values()), 20)
+    rig.until(lambda: rig.all_know(1), 20)
     rig.network.heal()
-    rig.network.run_until(lambda: all(len(node.peers) == 3 for node in rig.nodes.values()), 60)
-    for name in rig.nodes:
-        rig.nodes[name].broadcast_chat_message(f"from {name}")
+    rig.until(lambda: rig.all_know(3), 60)
+    for peer in rig.peers:
+        peer.say(f"from {peer.me.username}")
     rig.run(3)
-    for name in rig.nodes:
-        assert sorted(rig.shown(name)) == sorted(f"from {other}" for other in rig.nodes if other != name)
+    for peer in rig.peers:
+        assert sorted(peer.texts()) == sorted(f"from {other.me.username}" for other in rig.peers if other is not peer)
 
 
 # -- peer node: beacons --------------------------------------------------------------------------------
 
 
-def beacon_rig(*names, **settings):
-    """Peers who find each other by beacons, and one who shouts by hand."""
-    rig = NodeRig(*names, settings={"lan": True, "join": (), **settings})
-    return rig, SimShouter(rig.network)
-
-
 def test_node_shouts_often_while_it_is_alone_and_rarely_in_company():
-    rig, listener = beacon_rig("Ann")
+    rig = World("Ann", by="lan")
+    listener = SimShouter(rig.network)
     rig.run(30)
     assert 28 <= len(listener.times["Ann"]) <= 31
-    rig.add("Bob", lan=True, join=())
-    rig.network.run_until(lambda: len(rig.ann.peers) == len(rig.bob.peers) == 1, 5)
+    rig.add("Bob")
+    rig.until(lambda: rig.all_know(1), 5)
     rig.run(15)
     listener.times.clear()
     rig.run(120)
     assert all(9 <= len(listener.times[name]) <= 16 for name in ("Ann", "Bob")), listener.times
 
 
-def test_node_a_beacon_of_one_that_is_alone_is_answered_straight():
-    rig, seeker = beacon_rig("Ann")
-    before = len(seeker.heard)
-    seeker.broadcast(alone=True, answer=False)
-    rig.run(0.1)
-    (answer,) = [content for content in seeker.heard[before:] if content["answer"]]
-    assert (answer["role"], answer["port"], answer["instance"]) == ("peer", 5000, rig.ann.me.instance)
-
-
-@pytest.mark.parametrize("content", [{"alone": True, "answer": True}, {"alone": False}, {}])
-def test_node_other_beacons_are_not_answered(content):
+@pytest.mark.parametrize("content, answers", [
+    ({"alone": True, "answer": False}, 1), ({"alone": True, "answer": True}, 0), ({"alone": False}, 0), ({}, 0)])
+def test_node_a_beacon_of_one_that_is_alone_is_answered_straight(content, answers):
     """An answer is not answered in its turn; who is not alone finds the others through those whom it knows."""
-    rig, seeker = beacon_rig("Ann")
+    rig = World("Ann", by="lan", settings={"port": 5000})
+    seeker = SimShouter(rig.network)
     seeker.broadcast(**content)
-    rig.run(5)
-    assert seeker.heard and not [heard for heard in seeker.heard if heard["answer"]]
+    rig.run(0.1 if answers else 5)
+    heard = [content for content in seeker.heard if content["answer"]]
+    assert [(each["role"], each["port"], each["instance"]) for each in heard] == [("peer", 5000, rig.ann.instance)] * answers
+    assert seeker.heard
 
 
 def test_node_no_lan_neither_shouts_nor_answers():
-    rig, seeker = beacon_rig("Ann", lan=False)
+    rig = World("Ann", by="none")
+    seeker = SimShouter(rig.network)
     seeker.broadcast(alone=True)
     rig.run(20)
     assert seeker.heard == []
 
 
 def test_node_answers_to_beacons_are_few_in_a_second():
-    rig, seeker = beacon_rig("Ann")
+    rig = World("Ann", by="lan")
+    seeker = SimShouter(rig.network)
     rig.run(0.5)
     for rest in (3 * p2pchat.BEACON_ANSWERS, 1):
         seeker.heard.clear()
@@ -4932,30 +4984,30 @@ def who_row(node, name):
 
 
 def test_node_who_says_how_long_a_trip_takes():
-    rig = NodeRig("Ann", "Bob", delay=(0.02, 0.02))
+    rig = World("Ann", "Bob", delay=(0.02, 0.02))
     rig.run(p2pchat.PROBE_INTERVAL + 1)
     heard, _, trip = who_row(rig.ann, "Bob")
     assert heard == "directly" and trip == "40.0 ms"
 
 
 def test_node_who_says_that_one_is_quiet():
-    rig = NodeRig("Ann", "Bob")
+    rig = World("Ann", "Bob")
     rig.bob.loop.freeze()
-    rig.network.run_until(lambda: rig.saw("Ann", "quiet"), 10)
+    rig.until(lambda: rig.ann.saw("quiet"), 10)
     heard, ago, _ = who_row(rig.ann, "Bob")
     assert heard == "quiet" and int(ago.split()[0]) >= 3
     rig.bob.loop.thaw()
-    rig.network.run_until(lambda: len(rig.saw("Ann", "quiet")) == 2, 10)
+    rig.until(lambda: len(rig.ann.saw("quiet")) == 2, 10)
     assert who_row(rig.ann, "Bob")[0] == "directly"
 
 
 def test_node_who_says_that_one_is_heard_through_others():
-    rig = NodeRig("Ann", "Bob", "Cy")
+    rig = World("Ann", "Bob", "Cy")
     rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
-    rig.network.run_until(lambda: who_row(rig.ann, "Bob")[0] == "through others", 30)
+    rig.until(lambda: who_row(rig.ann, "Bob")[0] == "through others", 30)
     assert who_row(rig.ann, "Cy")[0] == "directly"
     rig.network.heal()
-    rig.network.run_until(lambda: who_row(rig.ann, "Bob")[0] == "directly", 30)
+    rig.until(lambda: who_row(rig.ann, "Bob")[0] == "directly", 30)
 
 
 # -- peer node: what it does by itself -------------------------------------------------------------------
@@ -4972,18 +5024,18 @@ def requests_in(rig, seconds):
 @pytest.mark.parametrize("wall, noticed", [(3600, True), (-86400, True), (5, False), (0, False)])
 def test_node_a_jump_of_the_wall_clock_alone_is_noticed(wall, noticed):
     """A laptop that slept: its other clock may have stood still. It asks everybody at once who is still there."""
-    rig = NodeRig("Ann", "Bob", "Cy", settings={"gossip_interval": 3600.0})
+    rig = World("Ann", "Bob", "Cy", settings={"gossip_interval": 3600.0})
     assert requests_in(rig, 60) == 0
     rig.ann.loop.jump(0, wall=wall)
     assert bool(requests_in(rig, p2pchat.PROBE_INTERVAL + 0.1)) == noticed
     rig.run(30)
-    assert all(len(node.peers) == 2 for node in rig.nodes.values()) and not rig.saw("Ann", "left")
+    assert rig.all_know(2) and not rig.ann.saw("left")
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_node_an_address_to_join_is_tried_until_somebody_answers_there(dark):
     """Nobody listens there yet, or the machine is not even on."""
-    rig = NodeRig()
+    rig = World()
     host = rig.network.host("Bob")
     host.dark = dark
     rig.add("Ann", join=((host.addresses[0], 5000),))
@@ -4991,103 +5043,90 @@ def test_node_an_address_to_join_is_tried_until_somebody_answers_there(dark):
     why = "no answer within 5 s" if dark else "refused"
     assert f"Tried {host.addresses[0]}:5000: {why}." in rig.ann.alone()
     rig.network.plug(host)
-    rig.add("Bob", host, join=())
-    rig.network.run_until(lambda: rig.ann.present() and rig.bob.present(), 10)
+    rig.add("Bob", machine=host, join=())
+    rig.until(lambda: rig.ann.present() and rig.bob.present(), 10)
 
 
 def test_node_links_that_nobody_uses_are_closed_when_there_are_many(monkeypatch):
     """Nobody is lost by that, and what is said is still heard by all."""
     monkeypatch.setattr(p2pchat, "IDLE_LINKS", 5)
-    calm = {"gossip_interval": 3600.0}  # or every link would be used now and then
-    rig = NodeRig(*(f"p{number}" for number in range(5)), settings=calm)
-    first = rig.nodes["p0"]
+    rig = World(*(f"p{number}" for number in range(5)), settings={"gossip_interval": 3600.0})  # or each link would be used
+    first = rig.peers[0]
     rig.run(120)
-    assert all(len(node.links.current) == 4 for node in rig.nodes.values()), "few are all linked to each other"
+    assert all(len(peer.linked()) == 4 for peer in rig.peers), "few are all linked to each other"
     for number in range(5, 12):
-        rig.add(f"p{number}", **calm)
-    rig.network.run_until(lambda: all(len(node.peers) == 11 for node in rig.nodes.values()), 60)
-    first.broadcast_chat_message("one")
+        rig.add(f"p{number}")
+    rig.until(lambda: rig.all_know(11), 60)
+    first.say("one")
     rig.run(120)
-    assert max(len(node.links.all) for node in rig.nodes.values()) <= p2pchat.IDLE_LINKS + 2 * p2pchat.NEIGHBOURS
-    first.broadcast_chat_message("two")
+    assert max(len(peer.all_links()) for peer in rig.peers) <= p2pchat.IDLE_LINKS + 2 * p2pchat.NEIGHBOURS
+    first.say("two")
     rig.run(5)
-    assert all(rig.shown(name)[-1:] == ["two"] and not rig.saw(name, "left") for name in rig.nodes if name != "p0")
+    assert all(peer.texts()[-1:] == ["two"] and not peer.saw("left") for peer in rig.peers[1:])
 
 
 def test_node_its_list_says_who_is_gone():
     """To a peer that asks; not to a stranger."""
-    world = HostileWorld(names=("Alice", "Bob", "Carol"))
-    bob = world.bob.me
+    world = hostile_world("Alice", "Bob", "Carol")
     world.bob.leave()
     world.run(60)
-    for hello in (True, False):
-        asker = world.attack(world.alice, hello)
+    for ask, told in ((world.attack, ["left"]), (world.client, [])):
+        asker = ask(world.alice)
         asker.heard.clear()
         asker.say("MSG_SYNC_PEERS_REQUEST", {"digest": "another"})
         world.run(0.5)
-        (answer,) = [message["content"] for message in asker.heard if message["type"] == "MSG_SYNC_PEERS_RESPONSE"]
-        told = [record for record in answer["peer_list"] if record["instance"] == bob.instance]
-        assert [record["status"] for record in told] == ["left"] * hello
-        assert all(55 <= record["age"] <= 61 for record in told)
+        (answer,) = asker.got("MSG_SYNC_PEERS_RESPONSE")
+        records = [record for record in answer["peer_list"] if record["instance"] == world.bob.instance]
+        assert [record["status"] for record in records] == told
+        assert all(55 <= record["age"] <= 61 for record in records)
 
 
 def test_node_its_incarnation_starts_at_the_time_of_day():
     """So a process that takes up an earlier one's place is newer than all that is known of that."""
-    rig = NodeRig("Ann")
+    rig = World("Ann")
     first = rig.ann.me.incarnation
     assert first == int(rig.ann.loop.wall() * 1000) == SIM_EPOCH * 1000
     rig.run(10)
     assert rig.add("Bob").me.incarnation == first + 10_000
 
 
-def silent_rig(killed=False):
-    """Ann and Bob and one who speaks by hand and is linked to Ann; then Bob's process is stopped, or killed."""
-    world = SimWorld(1, 2, by="lan")
-    world.settle(30)
-    ann, bob = world.peers
-    eve = SimStranger(world, ann)
-    world.network.run(5)
-    world.witness.strict = False
-    bob.crash() if killed else bob.loop.freeze()
-    eve.got.clear()
-    return world, bob, eve
-
-
-def told_of(eve, kind, peer):
-    """The records of a peer in messages of a kind that she got."""
-    contents = [message["content"] for message in eve.got if message["type"] == kind]
-    records = [record for content in contents for record in content.get("peers", [content.get("peer")])]
-    return [record for record in records if record["instance"] == peer.instance]
-
-
-def test_node_others_are_asked_to_try_one_that_is_silent():
-    world, bob, eve = silent_rig()
-    world.network.run_until(lambda: told_of(eve, "MSG_PROBE_REQUEST", bob), p2pchat.QUIET_AFTER + 2)
-
-
 def test_node_whom_others_hear_is_not_quiet():
     """Ann and Bob can't reach each other; Cy, who is asked, reaches both."""
-    rig = NodeRig("Ann", "Bob", "Cy")
+    rig = World("Ann", "Bob", "Cy")
     rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
     rig.run(120)
-    assert not [event for name in rig.nodes for event in rig.saw(name, "quiet") + rig.saw(name, "left")]
+    assert not [event for peer in rig.peers for event in peer.saw("quiet") + peer.saw("left")]
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_node_that_one_is_suspect_is_told_to_others(killed):
-    """They may hear it, and it may hear of it through them, and deny it."""
-    world, bob, eve = silent_rig(killed)
-    world.network.run_until(lambda: told_of(eve, "MSG_PEER_NEWS", bob), p2pchat.QUIET_AFTER + 4)
-    assert [record["status"] for record in told_of(eve, "MSG_PEER_NEWS", bob)][0] == "suspect"
-    assert bob.instance in world.peers[0].sees()
+@pytest.mark.parametrize("kind, status, killed, within", [
+    ("MSG_PROBE_REQUEST", None, False, p2pchat.QUIET_AFTER + 2),  # others are asked to try one that is silent,
+    ("MSG_PEER_NEWS", "suspect", False, p2pchat.QUIET_AFTER + 4),  # then told: they may hear it, or it may hear of it
+    ("MSG_PEER_NEWS", "suspect", True, p2pchat.QUIET_AFTER + 4)])
+def test_node_others_are_told_of_one_that_is_silent(kind, status, killed, within):
+    """Ann and Bob and one who speaks by hand and is linked to Ann; then Bob's process is stopped, or killed."""
+    world = scenario_world(1, 2)
+    world.settle(30)
+    ann, bob = world.peers
+    eve = take_part(world, ann)
+    world.run(5)
+    world.witness.strict = False
+    bob.crash() if killed else bob.loop.freeze()
+    eve.heard.clear()
+
+    def told():
+        records = [record for content in eve.got(kind) for record in content.get("peers", [content.get("peer")])]
+        return [record.get("status") for record in records if record["instance"] == bob.instance]
+
+    world.until(told, within)
+    assert status in (None, told()[0]) and bob.instance in ann.sees()
 
 
 def test_node_neighbours_who_crash_together_are_known_to_be_gone_in_time():
     """Those who probed the last of them are gone as well: those whom it probed miss it."""
-    world = SimWorld(1, 9)
+    world = scenario_world(1, 9)
     world.settle(30)
-    world.network.run(10)
-    ring = sorted(world.peers, key=lambda peer: peer.node.me.ring)
+    world.run(10)
+    ring = sorted(world.peers, key=lambda peer: peer.me.ring)
     for peer in ring[:3]:
         peer.crash(reset=False)
     world.settle(CRASH_KNOWN)
@@ -5095,13 +5134,13 @@ def test_node_neighbours_who_crash_together_are_known_to_be_gone_in_time():
 
 def test_node_after_a_sleep_all_who_are_gone_are_missed_at_once():
     """Not only neighbours; nobody who is there remembers them."""
-    world = SimWorld(1, 12)
+    world = scenario_world(1, 12)
     world.settle(30)
     sleeper, other, *gone = world.peers
     world.witness.strict = False
     sleeper.loop.freeze()
     world.network.unplug(sleeper.host)
-    world.network.run(60)
+    world.run(60)
     for peer in gone:
         peer.crash(reset=False)
     other.crash()
@@ -5117,44 +5156,44 @@ def test_node_after_a_sleep_all_who_are_gone_are_missed_at_once():
 
 def test_node_alone_it_takes_the_new_address_of_its_machine():
     """Nobody is there who could say at which address it is seen."""
-    rig = NodeRig("Ann")
+    rig = World("Ann")
     rig.run(10)
     rig.network.move(rig.network.hosts["Ann"], "10.44.0.1")
-    rig.network.run_until(lambda: rig.saw("Ann", "renamed"), p2pchat.QUIET_AFTER + 2 * p2pchat.PROBE_INTERVAL)
-    assert rig.saw("Ann", "renamed")[0]["peer"]["id"] == rig.ann.me.id == "Ann@10.44.0.1:5000"
+    rig.until(lambda: rig.ann.saw("renamed"), p2pchat.QUIET_AFTER + 2 * p2pchat.PROBE_INTERVAL)
+    assert rig.ann.saw("renamed")[0]["peer"]["id"] == rig.ann.me.id == "Ann@10.44.0.1:5000"
     assert any("--join 10.44.0.1:5000" in line for line in rig.ann.alone())
     bob = rig.add("Bob", join=(("10.44.0.1", 5000),))
-    rig.network.run_until(lambda: bob.present(), 5)
+    rig.until(lambda: bob.present(), 5)
     assert bob.present()[0].id == rig.ann.me.id
 
 
 def test_node_others_know_it_by_the_new_address_of_its_machine():
     """It is renamed, and has neither left nor come; what was said meanwhile arrives."""
-    rig = NodeRig("Ann", "Bob", "Cy")
+    rig = World("Ann", "Bob", "Cy")
     rig.run(10)
     rig.network.move(rig.network.hosts["Ann"], "10.44.0.1")
-    rig.bob.broadcast_chat_message("where are you?")
+    rig.bob.say("where are you?")
     rig.run(20)
     for name in ("Bob", "Cy"):
-        assert [event["peer"]["id"] for event in rig.saw(name, "renamed")] == ["Ann@10.44.0.1:5000"]
-        assert len(rig.saw(name, "joined")) == 2 and not rig.saw(name, "left")
-    assert rig.shown("Ann") == ["where are you?"] == rig.shown("Cy") and not rig.saw("Bob", "failed")
+        assert [event["peer"]["id"] for event in rig[name].saw("renamed")] == ["Ann@10.44.0.1:5000"]
+        assert len(rig[name].saw("joined")) == 2 and not rig[name].saw("left")
+    assert rig.ann.texts() == ["where are you?"] == rig.cy.texts() and not rig.bob.saw("failed")
 
 
 @pytest.mark.parametrize("off", [False, True])
 def test_node_one_that_is_said_to_be_dead_and_refuses_is_gone_at_once(off):
     """Its machine says so, too. A machine that is off says nothing: that is no proof."""
-    rig = NodeRig("Ann", "Bob", "Cy")
+    rig = World("Ann", "Bob", "Cy")
     rig.run(10)
     record = rig.bob.me.wire(0.0, "dead")
     rig.bob.loop.crash(reset=False)
     if not off:
         rig.network.plug(rig.network.hosts["Bob"])
-    rig.ann.loop.enter(rig.ann.gossip.hear_of, record, rig.cy.me.ip)
+    rig.ann.hear_of(record, rig.cy.me.ip)
     rig.run((p2pchat.LEFT_SUSPICION + p2pchat.HEARSAY_SUSPICION) / 2)
-    assert bool(rig.saw("Ann", "left")) == (not off)
+    assert bool(rig.ann.saw("left")) == (not off)
     rig.run(10)
-    assert [event["peer"]["username"] for event in rig.saw("Ann", "left")] == ["Bob"]
+    assert [event["peer"]["username"] for event in rig.ann.saw("left")] == ["Bob"]
 
 
 # ======================================================================================================
@@ -5165,8 +5204,6 @@ def test_node_one_that_is_said_to_be_dead_and_refuses_is_gone_at_once(off):
 # for. So many scripts wait side by side, in one thread, and the whole lot takes as long as the longest.
 # Nothing leaves the loopback interface, except inside network namespaces that a script made itself.
 # ======================================================================================================
-
-
 
 
 PROGRAM_FILE = os.path.abspath(p2pchat.__file__)
@@ -5827,8 +5864,7 @@ class SoakPlan:
         """Whether everybody who stayed was shown all that those who stayed said, in order, and once."""
         words = {peer.name: [f"{peer.name} {number + 1}" for number in range(self.spoken[peer.name])]
                  for peer in self.stable}
-        return all(peer.heard(name) == words[name]
-                   for peer in self.stable for name in words if name != peer.name)
+        return all(peer.heard(name) == words[name] for peer in self.stable for name in words if name != peer.name)
 
     def both(self):
         """How many messages were shown, and reported undelivered as well."""
@@ -5910,15 +5946,13 @@ class NamespaceNet:
         self._ip("-n", self.bridge, "link", "set", "br0", "up")
         for number, name in enumerate(self.hosts):
             port = f"port{number}"
-            self._ip("-n", self.bridge, "link", "add", port, "type", "veth",
-                     "peer", "name", "eth0", "netns", name)
+            self._ip("-n", self.bridge, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
             self._ip("-n", self.bridge, "link", "set", port, "master", "br0", "up")
             self._ip("-n", name, "address", "add", f"10.99.0.{number + 1}/24", "dev", "eth0")
             self._ip("-n", name, "link", "set", "eth0", "up")
 
     def _ip(self, *arguments):
-        done = subprocess.run(["ip", *arguments], timeout=10, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+        done = subprocess.run(["ip", *arguments], timeout=10, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode and arguments[:2] == ("netns", "add"):
             pytest.skip(f"network namespaces can't be made here: {done.stdout.decode().strip()}")
         assert done.returncode == 0, (arguments, done.stdout)
@@ -6709,7 +6743,6 @@ def test_the_port_is_taken():
 # itself, no loop and no checks. *asyncio*: what one would write instead, with the same fields. Workers are
 # forked, so this part needs a POSIX system (and /proc for the processes' memory and wake-ups).
 # ======================================================================================================
-
 
 
 _PROGRAM = os.path.abspath(p2pchat.__file__)
@@ -7648,157 +7681,19 @@ def test_bench_exponent() -> None:
 # ======================================================================================================
 
 
-
-
-HOSTILE_SERVER = ("10.0.0.1", 9999)
-
-
-class Mallory(p2pchat.Handler):
-    """One connection of an attacker: sends what it likes, notes what comes back."""
-
-    def __init__(self, loop, address, name="Mallory", port=666, instance="m666"):
-        self.heard = []
-        self.end = None  # why it was closed
-        self.peer = p2pchat.Peer(name, loop.host.addresses[0], port, instance, 1_700_000_000_000)
-        self.connection = loop.connect(address, self, 5.0)
-
-    def on_messages(self, messages):
-        self.heard += messages
-
-    def on_close(self, reason):
-        self.end = reason
-
-    def send(self, data):
-        self.connection.send(data)
-
-    def say(self, kind, content, sender=None, **extra):
-        self.send(p2pchat.create_message(kind, sender or self.peer.id, content, **extra))
-
-    def hello(self, **changes):
-        record = dict(self.peer.wire(0.0), **changes)
-        self.say("MSG_HELLO", {"peer": record}, record["id"])
-
-    def kinds(self):
-        return [message["type"] for message in self.heard]
-
-    def reasons(self):
-        return [message["content"]["reason"] for message in self.heard if message["type"] == "MSG_ERROR"]
-
-
-class HostileWorld:
-    """A server, Alice and Bob who know each other, and a host for Mallory."""
-
-    def __init__(self, seed=1, names=("Alice", "Bob"), **settings):
-        self.network = SimNetwork(seed)
-        self.server = p2pchat.DiscoveryServer(
-            self.network.start(self.network.host("server", "10.0.0.1")), p2pchat.ServerSettings(lan=False)
-        )
-        self.server.start()
-        self.nodes, self.events = {}, {}
-        for number, name in enumerate(names, 2):
-            self.add(name, f"10.0.0.{number}", **settings)
-        self.network.run_until(
-            lambda: all(len(node.links.current) == len(names) - 1 for node in self.nodes.values()), 20
-        )
-        self.evil = self.network.start(self.network.host("evil", "10.0.0.66"))
-
-    def add(self, name, ip, **settings):
-        """Another peer."""
-        loop = self.network.start(self.network.host(name, ip))
-        self.events[name] = events = []
-        node = p2pchat.PeerNode(
-            loop,
-            p2pchat.Settings(name, **{"server": HOSTILE_SERVER, "lan": False, **settings}),
-            each(events.append),
-        )
-        self.nodes[name] = node
-        node.start()
-        return node
-
-    def __getattr__(self, name):
-        return self.nodes[name.capitalize()]
-
-    def attack(self, target, hello=True, **who):
-        """A connection of Mallory's to a node or the server; bound to it if `hello`."""
-        address = HOSTILE_SERVER if target is self.server else target.me.address
-        mallory = Mallory(self.evil, address, **who)
-        self.network.run_until(lambda: mallory.connection.state == p2pchat.OPEN, 5)
-        if hello:
-            mallory.hello()
-            self.network.run_until(lambda: "MSG_HELLO" in mallory.kinds() or mallory.end, 5)
-        return mallory
-
-    def run(self, seconds):
-        self.network.run(seconds)
-
-    def sees(self, name, other):
-        """Whether one has the other in its list."""
-        return self.nodes[other].me.id in [peer.id for peer in self.nodes[name].present()]
-
-    def chats(self, name="Alice", other="Bob"):
-        """A text from one to the other is shown, once: the next good client is served."""
-        text = f"text {self.network.time}"
-        self.nodes[name].send_chat_message(self.nodes[other].me.id, text)
-        self.run(1)
-        return [event["text"] for event in self.events[other] if event["event"] == "chat"].count(text) == 1
-
-    def check(self):
-        """Nothing is outside its bounds, and good clients are served."""
-        for node in self.nodes.values():
-            hostile_bounds(node)
-        hostile_server_bounds(self.server)
-        for address in [HOSTILE_SERVER, *(node.me.address for node in self.nodes.values())]:
-            client = Mallory(self.evil, address, "Honest", 777, "h777")
-            client.say("MSG_SYNC_PEERS_REQUEST", None)
-            self.network.run_until(lambda: "MSG_SYNC_PEERS_RESPONSE" in client.kinds(), 2)
-            client.connection.abort("done")
-
-
-def hostile_bounds(node):
-    """No structure that the network fills is larger than its constant says."""
-    most = p2pchat.MAX_PEERS
-    sizes = {
-        "present": (len(node.peers), most),
-        "tombstones": (len(node.peers.tombstones()), most + 1),
-        "dialling": (len(node.links.dialling), p2pchat.MAX_DIALS),
-        "waiting": (len(node.links.waiting), most),
-        "own": (len(node.links.own), p2pchat.MAX_DIALS),
-        "banned": (len(node.links._banned), most),
-        "failed": (len(node.links._failed), 2 * most),
-        "channels": (len(node.delivery._channels), 2 * most + 1),
-        "doubts": (len(node.detector._doubts), most),
-        "askers": (len(node.detector._askers), most),
-        "news": (len(node.gossip.news._left), most),
-        "asked": (len(node.gossip._asked), p2pchat.MAX_DIALS),
-        "tried": (len(node.finder.tried), 64),
-        "looked": (len(node.links._looked), p2pchat.MAX_LOOKS),
-        "servers": (len(node.discovery.candidates), 8),
-    }
-    assert all(node.peers.get(peer.id) is peer for peer in node.peers._by_key.values() if not peer.gone)
-    over = {name: size for name, (size, bound) in sizes.items() if size > bound}
-    assert not over, f"outside their bounds: {over}"
-    for channel in node.delivery._channels.values():
-        assert channel.size <= p2pchat.OUTBOX_BYTES and len(channel.waiting) <= p2pchat.OUTBOX_MESSAGES
-        assert len(channel.refused) <= 1000
-
-
-def hostile_server_bounds(server):
-    most = p2pchat.MAX_PEERS
-    assert len(server._peers) <= most and len(set(server._peers.values())) == len(server._peers)
-    assert len(server._joined) <= most and len(server._left) <= 2 * most
-
-
 def hostile_record(name="Ghost", ip="10.9.9.9", port=1, instance="g1", incarnation=5, **more):
     """A peer as it stands on the wire."""
-    return {
-        "id": f"{name}@{ip}:{port}",
-        "ip": ip,
-        "port": port,
-        "username": name,
-        "instance": instance,
-        "incarnation": incarnation,
-        **more,
-    }
+    return {"id": f"{name}@{ip}:{port}", "ip": ip, "port": port, "username": name, "instance": instance,
+            "incarnation": incarnation, **more}
+
+
+def hostile_world(*names, **settings):
+    """A server, Alice and Bob (or others) who know each other and it, and room for Mallory."""
+    world = World(by="server", settings={"lan": False, **settings})
+    for number, name in enumerate(names or ("Alice", "Bob"), 2):
+        world.add(name, f"10.0.0.{number}")
+    world.until(world.all_linked, 20)
+    return world
 
 
 # -- what is not a message -----------------------------------------------------------------------------
@@ -7830,165 +7725,87 @@ HOSTILE_BYTES = {
 @pytest.mark.parametrize("name", HOSTILE_BYTES)
 def test_hostile_bytes_are_no_message(name):
     started = time.perf_counter()
-    assert p2pchat.parse_message(HOSTILE_BYTES[name]) is None
-    reader = p2pchat.MessageReader()
-    data = HOSTILE_BYTES[name]
+    data, reader = HOSTILE_BYTES[name], p2pchat.MessageReader()
+    assert p2pchat.parse_message(data) is None
     for start in range(0, len(data), 65536):
-        assert reader.feed(data[start : start + 65536]) == []
+        assert reader.feed(data[start:start + 65536]) == []
     assert reader.error and not reader.partial
     assert time.perf_counter() - started < 1.0
 
 
-@pytest.mark.parametrize("target", ["server", "Alice"])
-def test_hostile_bytes_are_answered_and_closed(target):
-    world = HostileWorld()
-    whom = world.server if target == "server" else world.nodes[target]
+@pytest.mark.parametrize("whom, hello", [("server", False), ("Alice", False), ("Alice", True)])
+def test_hostile_bytes_are_answered_and_closed(whom, hello):
+    """One that has said hello is cut off like any other, and may come back as itself."""
+    world = hostile_world()
+    target = world.server if whom == "server" else world[whom]
     for name, data in HOSTILE_BYTES.items():
-        mallory = world.attack(whom, hello=False)
+        mallory = world.attack(target) if hello else world.client(target)
+        assert ("MSG_HELLO" in mallory.kinds()) == hello, (name, mallory.reasons())
         mallory.send(data)
         world.run(5)
-        assert mallory.end is not None, name
-        assert mallory.kinds()[-1:] == ["MSG_ERROR"] and mallory.reasons()[-1], name
+        assert mallory.ended is not None and mallory.reasons()[-1], name
+        assert mallory.kinds()[-1] == "MSG_ERROR" or hello, name
     world.check()
     assert world.chats()
 
 
-def test_hostile_bytes_after_hello():
-    """The same from a peer that is bound: it is cut off, and comes back as itself."""
-    world = HostileWorld()
-    for name, data in HOSTILE_BYTES.items():
-        mallory = world.attack(world.alice)
-        assert "MSG_HELLO" in mallory.kinds(), (name, mallory.reasons())
-        mallory.send(data)
-        world.run(5)
-        assert mallory.end is not None and "MSG_ERROR" in mallory.kinds(), name
-    world.check()
-
-
-class HostileListener(p2pchat.Handler):
-    """Somebody whom others dial, and who answers each with the same bytes."""
-
-    def __init__(self, loop, port, answer):
-        self.loop, self.answer, self.dials = loop, answer, 0
-        self.listener = loop.listen("0.0.0.0", port, self.accept)
-
-    def accept(self, connection):
-        self.dials += 1
-        connection.send(self.answer)
-        return p2pchat.Handler()
-
-
 @pytest.mark.parametrize("name", sorted(HOSTILE_BYTES))
 def test_hostile_server_is_left_and_a_good_one_used(name):
-    world = HostileWorld()
-    evil = HostileListener(world.evil, 9999, HOSTILE_BYTES[name])
-    carol = world.add("Carol", "10.0.0.4", server=("10.0.0.66", 9999), join=(HOSTILE_SERVER,))
+    world = hostile_world()
+    evil = Client(world.process_at(EVIL), port=9999).listen(HOSTILE_BYTES[name])
+    carol = world.add("Carol", server=(EVIL, 9999), join=(SERVER,))
     world.run(60)
-    assert evil.dials and carol.discovery.online and world.sees("Carol", "Alice")
-    hostile_bounds(carol)
+    assert evil.taken and carol.discovery.online and world.sees("Carol", "Alice")
+    check_bounds(carol)
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE_BYTES))
 def test_hostile_peer_that_is_dialled(name):
-    world = HostileWorld()
-    HostileListener(world.evil, 666, HOSTILE_BYTES[name])
-    carol = world.add("Carol", "10.0.0.4", join=(("10.0.0.66", 666),))
+    world = hostile_world()
+    Client(world.process_at(EVIL)).listen(HOSTILE_BYTES[name])
+    carol = world.add("Carol", join=((EVIL, 666),))
     world.run(30)
     assert world.sees("Carol", "Alice") and world.chats("Carol")
-    hostile_bounds(carol)
+    check_bounds(carol)
 
 
 # -- every field, every wrong type ---------------------------------------------------------------------
 
 HOSTILE_VALID = {
-    "MSG_REGISTER": {"username": "M", "port": 666, "ip": "10.0.0.66", "instance": "m666", "incarnation": 7},
+    "MSG_REGISTER": {"username": "M", "port": 666, "ip": EVIL, "instance": "m666", "incarnation": 7},
     "MSG_REGISTER_ACK": {"peer_id": "M@10.0.0.66:666", "peer_list": [hostile_record()]},
     "MSG_HEARTBEAT": None,
     "MSG_UNREGISTER": None,
-    "MSG_PEER_LIST_UPDATE": {
-        "joined": [hostile_record()],
-        "left": [{"id": "Bob@10.0.0.3:40001", "reason": "left"}],
-    },
+    "MSG_PEER_LIST_UPDATE": {"joined": [hostile_record()], "left": [{"id": "Bob@10.0.0.3:40001", "reason": "left"}]},
     "MSG_CHAT": "hello",
     "MSG_CHAT_ACK": {"upto": 3},
     "MSG_CHAT_REFUSED": {"id": 1, "upto": 3, "reason": "no"},
     "MSG_SYNC_PEERS_REQUEST": {"digest": "00", "count": 3},
     "MSG_SYNC_PEERS_RESPONSE": {"peer_list": [hostile_record()], "digest": "00"},
-    "MSG_PEER_NEWS": {
-        "peers": [hostile_record(), hostile_record("Bob", "10.0.0.3", 40001, "x", status="dead", age=3)]
-    },
-    "MSG_HELLO": {
-        "peer": hostile_record("M", "10.0.0.66", 666, "m666"),
-        "you": {"ip": "10.0.0.2"},
-        "digest": "00",
-    },
+    "MSG_PEER_NEWS": {"peers": [hostile_record(), hostile_record("Bob", "10.0.0.3", 40001, "x", status="dead", age=3)]},
+    "MSG_HELLO": {"peer": hostile_record("M", EVIL, 666, "m666"), "you": {"ip": "10.0.0.2"}, "digest": "00"},
     "MSG_PROBE": {"number": 5, "incarnation": 3, "status": "suspect"},
     "MSG_PROBE_ACK": {"number": 5, "incarnation": 3},
     "MSG_PROBE_REQUEST": {"peer": hostile_record()},
     "MSG_PROBE_RESULT": {"peer": hostile_record()},
-    "MSG_BEACON": {
-        "role": "peer",
-        "port": 7,
-        "instance": "b",
-        "answer": False,
-        "alone": True,
-        "server_wanted": True,
-    },
+    "MSG_BEACON": {"role": "peer", "port": 7, "instance": "b", "answer": False, "alone": True, "server_wanted": True},
     "MSG_ERROR": {"reason": "because", "role": "server"},
     "MSG_UNHEARD_OF": {"a": [1, None]},
 }
 
 HOSTILE_VALUES = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    1.5,
-    -0.0,
-    65535,
-    65536,
-    70000,
-    2**53 - 1,
-    2**53,
-    2**63,
-    "",
-    "x",
-    "\ud800",
-    "\x00\x1b[2J\u202e",
-    "e\u0301" * 40,
-    "\u0301\u0302",
-    "x" * 200,
-    "x" * 20_000,
-    "0.0.0.0",
-    "127.0.0.1",
-    "224.0.0.1",
-    "255.255.255.255",
-    "10.0.0.2",
-    "::1",
-    "10.0.0.300",
-    "a@10.0.0.1:0",
-    "M@10.0.0.66:666",
-    "Bob@10.0.0.3:40001",
-    "dead",
-    "left",
-    [],
-    {},
-    [[]],
-    [None],
-    [{}],
-    {"peer": None},
-    [hostile_record()] * 3,
+    None, True, False, 0, 1, -1, 1.5, -0.0, 65535, 65536, 70000, 2**53 - 1, 2**53, 2**63,
+    "", "x", "\ud800", "\x00\x1b[2J\u202e", "e\u0301" * 40, "\u0301\u0302", "x" * 200, "x" * 20_000,
+    "0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "10.0.0.2", "::1", "10.0.0.300",
+    "a@10.0.0.1:0", "M@10.0.0.66:666", "Bob@10.0.0.3:40001", "dead", "left",
+    [], {}, [[]], [None], [{}], {"peer": None}, [hostile_record()] * 3,
 ]
 
 
 def hostile_paths(value, path=()):
     """The paths of all fields in a value, itself first."""
     yield path
-    children = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    )
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
         yield from hostile_paths(child, (*path, key))
 
@@ -8024,14 +7841,10 @@ def test_hostile_every_field_with_every_wrong_type():
     """On a link that is bound, on one that is not, to the server, as a server: no exception, all in bounds.
 
     A spoilt stream ends its connection, so the codec sorts out what is no message before the nodes get it."""
-    target = HostileTarget(seed=1)
-    count = 0
-    for line in hostile_lines():
-        message = p2pchat.parse_message(line)
-        if message is not None:
-            target.take(message)
-            count += 1
-    assert count > 1000
+    target, lines = FuzzTarget(seed=1), [line for line in hostile_lines() if p2pchat.parse_message(line) is not None]
+    assert len(lines) > 1000
+    for line in lines:
+        target.take(line)
     target.check()
 
 
@@ -8039,57 +7852,38 @@ def test_hostile_every_field_with_every_wrong_type():
 
 
 def test_hostile_chat_in_somebody_elses_name():
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
     mallory.say("MSG_CHAT", "I am Bob", world.bob.me.id, id=1)
     world.run(1)
-    assert mallory.end and not [event for event in world.events["Alice"] if event["event"] == "chat"]
-    assert "not yours" in mallory.reasons()[-1]
+    assert mallory.ended and not world.alice.saw("chat") and "not yours" in mallory.reasons()[-1]
     world.check()
     assert world.chats("Bob", "Alice")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {
-            "id": "Bob@10.0.0.3:40001",
-            "ip": "10.0.0.3",
-            "port": 40001,
-            "username": "Bob",
-        },  # his id and address, as another instance
-        {"instance": "BOB"},  # his instance at Mallory's address
-        {
-            "id": "Bob@10.0.0.3:40001",
-            "ip": "10.0.0.3",
-            "port": 40001,
-            "username": "Bob",
-            "instance": "BOB",
-        },  # all of it
-    ],
-)
-def test_hostile_hello_as_somebody_else(change):
-    world = HostileWorld()
-    change = {key: world.bob.me.instance if value == "BOB" else value for key, value in change.items()}
-    before = len(world.events["Alice"])
-    mallory = world.attack(world.alice, hello=False)
+@pytest.mark.parametrize("place, instance", [
+    (True, False),  # Bob's id and address, as another instance
+    (False, True),  # his instance at Mallory's address
+    (True, True)])
+def test_hostile_hello_as_somebody_else(place, instance):
+    world = hostile_world()
+    bob = world.bob.me.wire(0.0)
+    change = {key: bob[key] for key in [*(["id", "ip", "port", "username"] * place), *(["instance"] * instance)]}
+    mallory = world.client(world.alice)
     mallory.hello(**change)
     world.run(30)
-    assert mallory.end and "MSG_HELLO" not in mallory.kinds()
-    assert not [
-        event for event in world.events["Alice"][before:] if event["event"] in ("left", "renamed", "quiet")
-    ]
+    assert mallory.ended and "MSG_HELLO" not in mallory.kinds()
+    assert not world.alice.saw("left") + world.alice.saw("renamed") + world.alice.saw("quiet")
     assert world.chats() and world.chats("Bob", "Alice")
     world.check()
 
 
 def test_hostile_unregister_in_somebody_elses_name():
-    world = HostileWorld()
-    for target in (world.alice, world.server):
-        mallory = world.attack(target, hello=target is not world.server)
+    world = hostile_world()
+    for mallory in (world.attack(world.alice), world.client(world.server)):
         mallory.say("MSG_UNREGISTER", None, world.bob.me.id)
         world.run(20)
-        assert mallory.end
+        assert mallory.ended
     assert world.sees("Alice", "Bob") and world.bob.me.id in world.server.peer_ids and world.chats()
     world.check()
 
@@ -8097,20 +7891,14 @@ def test_hostile_unregister_in_somebody_elses_name():
 @pytest.mark.parametrize("status", ["suspect", "dead", "left"])
 @pytest.mark.parametrize("above", [0, 1, p2pchat.MAX_RAISE, p2pchat.MAX_INCARNATION])
 def test_hostile_death_notices_remove_nobody(status, above):
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
     for _ in range(20):
         record = world.bob.me.wire(0.0, status)
         record["incarnation"] = min(record["incarnation"] + above, p2pchat.MAX_INCARNATION)
         mallory.say("MSG_PEER_NEWS", {"peers": [record]})
         world.run(2)
-    gone = [
-        event["peer"]["username"]
-        for name in ("Alice", "Bob")
-        for event in world.events[name]
-        if event["event"] == "left"
-    ]
-    assert not set(gone) - {"Mallory"}
+    assert not world.alice.saw("left", of="Bob") + world.bob.saw("left", of="Alice")
     assert world.sees("Alice", "Bob") and world.sees("Bob", "Alice") and world.chats()
     world.bob.rename("Robert")
     world.run(5)
@@ -8121,14 +7909,11 @@ def test_hostile_death_notices_remove_nobody(status, above):
 @pytest.mark.parametrize("steps", [1, 3, 100])
 def test_hostile_raised_incarnation_freezes_nobody(steps):
     """Raised in bounds, but often, and told to Alice alone: what Bob says of himself must still count."""
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
-    start = world.bob.me.incarnation
-    records = [
-        dict(world.bob.me.wire(0.0), incarnation=start + step * p2pchat.MAX_RAISE)
-        for step in range(1, steps + 1)
-    ]
-    mallory.say("MSG_PEER_NEWS", {"peers": records})
+    record, start = world.bob.me.wire(0.0), world.bob.me.incarnation
+    mallory.say("MSG_PEER_NEWS", {"peers": [dict(record, incarnation=start + (step + 1) * p2pchat.MAX_RAISE)
+                                            for step in range(steps)]})
     world.run(10)
     world.bob.rename("Robert")
     world.run(20)
@@ -8137,95 +7922,66 @@ def test_hostile_raised_incarnation_freezes_nobody(steps):
     world.check()
 
 
-def test_hostile_incarnation_beyond_all_bounds_is_no_message():
-    record = hostile_record(incarnation=2**63)
-    assert (
-        p2pchat.parse_message(p2pchat.create_message("MSG_PEER_NEWS", "M@10.0.0.66:666", {"peers": [record]}))
-        is None
-    )
-
-
 def test_hostile_our_own_instance_at_a_victims_address():
     """Found by reading: "this is yourself" made us avoid the address that was claimed, for ever."""
-    world = HostileWorld(names=("Alice",))
-    mallory = world.attack(world.alice, hello=False)
-    mallory.hello(id="Bob@10.0.0.3:40001", ip="10.0.0.3", port=40001, instance=world.alice.me.instance)
+    world = hostile_world("Alice")
+    mallory = world.client(world.alice)
+    mallory.hello(id="Bob@10.0.0.3:40001", ip="10.0.0.3", port=40001, instance=world.alice.instance)
     world.run(5)
-    assert mallory.end
+    assert mallory.ended
     world.alice.links.dial(("10.0.0.3", 40001))
     assert ("10.0.0.3", 40001) in world.alice.links.dialling
 
 
 def test_hostile_word_on_our_own_address():
     """Whom we dial first says that it sees us at an address not ours: others must still believe us."""
-    world = HostileWorld(names=("Alice",))
-    you = p2pchat.create_message(
-        "MSG_HELLO",
-        "M@10.0.0.66:666",
-        {"peer": hostile_record("M", "10.0.0.66", 666, "m666", 1), "you": {"ip": "10.0.0.99"}},
-    )
-    HostileListener(world.evil, 666, you)
-    carol = world.add(
-        "Carol", "10.0.0.4", join=(("10.0.0.66", 666), world.alice.me.address), server=("10.0.0.66", 1)
-    )
+    world = hostile_world("Alice")
+    hello = {"peer": hostile_record("M", EVIL, 666, "m666", 1), "you": {"ip": "10.0.0.99"}}
+    Client(world.process_at(EVIL)).listen(p2pchat.create_message("MSG_HELLO", "M@10.0.0.66:666", hello))
+    carol = world.add("Carol", "10.0.0.4", join=((EVIL, 666), world.alice.me.address), server=(EVIL, 1))
     world.run(40)
     assert carol.me.ip == "10.0.0.4" and world.sees("Alice", "Carol") and world.sees("Carol", "Alice")
 
 
 def test_hostile_loopback_from_afar_is_not_believed():
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
     mallory.say("MSG_PEER_NEWS", {"peers": [hostile_record("Ghost", "127.0.0.1", 22)]})
-    for ip in ("224.0.0.1", "255.255.255.255", "0.0.0.0", "240.0.0.1", "10.0.0.300", "1.2.3", "::1", "a"):
-        record = hostile_record("Ghost", ip, 22)
-        assert (
-            p2pchat.parse_message(
-                p2pchat.create_message("MSG_PEER_NEWS", "M@10.0.0.66:666", {"peers": [record]})
-            )
-            is None
-        )
     world.run(1)
-    assert not [peer for peer in world.alice.present() if peer.username == "Ghost"]
+    assert "Ghost" not in world.alice.names()
 
 
-@pytest.mark.parametrize(
-    "name", ["\x1b[31m", "a\u202eb", "\u0301", "a\u200b", "", " ", "a@b", "x" * 33, "a\nb", "\ud800"]
-)
-def test_hostile_names(name):
-    message = p2pchat.create_message("MSG_REGISTER", "M@10.0.0.66:666", {"username": name, "port": 666})
-    assert p2pchat.parse_message(message) is None
+@pytest.mark.parametrize("kind, content", [
+    ("MSG_PEER_NEWS", {"peers": [hostile_record(incarnation=2**63)]}),
+    *(("MSG_PEER_NEWS", {"peers": [hostile_record(ip=ip, port=22)]}) for ip in (
+        "224.0.0.1", "255.255.255.255", "0.0.0.0", "240.0.0.1", "10.0.0.300", "1.2.3", "::1", "a")),
+    *(("MSG_REGISTER", {"username": name, "port": 666}) for name in (
+        "\x1b[31m", "a\u202eb", "\u0301", "a\u200b", "", " ", "a@b", "x" * 33, "a\nb", "\ud800"))])
+def test_hostile_contents_are_no_message(kind, content):
+    """An incarnation beyond all bounds, addresses that nobody can have, names that would deceive."""
+    assert p2pchat.parse_message(p2pchat.create_message(kind, "M@10.0.0.66:666", content)) is None
+
+
+def hostile_ghosts(count, part=0):
+    """Records of so many peers that are not there."""
+    return {"peers": [hostile_record("G", f"10.8.{part * 9 + number // 250}.{number % 250 + 1}", 7, f"g{part}x{number}")
+                      for number in range(count)]}
 
 
 # -- no rebound, no flood --------------------------------------------------------------------------------
 
 
-def hostile_dials(world, node):
-    """Count the addresses that a node dials from now on."""
-    dialled, connect = [], node.loop.connect
-
-    def counted(address, handler, timeout):
-        dialled.append(address)
-        return connect(address, handler, timeout)
-
-    node.loop.connect = counted
-    return dialled
-
-
 def test_hostile_list_of_ghosts():
     """One message names 4,000 peers that are not there: dials are bounded, friends are served."""
-    world = HostileWorld()
-    dialled = hostile_dials(world, world.alice)
+    world = hostile_world()
     mallory = world.attack(world.alice)
-    ghosts = [
-        hostile_record("G", f"10.8.{number // 250}.{number % 250 + 1}", 7, f"g{number}")
-        for number in range(4000)
-    ]
-    mallory.say("MSG_PEER_NEWS", {"peers": ghosts})
+    world.alice.loop.dialled.clear()
+    mallory.say("MSG_PEER_NEWS", hostile_ghosts(4000))
     for _ in range(30):
         world.run(1)
         assert len(world.alice.links.dialling) <= p2pchat.MAX_DIALS
-    assert len(dialled) < 4 * p2pchat.MAX_DIALS, "dials in 30 s that one message led to"
-    world.add("Carol", "10.0.0.4")
+    assert len(world.alice.loop.dialled) < 4 * p2pchat.MAX_DIALS, "dials in 30 s that one message led to"
+    world.add("Carol")
     world.run(10)
     assert world.sees("Alice", "Carol") and world.chats("Alice", "Carol") and world.chats()
     world.check()
@@ -8233,34 +7989,27 @@ def test_hostile_list_of_ghosts():
 
 def test_hostile_ghosts_keep_nobody_out():
     """The list is full of ghosts: a peer that is really there still finds room."""
-    world = HostileWorld(names=("Alice",))
+    world = hostile_world("Alice")
     mallory = world.attack(world.alice)
     for part in range(2):
-        ghosts = [
-            hostile_record("G", f"10.8.{part * 9 + number // 250}.{number % 250 + 1}", 7, f"g{part}x{number}")
-            for number in range(2200)
-        ]
-        mallory.say("MSG_PEER_NEWS", {"peers": ghosts})
+        mallory.say("MSG_PEER_NEWS", hostile_ghosts(2200, part))
     world.run(2)
-    dialled = hostile_dials(world, world.add("Carol", "10.0.0.4"))
+    carol = world.add("Carol")
     world.run(10)
     assert world.sees("Alice", "Carol")
-    assert dialled.count(world.alice.me.address) < 5, (
-        "each list that is too long for the other must not end the link"
-    )
+    dials = carol.loop.dialled.count(world.alice.me.address)
+    assert dials < 5, "each list that is too long for the other must not end the link"
 
 
 def test_hostile_hellos_as_many():
     """Each claims to be somebody at another address: each leads to at most one dial, and to few at once."""
-    world = HostileWorld()
-    dialled = hostile_dials(world, world.alice)
-    for number in range(200):
-        mallory = Mallory(world.evil, world.alice.me.address)
-        mallory.hello(
-            id=f"M@10.7.0.{number + 1}:80", ip=f"10.7.0.{number + 1}", port=80, instance=f"x{number}"
-        )
+    world = hostile_world()
+    world.alice.loop.dialled.clear()
+    for number in range(1, 201):
+        mallory = Client(world.process_at(EVIL), instance=f"x{number}").dial(world.alice.me.address)
+        mallory.hello(id=f"M@10.7.0.{number}:80", ip=f"10.7.0.{number}", port=80)
         world.run(0.01)
-    assert len(dialled) <= p2pchat.MAX_DIALS + 1
+    assert len(world.alice.loop.dialled) <= p2pchat.MAX_DIALS + 1
     world.run(20)
     world.check()
     assert world.chats()
@@ -8268,184 +8017,159 @@ def test_hostile_hellos_as_many():
 
 def test_hostile_beacons_do_not_amplify():
     """A datagram is never answered with more bytes, and leads to few dials, wherever it is from."""
-    world = HostileWorld(lan=True)
-    dialled = hostile_dials(world, world.alice)
+    world = hostile_world(lan=True)
+    world.alice.loop.dialled.clear()
     content = {"role": "peer", "port": 80, "instance": "b0", "alone": True, "server_wanted": True}
+    general = p2pchat.create_message("MSG_BEACON", "", content)
     for size in (0, 200, 512, 2000):
-        data = p2pchat.make_beacon("M@10.0.0.66:666", content, size) or p2pchat.create_message(
-            "MSG_BEACON", "", content
-        )
+        data = p2pchat.make_beacon("M@10.0.0.66:666", content, size) or general
         for number in range(2000):
-            answer = world.alice.finder._heard(data, (f"10.6.{number // 250}.{number % 250 + 1}", 53))
+            answer = world.alice.hear_beacon(data, f"10.6.{number // 250}.{number % 250 + 1}")
             assert len(answer or b"") <= len(data)
             assert len(world.server._beacon(data, ("10.6.0.1", 53)) or b"") <= len(data)
     world.run(4)
-    assert len(dialled) <= p2pchat.MAX_LOOKS + 2
+    assert len(world.alice.loop.dialled) <= p2pchat.MAX_LOOKS + 2
     world.check()
 
 
-def hostile_flood(mallory, lines, texts):
-    """So many chat messages, in turns of a thousand."""
-    for start in range(0, len(texts), lines):
-        mallory.send(
-            b"".join(
-                p2pchat.create_chat(mallory.peer.id, text, "*", start + number + 1)
-                for number, text in enumerate(texts[start : start + lines])
-            )
-        )
-        yield
-
-
 def test_hostile_flood_of_chat_is_refused_then_cut_off():
-    world = HostileWorld(budget=200_000)
+    world = hostile_world(budget=200_000)
     mallory = world.attack(world.alice)
-    for _ in hostile_flood(mallory, 1000, ["x" * 100] * 50_000):
+    for first in range(1, 50_001, 1000):
+        mallory.send(b"".join(p2pchat.create_chat(mallory.id, "x" * 100, "*", first + number) for number in range(1000)))
         world.run(0.02)
-    assert mallory.end and "MSG_CHAT_REFUSED" in mallory.kinds() and "slow down" in str(mallory.heard)
-    shown = [event for event in world.events["Alice"] if event["event"] == "chat"]
-    assert 0 < len(shown) < 2000
+    assert mallory.ended and "MSG_CHAT_REFUSED" in mallory.kinds() and "slow down" in str(mallory.heard)
+    assert 0 < len(world.alice.saw("chat")) < 2000
     again = world.attack(world.alice)
-    assert again.end and "come back later" in again.reasons()[-1]
+    assert again.ended and "come back later" in again.reasons()[-1]
     assert world.chats("Bob", "Alice")
     world.check()
 
 
 def test_hostile_flood_by_one_that_is_always_somebody_else():
     """Without a hello, under a new name with each message: that is still one sender, with one budget."""
-    world = HostileWorld(budget=20_000)
-    mallory = world.attack(world.alice, hello=False)
+    world = hostile_world(budget=20_000)
+    mallory = world.client(world.alice)
     for number in range(2000):
         mallory.say("MSG_CHAT", "x" * 100, f"N{number}@10.0.0.66:666", id=1)
     world.run(5)
-    assert len([event for event in world.events["Alice"] if event["event"] == "chat"]) < 200
+    assert len(world.alice.saw("chat")) < 200
     world.check()
 
 
 def test_hostile_requests_about_a_peer_get_nobody_banned():
     """36,000 requests to try Bob in 20 s, each of which could make Alice ask him, and him deny."""
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
-    data = p2pchat.create_message("MSG_PROBE_REQUEST", mallory.peer.id, {"peer": world.bob.me.wire(0.0)})
-    news = p2pchat.create_message("MSG_PEER_NEWS", mallory.peer.id, {"peers": [world.bob.me.wire(0.0, "suspect")] * 100})
+    request = p2pchat.create_message("MSG_PROBE_REQUEST", mallory.id, {"peer": world.bob.me.wire(0.0)})
     for turn in range(200):
-        for _ in range(180):
-            mallory.send(data)
-        mallory.send(news)
+        mallory.send(request * 180)
+        mallory.say("MSG_PEER_NEWS", {"peers": [world.bob.me.wire(0.0, "suspect")] * 100})
         mallory.say("MSG_PROBE_ACK", {"number": turn})  # it lives
         world.run(0.1)
     world.run(15)
     assert world.sees("Alice", "Bob") and world.sees("Bob", "Alice") and world.chats()
-    left = [event["peer"]["username"] for events in world.events.values() for event in events if event["event"] == "left"]
-    assert set(left) <= {"Mallory"}
+    assert {event["peer"]["username"] for peer in world.peers for event in peer.saw("left")} <= {"Mallory"}
 
 
 def test_hostile_hearsay_renames_nobody_whom_we_hear():
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
     for number in range(1, 20):
         bob = world.bob.me
         forged = dict(bob.wire(0.0), username="Teacher", id=f"Teacher@{bob.ip}:{bob.port}", incarnation=bob.incarnation + 1)
         mallory.say("MSG_PEER_NEWS", {"peers": [forged]})
         world.run(0.004)
-        world.bob.broadcast_chat_message(f"I am Bob {number}")
+        world.bob.say(f"I am Bob {number}")
         world.run(0.5)
-    assert not [event for event in world.events["Alice"] if event["event"] == "renamed"]
-    assert {event["from"]["username"] for event in world.events["Alice"] if event["event"] == "chat"} == {"Bob"}
-    assert world.chats()
+    assert not world.alice.saw("renamed") and world.chats()
+    assert len(world.alice.texts()) == len(world.alice.texts(sender="Bob")) == 19
 
 
 def test_hostile_links_of_one_peer_are_few():
     """One instance says hello on 500 connections: the newest few are kept."""
-    world = HostileWorld()
-    several = [Mallory(world.evil, world.alice.me.address) for _ in range(500)]
+    world = hostile_world()
+    several = [Client(world.process_at(EVIL)).dial(world.alice.me.address) for _ in range(500)]
     world.run(0.5)
     for mallory in several:
         mallory.hello()
     world.run(2)
-    assert len(world.alice.links.all) <= 1 + p2pchat.LINKS_TO_ONE
-    assert sum(mallory.end is None for mallory in several) <= p2pchat.LINKS_TO_ONE
+    assert len(world.alice.all_links()) <= 1 + p2pchat.LINKS_TO_ONE
+    assert sum(mallory.ended is None for mallory in several) <= p2pchat.LINKS_TO_ONE
     world.check()
 
 
 def test_hostile_own_word_takes_no_living_peers_place():
     """Another program on Bob's machine says, over its own link, that it is now Bob at Bob's port."""
-    world = HostileWorld()
-    loop = world.network.start(world.network.hosts["Bob"], "another user")
-    mallory = Mallory(loop, world.alice.me.address)
-    mallory.peer.set_identity("Mallory", world.bob.me.ip, 666)
-    world.run(0.5)
-    mallory.hello()
+    world = hostile_world()
+    mallory, bob = world.attack(world.alice, world.bob.me.ip), world.bob.me
     world.run(1)
     for number in range(1, 10):
-        record = dict(mallory.peer.wire(0.0), username="Bob", port=world.bob.me.port, id=world.bob.me.id,
+        record = dict(mallory.peer.wire(0.0), username="Bob", port=bob.port, id=bob.id,
                       incarnation=mallory.peer.incarnation + number)
         mallory.say("MSG_PEER_NEWS", {"peers": [record]})
         world.run(0.5)
         assert world.chats()
-    assert "MSG_CHAT" not in mallory.kinds()
-    assert not [event for event in world.events["Alice"] if event["event"] == "left" and event["peer"]["username"] == "Bob"]
+    assert "MSG_CHAT" not in mallory.kinds() and not world.alice.saw("left", of="Bob")
 
 
 def test_hostile_registrations_from_one_address_are_few():
     """Register and hang up, again and again, a connection each: what that makes the server tell all is bounded."""
-    rig = ServerRig()
-    friend = rig.registered("Friend", "10.0.0.2")
-    errors = []
+    world = server_world()
+    friend, reasons = world.registered("Friend", "10.0.0.2"), []
     for number in range(2 * p2pchat.MAX_PER_ADDRESS):
-        client = rig.client("10.0.0.66")
+        client = world.client(world.server)
         client.say("MSG_REGISTER", {"username": f"M{number}", "port": 5})
-        rig.network.run(0.02)
-        errors += client.take("MSG_ERROR")
+        world.run(0.02)
+        reasons += client.reasons()
         client.connection.abort("bye")
-    rig.network.run(1)
+    world.run(1)
     told = sum(len(update["joined"]) + len(update["left"]) for update in friend.take("MSG_PEER_LIST_UPDATE"))
-    assert told <= 2 * p2pchat.MAX_PER_ADDRESS * (1 + rig.network.time / 60)
-    assert len(errors) >= 150 and all("too often" in error["reason"] for error in errors)
-    assert rig.registered("Honest", "10.0.0.3").take("MSG_REGISTER_ACK")
+    assert told <= 2 * p2pchat.MAX_PER_ADDRESS * (1 + world.network.time / 60)
+    assert len(reasons) >= 150 and all("too often" in reason for reason in reasons)
+    assert world.registered("Honest", "10.0.0.3").take("MSG_REGISTER_ACK")
 
 
 def test_hostile_who_does_not_read_a_list_gets_no_second():
-    rig = ServerRig()
+    world = server_world()
     for number in range(20):
-        rig.registered(f"Peer{number}", f"10.0.1.{number + 1}")
-    client = rig.client("10.0.0.66")
-    for _ in range(100):
-        client.say("MSG_SYNC_PEERS_REQUEST", None)
-    rig.network.run(1)
-    assert len(client.take("MSG_SYNC_PEERS_RESPONSE")) == 1
-    client.say("MSG_SYNC_PEERS_REQUEST", None)
-    rig.network.run(1)
-    assert len(client.take("MSG_SYNC_PEERS_RESPONSE")) == 1
+        world.registered(f"Peer{number}", f"10.0.1.{number + 1}")
+    client = world.client(world.server)
+    for count in (100, 1):
+        for _ in range(count):
+            client.say("MSG_SYNC_PEERS_REQUEST", None)
+        world.run(1)
+        assert len(client.take("MSG_SYNC_PEERS_RESPONSE")) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hostile_left_is_forged_while_a_slow_link_is_opened(seed):
     """A forged "left" about one to whom the link has just broken, with 300 to 500 ms each way."""
-    rig = NodeRig("Ann", "Bob", "Cy", seed=seed, delay=(0.3, 0.5))
+    rig = World("Ann", "Bob", "Cy", seed=seed, delay=(0.3, 0.5))
     rig.run(8)
     record = rig.bob.me.wire(0.0, "left")
-    rig.network.break_link(rig.ann.links.current[rig.bob.me.key].connection)
+    rig.network.break_link(rig.ann.link_to(rig.bob).connection)
     rig.run(0.3)
-    rig.ann.loop.enter(rig.ann.gossip.hear_of, record, "10.0.0.99")
+    rig.ann.hear_of(record)
     rig.run(15)
-    assert not [event for name in rig.nodes for event in rig.saw(name, "left")]
+    assert not any(peer.saw("left") for peer in rig.peers)
 
 
 def test_hostile_servers_that_are_announced_are_not_each_a_line_of_the_log():
-    rig = NodeRig("Ann", settings={"lan": True})
+    rig = World("Ann", by="lan")
     with hostile_log() as lines:
         for number in range(1, 2000):
             beacon = p2pchat.make_beacon("x", {"role": "server", "port": number}, p2pchat.BEACON_SIZE)
-            rig.ann.loop.enter(rig.ann.finder._heard, beacon, ("10.9.9.9", 5))
+            rig.ann.loop.enter(rig.ann.hear_beacon, beacon)
             rig.run(0.01)
-    assert rig.ann.discovery.candidates and len(lines) < 100
+    assert rig.ann.servers() and len(lines) < 100
 
 
 def test_hostile_visits_are_not_each_a_line_of_the_log():
-    world = HostileWorld()
+    world = hostile_world()
     with hostile_log() as lines:
         for number in range(300):
-            mallory = Mallory(world.evil, world.alice.me.address, instance=f"x{number}")
+            mallory = Client(world.process_at(EVIL), instance=f"x{number}").dial(world.alice.me.address)
             mallory.peer.incarnation += number
             world.run(0.01)
             mallory.hello()
@@ -8456,45 +8180,32 @@ def test_hostile_visits_are_not_each_a_line_of_the_log():
 
 def test_hostile_beacons_of_one_machine_leave_room_for_others():
     """One machine shouts 200 beacons a second: two others, parted until now, still find each other."""
-    network = SimNetwork(3)
-    hosts = [network.host(name) for name in ("ann", "bob", "evil")]
-    lan, number = SimLan(network.start(hosts[2]), lambda data, sender: None), itertools.count(1)
+    rig = World("Ann", seed=3, by="lan")
+    evil = SimShouter(rig.network)
+    rig.network.cut([rig.ann.host], [rig.add("Bob").host])
 
-    def broadcast():
-        port = next(number)
-        lan.broadcast(p2pchat.create_message("MSG_BEACON", "x@10.0.0.9:1", {"role": "peer", "port": port, "instance": f"i{port}"}))
-        network.post(0.005, broadcast)
+    def broadcast(port):
+        evil.broadcast(port=port, instance=f"i{port}")
+        rig.network.post(0.005, broadcast, port + 1)
 
-    network.cut(hosts[:1], hosts[1:2])
-    nodes = [p2pchat.PeerNode(network.start(host), p2pchat.Settings(host.name)) for host in hosts[:2]]
-    for node in nodes:
-        node.start()
-    network.run(10.37)
-    broadcast()
-    network.run(5)
-    network.heal()
-    network.run_until(lambda: all(len(node.peers) for node in nodes), 20)
+    rig.run(10.37)
+    broadcast(1)
+    rig.run(5)
+    rig.network.heal()
+    rig.until(lambda: rig.all_know(1), 20)
 
 
 def test_hostile_a_peer_elsewhere_is_not_on_our_own_machine():
     """Whoever is dialled at its address may not call itself one at 127.0.0.1, or at ours."""
-    rig = NodeRig("Ann")
-    for ip in ("127.0.0.1", rig.ann.me.ip):
-        evil = rig.network.start(rig.network.host(f"evil at {ip}"))
+    rig = World("Ann")
+    for number, ip in enumerate(("127.0.0.1", rig.ann.me.ip)):
         record = hostile_record("root", ip, 7, "eee", 5)
-
-        class Liar(p2pchat.Handler):
-            def on_messages(self, messages):
-                self.connection.send(p2pchat.create_message("MSG_HELLO", record["id"], {"peer": record}))
-
-        def accept(connection):
-            liar = Liar()
-            liar.connection = connection
-            return liar
-
-        evil.listen("0.0.0.0", 7, accept)
-        rig.ann.loop.enter(rig.ann.links.look, (evil.host.addresses[0], 7))
+        liar = Client(rig.process_at(f"10.0.9.{number + 1}"), port=7, answers={
+            "MSG_HELLO": lambda content: ("MSG_HELLO", {"peer": record}, record["id"])})
+        liar.listen()
+        rig.ann.loop.enter(rig.ann.links.look, liar.peer.address)
         rig.run(10)
+        assert liar.heard
     assert rig.ann.present() == []
 
 
@@ -8514,72 +8225,49 @@ def test_hostile_long_texts_are_not_remembered():
 
 def test_hostile_flood_of_names():
     """Changing one's name shows lines on the others' screens, too: that has a budget as well."""
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
     for number in range(1, 2001):
-        record = hostile_record(f"N{number}", "10.0.0.66", 666, "m666", 1_700_000_000_000 + number)
+        record = hostile_record(f"N{number}", EVIL, 666, "m666", 1_700_000_000_000 + number)
         mallory.say("MSG_PEER_NEWS", {"peers": [record]})
     world.run(5)
-    assert len([event for event in world.events["Alice"] if event["event"] == "renamed"]) < 100
+    assert len(world.alice.saw("renamed")) < 100
     world.check()
 
 
-class HostileLog(logging.Handler):
-    """Counts lines."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
+HOSTILE_LOGGED = {  # what is worth a line of the log, by a name for it: from a number
+    "registrations": lambda number: ("MSG_REGISTER", {"username": f"N{number % 7}", "port": 666}),
+    "renames": lambda number: ("MSG_PEER_NEWS", {"peers": [
+        hostile_record(f"N{number}", EVIL, 666, "m666", 1_700_000_000_001 + number)]}),
+    "lists": lambda number: ("MSG_SYNC_PEERS_RESPONSE", {"peer_list": [], "digest": "00"}),
+    "errors": lambda number: ("MSG_ERROR", {"reason": "because"}),
+    "refused": lambda number: ("MSG_CHAT", "x"),
+}
 
 
 @contextlib.contextmanager
-def hostile_log(level=logging.INFO):
-    handler, log = HostileLog(), logging.getLogger("p2pchat")
+def hostile_log():
+    """The lines that are logged meanwhile."""
+    handler, log, lines = logging.Handler(), logging.getLogger("p2pchat"), []
+    handler.emit = lambda record: lines.append(record.getMessage())
     before = log.level
     log.addHandler(handler)
-    log.setLevel(level)
+    log.setLevel(logging.INFO)
     try:
-        yield handler.lines
+        yield lines
     finally:
         log.removeHandler(handler)
         log.setLevel(before)
 
 
-def log_registrations(mallory, number):
-    mallory.say("MSG_REGISTER", {"username": f"N{number % 7}", "port": 666})
-
-
-def log_renames(mallory, number):
-    mallory.say(
-        "MSG_PEER_NEWS",
-        {"peers": [hostile_record(f"N{number}", "10.0.0.66", 666, "m666", 1_700_000_000_001 + number)]},
-    )
-
-
-def log_lists(mallory, number):
-    mallory.say("MSG_SYNC_PEERS_RESPONSE", {"peer_list": [], "digest": "00"})
-
-
-def log_errors(mallory, number):
-    mallory.say("MSG_ERROR", {"reason": "because"})
-
-
-def log_refused(mallory, number):
-    mallory.say("MSG_CHAT", "x", to="Nobody@10.0.0.1:1", id=number + 1)
-
-
-@pytest.mark.parametrize("say", [log_registrations, log_renames, log_lists, log_errors, log_refused])
-def test_hostile_nobody_fills_a_disk_with_the_log(say):
+@pytest.mark.parametrize("what", HOSTILE_LOGGED)
+def test_hostile_nobody_fills_a_disk_with_the_log(what):
     """3,000 messages of one kind, each of which is worth a line of the log, over 30 s."""
-    world = HostileWorld()
-    registers = say is log_registrations
-    mallory = world.attack(world.server if registers else world.alice, hello=not registers)
+    world = hostile_world()
+    mallory = world.client(world.server) if what == "registrations" else world.attack(world.alice)
     with hostile_log() as lines:
         for number in range(3000):
-            say(mallory, number)
+            mallory.say(*HOSTILE_LOGGED[what](number), to="Nobody@10.0.0.1:1" if what == "refused" else "*", id=number + 1)
             if number % 100 == 0:
                 world.run(1)
         world.run(1)
@@ -8592,14 +8280,14 @@ def test_hostile_nobody_fills_a_disk_with_the_log(say):
 
 
 def test_hostile_one_byte_a_second_and_half_a_message():
-    world = HostileWorld()
+    world = hostile_world()
     for target in (world.alice, world.server):
-        slow, half = (world.attack(target, hello=False) for _ in range(2))
+        slow, half = (world.client(target) for _ in range(2))
         half.send(_HEAD)
         for byte in _HEAD[:15]:
             slow.send(bytes([byte]))
             world.run(1)
-        assert slow.end and half.end and slow.reasons() and half.reasons()
+        assert slow.ended and half.ended and slow.reasons() and half.reasons()
     assert world.chats()
     world.check()
 
@@ -8618,9 +8306,7 @@ class RealRig:
         self.slowest = 0.0
 
     def node(self, name, **settings):
-        settings = dict(
-            {"server": self.server.address, "host": "127.0.0.1", "lan": False, "timeout": 0.5}, **settings
-        )
+        settings = dict({"server": self.server.address, "host": "127.0.0.1", "lan": False, "timeout": 0.5}, **settings)
         node = p2pchat.PeerNode(
             self.loop, p2pchat.Settings(name, **settings), each(lambda event: self.events.append((name, event)))
         )
@@ -8663,9 +8349,7 @@ class RealRig:
                 assert b"SYNC_PEERS_RESPONSE" in answer, address
         text = f"text {time.monotonic()}"
         self.bob.broadcast_chat_message(text)
-        self.until(
-            lambda: any(event.get("text") == text and name == "Alice" for name, event in self.events), 1
-        )
+        self.until(lambda: any(event.get("text") == text and name == "Alice" for name, event in self.events), 1)
 
     def close(self):
         for node in (self.alice, self.bob):
@@ -8751,9 +8435,7 @@ def hostile_datagrams(count=3000):
             "127.0.0.1", 0, lambda data, sender: heard.append(1) or rig.alice.finder._heard(data, sender)
         )
         target = lan._senders["127.0.0.1"].getsockname()
-        beacon = p2pchat.make_beacon(
-            "M@127.0.0.1:9", {"role": "peer", "port": 9, "instance": "b", "alone": True}, 512
-        )
+        beacon = p2pchat.make_beacon("M@127.0.0.1:9", {"role": "peer", "port": 9, "instance": "b", "alone": True}, 512)
         sock.bind(("127.0.0.1", 0))
         with hostile_log() as lines:
             for number in range(count):
@@ -8763,16 +8445,14 @@ def hostile_datagrams(count=3000):
             rig.served()
         lan.close()
         assert len(heard) > count / 2 and len(lines) < 200
-        hostile_bounds(rig.alice)
+        check_bounds(rig.alice)
 
 
 def hostile_no_reader(megabytes=24):
     """Owed so much, it reads nothing: it is cut off at the bound, and nobody waits for it."""
     with real_rig() as rig:
         taken = []
-        listener = rig.loop.listen(
-            "127.0.0.1", 0, lambda connection: taken.append(connection) or p2pchat.Handler()
-        )
+        listener = rig.loop.listen("127.0.0.1", 0, lambda connection: taken.append(connection) or p2pchat.Handler())
         with rig.client(listener.address):
             rig.until(lambda: taken, 2)
             for _ in range(megabytes):
@@ -8826,7 +8506,7 @@ def hostile_flood_of(kind, seconds=1.0):
         ]
         assert got == sent and count > 1000
         assert rig.slowest < 0.05 * HOSTILE_PATIENCE, f"a turn took {rig.slowest * 1e3:.0f} ms"
-        hostile_bounds(rig.alice)
+        check_bounds(rig.alice)
 
 
 HOSTILE_PATIENCE = 2  # caches that neighbours empty make CPU time longer, too
@@ -8981,211 +8661,64 @@ def hostile(names: Sequence[str] = ()) -> int:
 # -- the fuzzer ----------------------------------------------------------------------------------------
 
 
-class FuzzConnection(p2pchat.Connection):
-    """A connection without a network: notes what is sent, up to a bound."""
-
-    def __init__(self, loop, remote, handler=None):
-        super().__init__(loop, remote, p2pchat.OPEN)
-        self.local = ("10.0.0.2", 40000)
-        self.sent = 0
-        loop.open[self] = None
-        if handler is not None:
-            self.handler = handler
-
-    def send(self, data):
-        assert isinstance(data, bytes) and len(data) <= p2pchat.MAX_LINE
-        if self.state == p2pchat.OPEN:
-            self.sent += len(data)
-
-    def close(self, reason):
-        self.abort(reason)
-
-    def close_transport(self):
-        self.loop.open.pop(self, None)
-
-
-class FuzzLoop:
-    """A loop without a network: virtual time, dials that neither succeed nor fail until `turn` decides."""
+class FuzzTarget(World):
+    """A peer and a server that messages are thrown at; connections that were closed are made anew."""
 
     def __init__(self, seed):
-        self.random = random.Random(seed)
-        self.time = 1000.0
-        self.open = {}
-        self.dials = []  # (connection, timeout)
-        self.accept = None
-        self._timers = []
-        self._count = 0
-
-    def now(self):
-        return self.time
-
-    def wall(self):
-        return 1_700_000_000.0 + self.time
-
-    def call_later(self, delay, callback, *args):
-        timer = p2pchat.Timer(self.time + delay, callback, args)
-        self._count += 1
-        heapq.heappush(self._timers, (timer.when, self._count, timer))
-        return timer
-
-    def at_turn_end(self, callback):
-        self.call_later(0, callback)
-
-    def listen(self, host, port, accept):
-        self.accept = accept
-        listener = FuzzListener()
-        listener.address = ("0.0.0.0", port or 40000)
-        return listener
-
-    def connect(self, address, handler, timeout):
-        connection = FuzzConnection(self, address, handler)
-        connection.state = p2pchat.CONNECTING
-        self.dials.append(connection)
-        self.call_later(timeout, self._dial_ends, connection)
-        return connection
-
-    def lan(self, host, port, heard):
-        return FuzzListener()
-
-    def local_addresses(self):
-        return ["10.0.0.2", "127.0.0.1"]
-
-    def _dial_ends(self, connection):
-        if connection.state == p2pchat.CONNECTING:
-            connection.abort("no answer")
-
-    def answer(self, connection):
-        """A dial succeeds."""
-        connection.state = p2pchat.OPEN
-        connection.handler.on_open()
-
-    def pass_time(self, seconds):
-        end, heap = self.time + seconds, self._timers
-        for _ in range(100_000):
-            if not heap or heap[0][0] > end:
-                self.time = end
-                return
-            when, _, timer = heapq.heappop(heap)
-            self.time = max(self.time, when)
-            timer.fire()
-        raise AssertionError("time stands still")
-
-
-class FuzzListener:
-    address = ("0.0.0.0", 40000)
-
-    def close(self):
-        pass
-
-    def refresh(self):
-        pass
-
-    def broadcast(self, data):
-        assert len(data) <= p2pchat.BEACON_SIZE
-
-
-class HostileTarget:
-    """A node and a server that messages are thrown at; connections that were closed are made anew."""
-
-    def __init__(self, seed):
-        self.loop, self.events = FuzzLoop(seed), []
-        self.node = p2pchat.PeerNode(
-            self.loop, p2pchat.Settings("Alice", HOSTILE_SERVER, budget=20_000), each(self.event)
-        )
-        self.node.start()
-        self.accept = self.loop.accept
-        self.server = p2pchat.DiscoveryServer(self.loop, p2pchat.ServerSettings(lan=True))
-        self.server.start()
+        super().__init__(seed=seed)
+        self.network.lan_works = False  # beacons come by hand
+        self.add("Alice", "10.0.0.2", lan=True, port=40000, join=(), server=(EVIL, 9999), budget=20_000)
+        self.start_server(lan=True)
+        self.false_server = Client(self.process_at(EVIL), port=9999).listen()
+        self.false_peer = Client(self.process_at(EVIL)).listen()
         self.slots = {
-            "peer": self.peer,
-            "stranger": self.stranger,
-            "server": self.session,
-            "registered": self.registered,
+            "peer": lambda: self.attack(self.alice, name="M"),
+            "stranger": lambda: self.client(self.alice),
+            "server": lambda: self.client(self.server),
+            "registered": lambda: self.registered("M", EVIL, 666),
             "as server": self.as_server,
             "dialled": self.dialled,
         }
-        self.connections = {}
+        self.clients = {}
 
-    def event(self, event):
-        json.dumps(event).encode("ascii")
-        self.events.append(event)
-        del self.events[:-100]
-        for key in ("text", "reason"):
-            text = event.get(key, "")
-            assert len(text) <= 2 * p2pchat.MAX_TEXT and not any(c < " " and c not in "\n\t" for c in text), (
-                event
-            )
-
-    def take(self, message):
-        """Give one checked message to each of them."""
+    def take(self, line):
+        """Give one message to each of them."""
         for name in self.slots:
-            self.connection(name).handler.on_messages([message])
-        self.node.finder._heard(hostile_line(message), ("10.0.0.66", 5000))
-        self.server._beacon(hostile_line(message), ("10.0.0.66", 5000))
-        self.loop.pass_time(0.01)
+            self.through(name).send(line)
+        self.hear(line)
+        self.run(0.02)
 
-    def connection(self, name):
-        connection = self.connections.get(name)
-        if connection is None or connection.state != p2pchat.OPEN:
-            connection = self.connections[name] = self.slots[name]()
-        return connection
+    def hear(self, data):
+        """And as a datagram."""
+        self.alice.loop.enter(self.alice.hear_beacon, data)
+        self.server._beacon(data, (EVIL, 5000))
 
-    def stranger(self):
-        return self._accepted(self.accept, ("10.0.0.66", 50000))
-
-    def _accepted(self, accept, remote):
-        connection = FuzzConnection(self.loop, remote)
-        connection.handler = accept(connection)
-        return connection
-
-    def peer(self):
-        """A link that has said hello."""
-        connection = self.stranger()
-        record = hostile_record("M", "10.0.0.66", 666, "m666", 1_700_000_000_000)
-        connection.feed(p2pchat.create_message("MSG_HELLO", record["id"], {"peer": record}))
-        return connection
-
-    def dialled(self):
-        """A link that we dialled, to a peer that has not yet answered."""
-        self.node.links.dial(("10.0.0.66", 666))
-        for connection in self.loop.dials:
-            ours = connection.remote == ("10.0.0.66", 666) and isinstance(connection.handler, p2pchat.Link)
-            if ours and connection.state == p2pchat.CONNECTING:
-                self.loop.answer(connection)
-                return connection
-        return self.stranger()
+    def through(self, name):
+        """The client for such a connection; what it heard is of no interest."""
+        client = self.clients.get(name)
+        if client is None or client.connection.state != p2pchat.OPEN:
+            client = self.clients[name] = self.slots[name]()
+        client.heard.clear()
+        return client
 
     def as_server(self):
         """The node's connection to its server."""
-        discovery = self.node.discovery
+        before, discovery = len(self.false_server.taken), self.alice.discovery
         if discovery.connection is not None:
             discovery.connection.abort("again")
-            self.loop.pass_time(0)
+            self.run(0)
         discovery._timer.cancel()
-        discovery.start()
-        self.loop.answer(discovery.connection)
-        return discovery.connection
+        discovery.candidates[:] = [(EVIL, 9999)]
+        self.alice.loop.enter(discovery.start)
+        self.until(lambda: len(self.false_server.taken) > before, 1, 0.01)
+        return self.false_server.taken[-1]
 
-    def session(self):
-        return self._accepted(self.server._accept, ("10.0.0.66", 50001))
-
-    def registered(self):
-        connection = self._accepted(self.server._accept, ("10.0.0.66", 50002))
-        connection.feed(
-            p2pchat.create_message("MSG_REGISTER", "M@10.0.0.66:666", {"username": "M", "port": 666})
-        )
-        return connection
-
-    def check(self):
-        """Bounds hold, nothing is left over, and the next good client is served."""
-        hostile_bounds(self.node)
-        hostile_server_bounds(self.server)
-        del self.loop.dials[:]
-        for accept in (self.accept, self.server._accept):
-            good = self._accepted(accept, ("10.0.0.77", 50003))
-            good.feed(p2pchat.create_message("MSG_SYNC_PEERS_REQUEST", "G@10.0.0.77:777", None))
-            assert good.sent > 0 and good.state == p2pchat.OPEN
-            good.abort("done")
+    def dialled(self):
+        """A link that the node dialled, to a peer that has not answered; if it does not dial, another."""
+        self.alice.dial((EVIL, 666))
+        self.run(0.02)
+        dialled = [client for client in self.false_peer.taken if client.connection.state == p2pchat.OPEN]
+        return dialled[-1] if dialled else self.client(self.alice)
 
 
 class Fuzzer:
@@ -9202,47 +8735,35 @@ class Fuzzer:
             return self.record()
         if pick < 0.9:
             return self.random.getrandbits(self.random.choice((4, 16, 53, 64, 80)))
-        return "".join(
-            chr(self.random.choice((32, 65, 0x301, 0x200B, 0x1F600, 27, 0xD800)))
-            for _ in range(self.random.randrange(40))
-        )
+        return "".join(chr(self.random.choice((32, 65, 0x301, 0x200B, 0x1F600, 27, 0xD800)))
+                       for _ in range(self.random.randrange(40)))
 
     def record(self):
         """A plausible peer: few names, addresses and instances, so that they clash."""
         choose = self.random.choice
-        more = (
-            {}
-            if self.random.random() < 0.5
-            else {
-                "status": choose(("alive", "suspect", "dead", "left")),
-                "age": choose((0, 1, 3599, 3601, 10**9)),
-            }
-        )
+        more = {} if self.random.random() < 0.5 else {
+            "status": choose(("alive", "suspect", "dead", "left")), "age": choose((0, 1, 3599, 3601, 10**9))}
         return hostile_record(
             choose(("M", "Alice", "Bob", "C")),
             f"10.0.0.{choose((1, 2, 3, 66))}",
             choose((666, 40000, 40001)),
             choose(("m666", "b", "", f"i{self.random.randrange(5000)}")),
             choose((0, 1, 1_700_000_000_000 + self.random.randrange(10**7), 2**53 - 1)),
-            **more,
-        )
+            **more)
 
     def message(self):
         """One message: valid, or with one or two things changed."""
         kind = self.random.choice(list(HOSTILE_VALID))
-        content = hostile_changed(HOSTILE_VALID[kind], (), self._records)
         message = {
             "type": kind,
-            "sender_id": self.random.choice(("M@10.0.0.66:666", "Bob@10.0.0.3:40001", "")),
+            "sender_id": self.random.choice(("M@10.0.0.66:666",) * 8 + ("Bob@10.0.0.3:40001", "")),
             "to": self.random.choice(("*", "Alice@10.0.0.2:40000", "x")),
-            "content": content,
+            "content": hostile_changed(HOSTILE_VALID[kind], (), self._records),
             "id": self.random.choice((0, 1, 2, self.random.randrange(10**6), 2**53 - 1)),
         }
         for _ in range(self.random.choice((0, 0, 0, 1, 1, 2))):
             path = self.random.choice(list(hostile_paths(message))[1:])
-            message = hostile_changed(
-                message, path, lambda old: ... if self.random.random() < 0.2 else self.value()
-            )
+            message = hostile_changed(message, path, lambda old: ... if self.random.random() < 0.2 else self.value())
         return message
 
     def _records(self, value):
@@ -9262,7 +8783,7 @@ class Fuzzer:
             for _ in range(self.random.randrange(1, 4)):
                 line[self.random.randrange(len(line))] = self.random.getrandbits(8)
         if self.random.random() < 0.03:
-            del line[self.random.randrange(len(line)) :]
+            del line[self.random.randrange(len(line)):]
         return bytes(line)
 
     def stream(self):
@@ -9282,22 +8803,23 @@ class Fuzzer:
 
 def fuzz_one(seed, rounds=60):
     """One seed: throw streams at everything that listens or dials; an exception here is a bug of ours."""
-    fuzzer, target = Fuzzer(seed), HostileTarget(seed)
+    fuzzer, target = Fuzzer(seed), FuzzTarget(seed)
     for _ in range(rounds):
         data = fuzzer.stream()
         fuzz_codec(fuzzer, data)
-        connection = target.connection(fuzzer.random.choice(list(target.slots)))
+        client = target.through(fuzzer.random.choice(list(target.slots)))
         for piece in fuzzer.cut(data):
-            connection.feed(piece)
+            client.send(piece)
+            target.run(0)
         if fuzzer.random.random() < 0.2:
-            target.node.finder._heard(data[:2048], ("10.0.0.66", 5000))
-            target.server._beacon(data[:2048], ("10.0.0.66", 5000))
+            target.hear(data[:2048])
+            target.hear(fuzzer.line())
         if fuzzer.random.random() < 0.1:
-            connection.end_of_stream()
+            client.connection.close("the end of the stream")
         with contextlib.suppress(p2pchat.ChatError):
-            target.node.broadcast_chat_message("hello")
-        target.loop.pass_time(fuzzer.random.choice((0, 0, 0.05, 1, 12)))
-    target.check()
+            target.alice.say("hello")
+        target.run(fuzzer.random.choice((0, 0.01, 0.05, 1, 12)))
+    target.check("10.0.0.77")
 
 
 def fuzz_codec(fuzzer, data):
@@ -9318,10 +8840,7 @@ def fuzz(seeds: int, minutes: float = 0.0, first: int = 0) -> int:
         try:
             fuzz_one(seed)
         except Exception:
-            print(
-                f"seed {seed} fails; again with: python test_p2pchat.py fuzz --seeds 1 --first {seed}",
-                file=sys.stderr,
-            )
+            print(f"seed {seed} fails; again with: python test_p2pchat.py fuzz --seeds 1 --first {seed}", file=sys.stderr)
             raise
         seed += 1
         if seed % 500 == 0:
@@ -9357,12 +8876,12 @@ def test_fuzz_for_a_while():
 def test_hostile_a_flood_of_any_kind_is_cut_off(monkeypatch, kind, content):
     """Not only chat has a budget; Bob, who is only talkative, is not cut off."""
     monkeypatch.setattr(p2pchat, "MAX_MESSAGES", 500)
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
     for _ in range(600):
         mallory.say(kind, content)
     world.run(5)
-    assert mallory.end and any("too much" in reason for reason in mallory.reasons())
+    assert mallory.ended and any("too much" in reason for reason in mallory.reasons())
     again = world.attack(world.alice)
     assert any("later" in reason for reason in again.reasons()), "banned for a while"
     assert world.chats() and world.sees("Alice", "Bob")
@@ -9370,52 +8889,50 @@ def test_hostile_a_flood_of_any_kind_is_cut_off(monkeypatch, kind, content):
 
 def test_hostile_records_in_lists_count_as_messages(monkeypatch):
     monkeypatch.setattr(p2pchat, "MAX_MESSAGES", 500)
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
-    records = [hostile_record(f"N{number}", "10.0.0.66", 700 + number, f"n{number}", 1) for number in range(600)]
+    records = [hostile_record(f"N{number}", EVIL, 700 + number, f"n{number}", 1) for number in range(600)]
     mallory.say("MSG_PEER_NEWS", {"peers": records})
     world.run(5)
-    assert mallory.end and any("too much" in reason for reason in mallory.reasons())
+    assert mallory.ended and any("too much" in reason for reason in mallory.reasons())
     assert len(world.alice.peers.present()) < 10 and world.chats()
 
 
 def test_hostile_a_peer_that_renames_itself_for_ever_is_cut_off():
-    world = HostileWorld()
+    world = hostile_world()
     mallory = world.attack(world.alice)
     for number in range(p2pchat.MAX_RENAMES + 5):
-        mallory.peer.set_identity(f"M{number}", "10.0.0.66", 666)
+        mallory.peer.set_identity(f"M{number}", EVIL, 666)
         mallory.peer.incarnation += 1
         mallory.say("MSG_PEER_NEWS", {"peers": [mallory.peer.wire(0.0)]}, "Mallory@10.0.0.66:666")
     world.run(5)
-    renamed = [event for event in world.events["Alice"] if event["event"] == "renamed"]
-    assert mallory.end and len(renamed) <= p2pchat.MAX_RENAMES + 1
+    assert mallory.ended and len(world.alice.saw("renamed")) <= p2pchat.MAX_RENAMES + 1
 
 
 def test_hostile_nobody_can_make_a_peer_scan_others():
     """News that moves a known peer to one address after the other leads to few dials, however long it goes on."""
-    world = HostileWorld()
-    dialled = hostile_dials(world, world.alice)
+    world = hostile_world()
+    world.alice.loop.dialled.clear()
     mallory = world.attack(world.alice)
     record = world.bob.me.wire(0.0)
     for number in range(1, 601):
         moved = dict(record, ip="10.0.0.77", port=number, id=f"Bob@10.0.0.77:{number}", incarnation=record["incarnation"] + 1)
         mallory.say("MSG_PEER_NEWS", {"peers": [moved]})
         world.run(0.1)
-    assert len(dialled) <= p2pchat.MAX_LOOKS * (60 / p2pchat.QUIET_AFTER + 1) + 5
+    assert len(world.alice.loop.dialled) <= p2pchat.MAX_LOOKS * (60 / p2pchat.QUIET_AFTER + 1) + 5
     assert world.sees("Alice", "Bob") and world.chats()
 
 
 def test_hostile_a_stranger_under_many_names_has_one_budget():
-    world = HostileWorld()
-    texts = "x" * 10_000
+    world = hostile_world()
     for number in range(300):
-        mallory = world.attack(world.alice, hello=False)
-        mallory.say("MSG_CHAT", texts, f"Name{number}@10.0.0.66:{number + 1}")
-        mallory.say("MSG_CHAT", texts, f"Other{number}@10.0.0.66:{number + 1}")
+        mallory = world.client(world.alice)
+        for name in ("Name", "Other"):
+            mallory.say("MSG_CHAT", "x" * 10_000, f"{name}{number}@10.0.0.66:{number + 1}")
         world.run(0.01)
-    shown = [event for event in world.events["Alice"] if event["event"] == "chat"]
-    assert 0 < sum(len(event["text"]) for event in shown) <= 2 * p2pchat.Settings().budget
-    assert not any(event["from"]["username"].startswith("Other") for event in shown), "one name a connection"
+    assert 0 < sum(map(len, world.alice.texts())) <= 2 * p2pchat.Settings().budget
+    senders = {event["from"]["username"] for event in world.alice.saw("chat")}
+    assert not any(name.startswith("Other") for name in senders), "one name a connection"
     assert world.chats("Bob", "Alice")
 
 
@@ -9425,19 +8942,19 @@ def test_hostile_a_stranger_under_many_names_has_one_budget():
 def test_hostile_bytes_that_wait_for_one_peer_are_bounded(monkeypatch):
     """What has no room any more is reported at once; the rest arrives, and then there is room again."""
     monkeypatch.setattr(p2pchat, "OUTBOX_BYTES", 1500)
-    rig = NodeRig("Ann", "Bob")
+    rig = World("Ann", "Bob")
     rig.bob.loop.freeze()
     for letter in "abc":
-        rig.ann.broadcast_chat_message(letter * 500)
+        rig.ann.say(letter * 500)
     rig.run(0)
-    assert [(event["text"][0], event["reason"]) for event in rig.saw("Ann", "failed")] == [
+    assert [(event["text"][0], event["reason"]) for event in rig.ann.saw("failed")] == [
         ("c", "too much is waiting for it already")]
-    hostile_bounds(rig.ann)
+    check_bounds(rig.ann)
     rig.bob.loop.thaw()
     rig.run(5)
-    rig.ann.broadcast_chat_message("d" * 500)
+    rig.ann.say("d" * 500)
     rig.run(5)
-    assert [text[0] for text in rig.shown("Bob")] == ["a", "b", "d"] and len(rig.saw("Ann", "failed")) == 1
+    assert [text[0] for text in rig.bob.texts()] == ["a", "b", "d"] and len(rig.ann.saw("failed")) == 1
 
 
 def test_hostile_tombstones_are_bounded_and_the_oldest_go_first(monkeypatch):
@@ -9451,66 +8968,62 @@ def test_hostile_tombstones_are_bounded_and_the_oldest_go_first(monkeypatch):
 
 def test_hostile_tombstones_that_others_tell_of_are_bounded(monkeypatch):
     monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
-    rig = NodeRig("Ann", "Bob")
+    rig = World("Ann", "Bob")
     for number in range(40):
         record = hostile_record("X", f"10.8.0.{number + 1}", instance=f"x{number}", status="dead")
-        rig.ann.loop.enter(rig.ann.gossip.hear_of, record, rig.bob.me.ip)
+        rig.ann.hear_of(record, rig.bob.me.ip)
     assert 5 <= len(rig.ann.peers.tombstones()) <= 10
     rig.bob.leave()
     rig.run(5)
-    hostile_bounds(rig.ann)
+    check_bounds(rig.ann)
 
 
 def test_hostile_channels_of_strangers_make_room(monkeypatch):
     """Whoever chats has its place in memory: those who are forgotten leave theirs to others."""
     monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
-    rig = NodeRig("Ann", "Bob")
-    rig.bob.broadcast_chat_message("first")
+    rig = World("Ann", "Bob")
+    rig.bob.say("first")
     for number in range(30):
-        loop = rig.network.start(rig.network.host(f"stranger {number}"))
-        stranger = Mallory(loop, rig.ann.me.address)
-        stranger.say("MSG_CHAT", f"text {number}", f"S@{loop.host.addresses[0]}:7")
+        rig.client(rig.ann, f"10.0.9.{number + 1}").say("MSG_CHAT", f"text {number}")
         rig.run(0.1)
-        hostile_bounds(rig.ann)
-    rig.bob.broadcast_chat_message("last")
+        check_bounds(rig.ann)
+    rig.bob.say("last")
     rig.run(1)
-    assert rig.shown("Ann") == ["first", *(f"text {number}" for number in range(30)), "last"]
+    assert rig.ann.texts() == ["first", *(f"text {number}" for number in range(30)), "last"]
 
 
 def test_hostile_dials_at_once_are_bounded(monkeypatch):
     """So many addresses to try, none of which answers: few at a time, and no more wait than a list has peers."""
     monkeypatch.setattr(p2pchat, "MAX_PEERS", 6)
     monkeypatch.setattr(p2pchat, "MAX_DIALS", 3)
-    rig = NodeRig()
-    rig.add("Ann", join=tuple(("10.8.0.1", port) for port in range(1, 31)))
+    rig = World()
+    ann = rig.add("Ann", join=tuple(("10.8.0.1", port) for port in range(1, 31)))
     dialling, waiting = [], []
     for _ in range(60):
         rig.run(0.25)
-        dialling.append(sum(each.remote[0] == "10.8.0.1" for each in rig.ann.loop.connections))
-        waiting.append(len(rig.ann.links.waiting))
+        dialling.append(sum(each.remote[0] == "10.8.0.1" for each in ann.loop.connections))
+        waiting.append(len(ann.links.waiting))
     assert (max(dialling), max(waiting)) == (3, 6)
 
 
 def test_hostile_servers_that_beacons_name_are_bounded():
     """The last few that were heard of are kept, the latest first."""
-    network, events = SimNetwork(1), []
-    node = p2pchat.PeerNode(network.start(network.host("ann")), p2pchat.Settings("Ann"), each(events.append))
-    node.start()
-    liars = [SimShouter(network, f"liar {number}") for number in range(20)]
-    network.run(1)
+    rig = World("Ann", by="lan")
+    liars = [SimShouter(rig.network, f"liar {number}") for number in range(20)]
+    rig.run(1)
     for liar in liars:
-        network.run_until(lambda: node.discovery.connection is None, 5, 0.01)
+        rig.until(lambda: rig.ann.discovery.connection is None, 5, 0.01)
         liar.broadcast(role="server", port=9999)
-        network.run(0.02)
-        hostile_bounds(node)
-    kept = {ip for ip, _ in node.discovery.candidates}
+        rig.run(0.02)
+        check_bounds(rig.ann)
+    kept = {ip for ip, _ in rig.ann.servers()}
     assert len(kept) > 1 and liars[-1].loop.host.addresses[0] in kept and liars[0].loop.host.addresses[0] not in kept
 
 
 def test_hostile_askers_about_one_peer_are_bounded(monkeypatch):
     """Each who asks us to try a silent peer is told once when it answers: so many, and no more."""
     monkeypatch.setattr(p2pchat, "IDLE_LINKS", 3)
-    world = HostileWorld()
+    world = hostile_world()
     askers = [world.attack(world.alice, name=f"M{number}", port=600 + number, instance=f"m{number}")
               for number in range(8)]
     world.bob.loop.freeze()
