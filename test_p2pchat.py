@@ -5141,15 +5141,15 @@ sys.exit(p2pchat.main(sys.argv[1:]))
 LOOPBACK_ONLY = ("--host", "127.0.0.1", "--no-lan")
 
 
-class Program:
+class Program(EventLog):
     """One process of the program, and all that it has said."""
 
     def __init__(self, stage, name, arguments, prefix=(), constants=None):
         """`constants` replaces some of the program's own: times that are too long to wait for."""
+        super().__init__()  # its events are those lines that are JSON objects
         self.stage = stage
         self.name = name
         self.lines = []  # of stdout
-        self.events = []  # those of them that are JSON objects
         self.errors = []  # lines of stderr
         start = [PROGRAM_FILE] if constants is None else ["-c", PROGRAM_PATCHED.format(constants=constants)]
         environment = dict(os.environ, PYTHONPATH=os.path.dirname(PROGRAM_FILE), PYTHONIOENCODING="utf-8")
@@ -5167,27 +5167,14 @@ class Program:
         self.process.stdin.flush()
 
     def end_input(self):
-        """The end of its standard input."""
         self.process.stdin.close()
 
     def signal(self, number):
-        """Send it a signal."""
         self.process.send_signal(number)
 
     def status(self):
         """Its exit status; None while it runs, or while something that it said is still to be read."""
         return None if self._unread else self.process.poll()
-
-    def saw(self, kind, **keys):
-        """Its events of one kind that have these values; `of` is short for the user name in `peer`."""
-        of = keys.pop("of", None)
-        return [event for event in self.events if event["event"] == kind
-                and all(event.get(key) == value for key, value in keys.items())
-                and (of is None or event["peer"]["username"] == of)]
-
-    def heard(self, sender=None):
-        """The texts that it was sent, or those by one user."""
-        return [event["text"] for event in self.saw("chat") if sender in (None, event["from"]["username"])]
 
     def present(self):
         """The ids of those who have come and not gone."""
@@ -5292,9 +5279,18 @@ class ProgramCast:
         """What to wait for: these servers listen."""
         return lambda: all(self.port_of(server) for server in servers), 10, "the server listens"
 
-    def together(self, *peers):
-        """What to wait for: each of these sees all others."""
-        return lambda: all(len(peer.present()) == len(peers) - 1 for peer in peers), 15, "all see all"
+    def together(self, *peers, others=None, limit=15):
+        """What to wait for: each of these sees so many others, or all of these."""
+        others = len(peers) - 1 if others is None else others
+        return lambda: all(len(peer.present()) == others for peer in peers), limit, f"each sees {others} others"
+
+    def room(self, *names):
+        """A server that listens and peers who see each other. Use: server, peers = yield from cast.room(...)"""
+        server = self.server()
+        yield self.listening(server)
+        peers = [self.peer(name, server) for name in names]
+        yield self.together(*peers)
+        return server, peers
 
     def log_of(self, name):
         """A file for --log-file."""
@@ -5417,18 +5413,16 @@ def raw_list(address):
 
 def script_chat(cast):
     """A server and three peers, two of one name: chat in every direction, private as well."""
-    server = cast.server()
-    yield cast.listening(server)
-    peers = alice, bob, twin = [cast.peer(name, server) for name in ("Alice", "Bob", "Bob")]
-    yield cast.together(*peers)
+    _, peers = yield from cast.room("Alice", "Bob", "Bob")
+    alice, bob, twin = peers
     for peer in peers:
         peer.say(f"hello from {peer.events[0]['id']}")
-    yield lambda: all(len(peer.heard()) == len(peer.saw("delivered")) == 2 for peer in peers), 5, "all hear"
+    yield lambda: all(len(peer.texts()) == len(peer.saw("delivered")) == 2 for peer in peers), 5, "all hear"
     alice.say("/msg Bob which of you?")
     yield lambda: any("Bob@127.0.0.1:" in each["text"] for each in alice.saw("notice")), 5, "the choice"
     alice.say(f"/msg {twin.events[0]['id']} you!")
-    yield lambda: "you!" in twin.heard("Alice"), 5, "the right Bob hears it"
-    assert "which of you?" not in bob.heard() + twin.heard() and "you!" not in bob.heard()
+    yield lambda: "you!" in twin.texts(sender="Alice"), 5, "the right Bob hears it"
+    assert "which of you?" not in bob.texts() + twin.texts() and "you!" not in bob.texts()
     assert twin.saw("chat", text="you!")[0]["to"] == twin.events[0]["id"]
     twin.say("/quit")
     yield lambda: len(alice.present()) == 1 and twin.status() is not None, 5, "a leave is known"
@@ -5437,16 +5431,13 @@ def script_chat(cast):
 
 def script_server_killed(cast):
     """Without the server they go on, and say so; it comes back, and so do they."""
-    server = cast.server()
-    yield cast.listening(server)
+    server, peers = yield from cast.room("Alice", "Bob", "Carol")
     port = cast.port_of(server)
-    peers = [cast.peer(name, server) for name in ("Alice", "Bob", "Carol")]
-    yield cast.together(*peers)
     server.signal(signal.SIGKILL)
     yield lambda: all(peer.saw("server", online=False) for peer in peers), 5, "they say that it is gone"
     for peer in peers:
         peer.say("still here")
-    yield lambda: all(peer.heard() == ["still here"] * 2 for peer in peers), 5, "they go on"
+    yield lambda: all(peer.texts() == ["still here"] * 2 for peer in peers), 5, "they go on"
     server = cast.server(port=port)
     yield lambda: all(peer.saw("server")[-1]["online"] for peer in peers), 35, "they are back on it"
     assert sorted(raw_list(("127.0.0.1", port))) == ["Alice", "Bob", "Carol"]
@@ -5455,10 +5446,7 @@ def script_server_killed(cast):
 
 def script_peer_killed(cast):
     """A peer that is killed is dropped and stays gone; what is sent to it is reported."""
-    server = cast.server()
-    yield cast.listening(server)
-    alice, bob, carol = peers = [cast.peer(name, server) for name in ("Alice", "Bob", "Carol")]
-    yield cast.together(*peers)
+    _, (alice, bob, carol) = yield from cast.room("Alice", "Bob", "Carol")
     bob.signal(signal.SIGKILL)
     yield lambda: bob.status() is not None, 5, "it is dead"
     alice.say("/msg Bob are you there?")
@@ -5471,27 +5459,24 @@ def script_peer_killed(cast):
         alice.say("/sync")
         carol.say("/sync")
         alice.say(f"go on {number}")
-        yield lambda: carol.heard("Alice")[-1:] == [f"go on {number}"], 5, "the others go on"
+        yield lambda: carol.texts(sender="Alice")[-1:] == [f"go on {number}"], 5, "the others go on"
     assert all(len(peer.saw("joined", of="Bob")) == 1 and len(peer.present()) == 1 for peer in (alice, carol))
 
 
 def script_peer_stopped(cast):
     """One is stopped: 1,000 messages among the others, and none waits for it."""
-    server = cast.server()
-    yield cast.listening(server)
-    peers = [cast.peer(name, server) for name in ("Alice", "Bob", "Carol", "Dan")]
+    _, peers = yield from cast.room("Alice", "Bob", "Carol", "Dan")
     alice, bob, carol, stopped = peers
-    yield cast.together(*peers)
     stopped.signal(signal.SIGSTOP)
     texts = [f"message {number} {'x' * 80}" for number in range(500)]
     for text in texts:
         alice.say(text)
         bob.say(text)
-    yield lambda: [len(peer.heard()) for peer in peers] == [500, 500, 1000, 0], 4, "nobody waits"
-    assert carol.heard("Alice") == carol.heard("Bob") == texts == alice.heard() == bob.heard()
+    yield lambda: [len(peer.texts()) for peer in peers] == [500, 500, 1000, 0], 4, "nobody waits"
+    assert carol.texts(sender="Alice") == carol.texts(sender="Bob") == texts == alice.texts() == bob.texts()
     yield lambda: all(peer.saw("left", of="Dan") for peer in peers[:3]), 20, "it is dropped"
     stopped.signal(signal.SIGCONT)
-    yield lambda: all(len(peer.present()) == 3 for peer in peers), 10, "it is back"
+    yield cast.together(*peers, limit=10)
 
 
 BAD_INPUT_FOR_BOTH = {
@@ -5576,8 +5561,7 @@ def bad_input_peer(cast, log_file):
 
 def script_one_shot(cast):
     """`printf ... | nc`: the end of the stream ends a message, at a server and at a peer."""
-    server = cast.server()
-    yield cast.listening(server)
+    server, _ = yield from cast.room()
     address = "127.0.0.1", cast.port_of(server)
     assert raw_list(address) == []
     alice = cast.peer("Alice", server)
@@ -5585,7 +5569,7 @@ def script_one_shot(cast):
     assert raw_list(address) == ["Alice"]
     peer_address = alice.events[0]["ip"], alice.events[0]["port"]
     raw_ask(peer_address, raw_message("MSG_CHAT", "hello from a shell"))
-    yield lambda: alice.heard("Eve") == ["hello from a shell"], 5, "it is shown"
+    yield lambda: alice.texts(sender="Eve") == ["hello from a shell"], 5, "it is shown"
     assert raw_list(peer_address) == ["Alice"]
     with raw_dial(address) as eve:  # a registration by hand, and a heartbeat
         eve.sendall(raw_message("MSG_REGISTER", {"username": "Eve", "port": 7}) + b"\n")
@@ -5599,9 +5583,7 @@ def script_one_shot(cast):
 
 def script_end_of_input(cast):
     """At the end of input what was typed is delivered first; exit status 1 if something was not."""
-    server = cast.server()
-    yield cast.listening(server)
-    bob = cast.peer("Bob", server)
+    server, (bob,) = yield from cast.room("Bob")
     yield lambda: bob.saw("server", online=True), 30, "Bob is there"
     for number, kind in enumerate(("--json", "--plain")):
         alice = cast.peer("Alice", server, kind=kind)
@@ -5611,7 +5593,7 @@ def script_end_of_input(cast):
         yield lambda: alice.status() is not None, 30, "it leaves by itself"
         assert alice.status() == 0, alice.tail()
         expected = [f"one {number}", f"two {number}"]
-        yield lambda: bob.heard()[-2:] == expected, 5, "all was delivered"
+        yield lambda: bob.texts()[-2:] == expected, 5, "all was delivered"
     yield lambda: not bob.present(), 5, "Bob knows that they left"
     alice = cast.peer("Alice", server, "--timeout", "0.5")
     yield cast.together(alice, bob)
@@ -5624,11 +5606,10 @@ def script_end_of_input(cast):
 
 def script_signals(cast):
     """SIGTERM, SIGINT and SIGHUP are orderly ways to go, for peers and for the server."""
-    servers = [cast.server() for _ in range(3)]
+    server, peers = yield from cast.room("Alice", "Bob", "Carol", "Dan")
+    servers = [server, cast.server(), cast.server()]
     yield cast.listening(*servers)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    peers = [cast.peer(name, servers[0]) for name in ("Alice", "Bob", "Carol", "Dan")]
-    yield cast.together(*peers)
     for peer, number in zip(peers, numbers):
         peer.signal(number)
         yield lambda: peer.status() is not None, 5, f"signal {number} ends a peer"
@@ -5666,8 +5647,8 @@ def script_port_taken(cast):
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         port = taken.getsockname()[1]
-        server, peer = cast.server("-q", port=port), cast.peer("Alice", None, "--port", str(port))
-        for program in (server, peer):
+        peers = [cast.peer("Alice", None, "--port", str(port), kind=kind) for kind in ("--json", "--plain")]
+        for program in (cast.server("-q", port=port), *peers):
             program.end_input()
             yield lambda: program.status() is not None, 30, "it gives up"
             yield lambda: program.errors, 5, "it says why"
@@ -5790,7 +5771,7 @@ class SoakPlan:
         """Whether everybody who stayed was shown all that those who stayed said, in order, and once."""
         words = {peer.name: [f"{peer.name} {number + 1}" for number in range(self.spoken[peer.name])]
                  for peer in self.stable}
-        return all(peer.heard(name) == words[name] for peer in self.stable for name in words if name != peer.name)
+        return all(peer.texts(sender=name) == words[name] for peer in self.stable for name in words if name != peer.name)
 
     def both(self):
         """How many messages were shown, and reported undelivered as well."""
@@ -5852,32 +5833,46 @@ def soak(arguments):
 
 class NamespaceNet:
     """Hosts on a bridge, each in a network namespace of its own, the bridge in another: nothing of it touches
-    the machine's own network."""
+    the machine's own network. They exist within its `with`."""
 
     def __init__(self, count, label):
         if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"):
             pytest.skip("network namespaces need Linux, root and iproute2")
-        self.prefix = f"p2pchat-{os.getpid()}-{label}"
-        self.bridge = f"{self.prefix}-bridge"
-        self.hosts = [f"{self.prefix}-{number}" for number in range(count)]
+        prefix = f"p2pchat-{os.getpid()}-{label}"
+        self.bridge = f"{prefix}-bridge"
+        self.hosts = [f"{prefix}-{number}" for number in range(count)]
         self.made = []
 
-    def build(self):
-        """Make it all."""
+    def __enter__(self):
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        for name in self.made:
+            subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL, timeout=10)
+
+    def _build(self):
         for name in (self.bridge, *self.hosts):
-            self._ip("netns", "add", name)
+            self.ip("netns", "add", name)
             self.made.append(name)
-            self._ip("-n", name, "link", "set", "lo", "up")
-        self._ip("-n", self.bridge, "link", "add", "br0", "type", "bridge", "forward_delay", "0")
-        self._ip("-n", self.bridge, "link", "set", "br0", "up")
+            self.ip("-n", name, "link", "set", "lo", "up")
+        self._add_bridge("br0")
         for number, name in enumerate(self.hosts):
             port = f"port{number}"
-            self._ip("-n", self.bridge, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
-            self._ip("-n", self.bridge, "link", "set", port, "master", "br0", "up")
-            self._ip("-n", name, "address", "add", f"10.99.0.{number + 1}/24", "dev", "eth0")
-            self._ip("-n", name, "link", "set", "eth0", "up")
+            self.ip("-n", self.bridge, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
+            self.ip("-n", self.bridge, "link", "set", port, "master", "br0", "up")
+            self.ip("-n", name, "address", "add", f"10.99.0.{number + 1}/24", "dev", "eth0")
+            self.ip("-n", name, "link", "set", "eth0", "up")
 
-    def _ip(self, *arguments):
+    def _add_bridge(self, name):
+        self.ip("-n", self.bridge, "link", "add", name, "type", "bridge", "forward_delay", "0")
+        self.ip("-n", self.bridge, "link", "set", name, "up")
+
+    def ip(self, *arguments):
         done = subprocess.run(["ip", *arguments], timeout=10, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode and arguments[:2] == ("netns", "add"):
             pytest.skip(f"network namespaces can't be made here: {done.stdout.decode().strip()}")
@@ -5885,84 +5880,64 @@ class NamespaceNet:
 
     def cable(self, number, state):
         """Pull out a host's cable at the bridge ("down"), or plug it in ("up")."""
-        self._ip("-n", self.bridge, "link", "set", f"port{number}", state)
+        self.ip("-n", self.bridge, "link", "set", f"port{number}", state)
 
     def split(self, numbers):
         """Put these hosts on a bridge of their own; with none, all on one again."""
         if numbers:
-            self._ip("-n", self.bridge, "link", "add", "br1", "type", "bridge", "forward_delay", "0")
-            self._ip("-n", self.bridge, "link", "set", "br1", "up")
+            self._add_bridge("br1")
         for number in range(len(self.hosts)):
             bridge = "br1" if number in numbers else "br0"
-            self._ip("-n", self.bridge, "link", "set", f"port{number}", "master", bridge)
+            self.ip("-n", self.bridge, "link", "set", f"port{number}", "master", bridge)
 
     def start(self, cast):
         """A peer on each host, with no option but its name."""
         return [cast.start(f"h{number}", "peer", "--user", f"h{number}", "--json",
                            prefix=("ip", "netns", "exec", name)) for number, name in enumerate(self.hosts)]
 
-    def close(self):
-        """Take it all away."""
-        for name in self.made:
-            subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL, timeout=10)
-
 
 def script_cable(cast):
     """Four hosts find each other and chat; one's cable is cut: dropped within 15 s, back within 10."""
-    net = NamespaceNet(4, "cable")
-    try:
-        net.build()
+    with NamespaceNet(4, "cable") as net, contextlib.closing(cast):
         peers = net.start(cast)
         yield cast.together(*peers)
         for peer in peers:
             peer.say("hello")
-        yield lambda: all(peer.heard() == ["hello"] * 3 for peer in peers), 5, "all hear all"
+        yield lambda: all(peer.texts() == ["hello"] * 3 for peer in peers), 5, "all hear all"
         net.cable(3, "down")
-        yield lambda: all(len(peer.present()) == 2 for peer in peers[:3]), 15, "it is dropped"
+        yield cast.together(*peers[:3])
         yield lambda: peers[3].saw("network", gone=True), 15, "it says that its own network is gone"
         assert len(peers[3].present()) == 3
         net.cable(3, "up")
-        yield lambda: all(len(peer.present()) == 3 for peer in peers), 10, "it is back"
+        yield cast.together(*peers, limit=10)
         peers[3].say("I am back")
-        yield lambda: all(peer.heard("h3")[-1:] == ["I am back"] for peer in peers[:3]), 5, "and heard"
-    finally:
-        cast.close()
-        net.close()
+        yield lambda: all(peer.texts(sender="h3")[-1:] == ["I am back"] for peer in peers[:3]), 5, "it is heard"
 
 
 def script_split(cast):
     """Four hosts are split two and two: each half goes on, and they find each other afterwards."""
-    net = NamespaceNet(4, "split")
-    try:
-        net.build()
+    with NamespaceNet(4, "split") as net, contextlib.closing(cast):
         peers = net.start(cast)
         yield cast.together(*peers)
         net.split({2, 3})
         for peer in peers:
             peer.say("across the gap?")
-        yield lambda: all(len(peer.present()) == 1 for peer in peers), 20, "the halves are apart"
-        assert all(len(peer.heard()) == 1 and len(peer.saw("failed")) == 2 for peer in peers)
+        yield cast.together(*peers, others=1, limit=20)
+        assert all(len(peer.texts()) == 1 and len(peer.saw("failed")) == 2 for peer in peers)
         net.split(())
-        yield lambda: all(len(peer.present()) == 3 for peer in peers), 60, "they meet again"
+        yield cast.together(*peers, limit=60)
         peers[0].say("together again")
-        yield lambda: all(peer.heard("h0")[-1:] == ["together again"] for peer in peers[1:]), 5, "and talk"
-    finally:
-        cast.close()
-        net.close()
+        yield lambda: all(peer.texts(sender="h0")[-1:] == ["together again"] for peer in peers[1:]), 5, "they talk"
 
 
 def test_namespace_all_addresses_of_an_interface_are_found():
-    net = NamespaceNet(1, "addresses")
-    try:
-        net.build()
-        net._ip("-n", net.hosts[0], "address", "add", "10.99.0.77/24", "dev", "eth0")
-        net._ip("-n", net.hosts[0], "address", "add", "10.98.0.1/24", "dev", "eth0")
+    with NamespaceNet(1, "addresses") as net:
+        for address in ("10.99.0.77/24", "10.98.0.1/24"):
+            net.ip("-n", net.hosts[0], "address", "add", address, "dev", "eth0")
         ask = [sys.executable, "-c", "import p2pchat; print(*p2pchat.find_local_addresses())"]
         found = subprocess.check_output(["ip", "netns", "exec", net.hosts[0], *ask], timeout=20,
                                         cwd=os.path.dirname(PROGRAM_FILE)).decode().split()
         assert sorted(found) == ["10.98.0.1", "10.99.0.1", "10.99.0.77", "127.0.0.1"] and found[-1] == "127.0.0.1"
-    finally:
-        net.close()
 
 
 PROCESS_SCRIPTS = {
@@ -6024,7 +5999,6 @@ def test_process(name, processes):
 # ------------------------------------------------------------------------------------------------------
 
 
-PTY_PROGRAM = os.path.abspath(p2pchat.__file__)
 PTY_LIMIT = 15.0  # seconds within which whatever is waited for has to come
 
 
@@ -6098,29 +6072,16 @@ class PtyScreen:
         return "\n".join("".join(row).rstrip() for row in self.cells)
 
 
-class PtyProcess:
-    """A program that is killed, if it still runs, when its `with` ends; then `close` gives back what was opened."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self.close()
-
-
-class PtyProgram(PtyProcess):
-    """A peer on a terminal of its own."""
+class PtyProgram:
+    """A peer on a terminal of its own; it is killed, if it still runs, when its `with` ends."""
 
     def __init__(self, *arguments, rows=24, cols=80, term="vt52", code=None, env=None):
         master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
         self.before = termios.tcgetattr(slave)
-        command = [sys.executable, PTY_PROGRAM] if code is None else [sys.executable, "-c", code]
+        command = [sys.executable, PROGRAM_FILE] if code is None else [sys.executable, "-c", code]
         environment = {key: value for key, value in os.environ.items() if key not in ("LINES", "COLUMNS", "LC_ALL")}
-        environment.update({"TERM": term, "LANG": "C.UTF-8", "LOGNAME": "login", "PYTHONPATH": os.path.dirname(PTY_PROGRAM)},
+        environment.update({"TERM": term, "LANG": "C.UTF-8", "LOGNAME": "login", "PYTHONPATH": os.path.dirname(PROGRAM_FILE)},
                            **(env or {}))
         self.process = subprocess.Popen([*command, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment,
                                         start_new_session=True, close_fds=True,
@@ -6129,7 +6090,13 @@ class PtyProgram(PtyProcess):
         self.screen = PtyScreen(rows, cols)
         self.output = b""
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
         os.close(self.master)
         os.close(self.slave)
 
@@ -6167,46 +6134,42 @@ def pty_peer(name, *more):
     return ["peer", *user, "--host", "127.0.0.1", "--no-lan", "--timeout", "2", *more]
 
 
-class PtyPipe(PtyProcess):
-    """A peer with pipes: --json or --plain."""
+class PtyPipe(Program):
+    """A peer with pipes, --json or --plain, whose lines are looked through one after the other."""
 
     def __init__(self, name, *more):
-        self.process = subprocess.Popen([sys.executable, PTY_PROGRAM, *pty_peer(name, *more)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
-        self.rest = b""
+        super().__init__(ProgramStage(), name, pty_peer(name, *more))
+        self.at = 0  # how many lines were looked at
 
-    def close(self):
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            pipe.close()
+    def __enter__(self):
+        return self
 
-    def write(self, line):
-        self.process.stdin.write(line.encode() + b"\n")
+    def __exit__(self, *exception):
+        self.close()
+        self.stage.selector.close()
 
-    def line(self):
-        """The next line of output."""
-        limit = time.monotonic() + PTY_LIMIT
-        while b"\n" not in self.rest:
-            assert select.select([self.process.stdout], [], [], max(0, limit - time.monotonic()))[0], "no line came"
-            data = os.read(self.process.stdout.fileno(), 65536)
-            assert data, f"it ended: {self.process.stderr.read()!r}"
-            self.rest += data
-        line, _, self.rest = self.rest.partition(b"\n")
-        return line.decode()
+    def expect(self, text=""):
+        """The next line that holds a text."""
+        return self._next(lambda line: line if text in line else None, text)
 
     def event(self, kind, **more):
         """The next JSON event of a kind, with such values."""
-        while True:
-            event = json.loads(self.line())
+        def taken(line):
+            event = json.loads(line)
             assert isinstance(event["time"], float) and "event" in event
-            if event["event"] == kind and all(event[key] == value for key, value in more.items()):
-                return event
+            return event if event["event"] == kind and all(event[key] == value for key, value in more.items()) else None
+        return self._next(taken, kind)
 
-    def expect(self, text):
-        """The next line that holds a text."""
+    def _next(self, take, what):
+        limit = time.monotonic() + PTY_LIMIT
         while True:
-            line = self.line()
-            if text in line:
-                return line
+            while self.at < len(self.lines):
+                self.at += 1
+                found = take(self.lines[self.at - 1])
+                if found is not None:
+                    return found
+            assert time.monotonic() < limit and self.status() is None, f"{what!r} did not come: {self.errors}"
+            self.stage.pump(0.05)
 
 
 # -- keys ----------------------------------------------------------------------------------------------
@@ -6316,7 +6279,7 @@ def test_the_script_on_a_terminal():
                 alice.type(typed)
                 alice.expect(expected)
             bob.event("chat", text="psst")
-            bob.write("Alice, look")
+            bob.say("Alice, look")
             alice.expect("Bob: Alice, look")
             alice.type("/quit\r")
             alice.ends(0)
@@ -6399,7 +6362,7 @@ def test_the_terminal_is_restored_after_an_exception(where):
 def test_the_terminal_is_in_order_while_suspended():
     """Ctrl-Z under a shell: fg comes back; killed while stopped, the terminal stays in order."""
     import shlex
-    command = shlex.join([sys.executable, PTY_PROGRAM, *pty_peer("Alice")])
+    command = shlex.join([sys.executable, PROGRAM_FILE, *pty_peer("Alice")])
     code = "import os; os.execvp('bash', ['bash', '--norc', '-i'])"
     with PtyProgram(code=code, term="xterm", env={"PS1": "shell> ", "HISTFILE": "/dev/null"}) as shell:
         shell.wait_for(lambda: b"shell> " in shell.output, "a shell")
@@ -6502,7 +6465,7 @@ def test_the_form_finds_the_server():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    server = subprocess.Popen([sys.executable, PTY_PROGRAM, "server", "--host", "127.0.0.1", "--port", port, "--no-lan"],
+    server = subprocess.Popen([sys.executable, PROGRAM_FILE, "server", "--host", "127.0.0.1", "--port", port, "--no-lan"],
                               stderr=subprocess.PIPE)
     try:
         assert b"istening" in server.stderr.readline() + server.stderr.readline()
@@ -6535,21 +6498,21 @@ def test_json_events_and_commands():
         with PtyPipe("Ann", "--json", "--join", f"127.0.0.1:{port}") as ann:
             assert ann.event("joined")["peer"]["username"] == "Bob"
             bob.event("joined")
-            ann.write("h\u00e9llo")
+            ann.say("h\u00e9llo")
             sent = ann.event("sent")
             assert sent["to"] == "*" and len(sent["receivers"]) == 1
             chat = bob.event("chat")
             assert chat["text"] == "h\u00e9llo" and chat["from"]["username"] == "Ann" and chat["to"] == "*"
             assert ann.event("delivered", id=sent["id"])["to"]["username"] == "Bob"
-            ann.write("/msg Bob psst")
+            ann.say("/msg Bob psst")
             assert bob.event("chat")["to"].startswith("Bob@")
-            ann.write("/hlep")
+            ann.say("/hlep")
             assert "/help" in ann.event("notice", error=True)["text"]
-            bob.write("/ignore Ann")
+            bob.say("/ignore Ann")
             assert "error" not in bob.event("notice")
-            ann.write("unheard")
+            ann.say("unheard")
             ann.event("delivered")
-            ann.write("/quit")
+            ann.say("/quit")
             ann.event("stopped")
             assert ann.process.wait(PTY_LIMIT) == 1  # "/hlep" was not understood
             events = [bob.event("left")]
@@ -6558,7 +6521,7 @@ def test_json_events_and_commands():
 
 def test_json_is_ascii():
     with PtyPipe("日本", "--json") as peer:
-        line = peer.line()
+        line = peer.expect()
         assert line.isascii() and json.loads(line)["id"].startswith("日本@")
 
 
@@ -6567,8 +6530,8 @@ def test_plain_lines():
         port = int(bob.expect("You are Bob@").split("/help")[0].strip(" .").rpartition(":")[2])
         with PtyPipe("Ann", "--plain", "--join", f"127.0.0.1:{port}") as ann:
             ann.expect("+ Bob joined")
-            ann.write("hello")
-            ann.write("/msg Bob two")
+            ann.say("hello")
+            ann.say("/msg Bob two")
             bob.expect("Ann: hello")
             bob.expect("Ann → Bob: two")
             ann.process.stdin.close()
@@ -6583,7 +6546,7 @@ def test_input_from_a_file(stdin, tmp_path):
     with PtyPipe("Bob", "--json", "--budget", "0") as bob:
         port = bob.event("ready")["port"]
         with open(path if stdin == "file" else "/dev/null") as source:
-            done = subprocess.run([sys.executable, PTY_PROGRAM, *pty_peer("Ann", "--plain", "--join", f"127.0.0.1:{port}")],
+            done = subprocess.run([sys.executable, PROGRAM_FILE, *pty_peer("Ann", "--plain", "--join", f"127.0.0.1:{port}")],
                                   stdin=source, stdout=subprocess.PIPE, timeout=PTY_LIMIT)
         assert done.returncode == 0
         if stdin == "file":
@@ -6595,14 +6558,14 @@ def test_a_reader_that_goes_away():
     with PtyPipe("Bob", "--json") as bob:
         bob.event("ready")
         bob.process.stdout.close()
-        bob.write("/who")
-        bob.write("/who")
+        bob.say("/who")
+        bob.say("/who")
         assert bob.process.wait(PTY_LIMIT) in (0, 1) and bob.process.stderr.read() == b""
 
 
 @pytest.mark.parametrize("line, status", [("/who", 0), ("hello", 1), ("/msg Nobody hi", 1), ("/hlep", 1)])
 def test_the_exit_status_says_whether_all_was_done(line, status):
-    done = subprocess.run([sys.executable, PTY_PROGRAM, *pty_peer("Ann", "--plain")], input=line.encode(),
+    done = subprocess.run([sys.executable, PROGRAM_FILE, *pty_peer("Ann", "--plain")], input=line.encode(),
                           stdout=subprocess.PIPE, timeout=PTY_LIMIT)
     assert done.returncode == status, done.stdout
 
@@ -6610,7 +6573,7 @@ def test_the_exit_status_says_whether_all_was_done(line, status):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
 def test_output_that_cannot_be_written():
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, PTY_PROGRAM, *pty_peer("Ann", "--plain")], stdin=subprocess.DEVNULL,
+        done = subprocess.run([sys.executable, PROGRAM_FILE, *pty_peer("Ann", "--plain")], stdin=subprocess.DEVNULL,
                               stdout=full, stderr=subprocess.PIPE, text=True, timeout=PTY_LIMIT)
     assert done.returncode == 1 and done.stderr == "p2pchat: the output can't be written: no space left on device\n"
 
@@ -6622,7 +6585,7 @@ def test_a_reader_that_does_not_read():
         with PtyPipe("Ann", "--json", "--join", f"127.0.0.1:{port}") as ann:
             ann.event("joined")
             for number in range(200):
-                ann.write(f"{number} " + "x" * 4000)
+                ann.say(f"{number} " + "x" * 4000)
             for _ in range(200):
                 ann.event("delivered")
             assert [slow.event("chat")["text"].split()[0] for _ in range(200)] == [str(number) for number in range(200)]
@@ -6643,21 +6606,8 @@ for number in range(50):
 sys.stderr.write(f"{told} {most <= p2pchat.MAX_UNREAD + 100_001}")
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=dict(os.environ, PYTHONPATH=os.path.dirname(PTY_PROGRAM))) as process:
+                          env=dict(os.environ, PYTHONPATH=os.path.dirname(PROGRAM_FILE))) as process:
         assert process.stderr.read() == "['nobody reads it'] True"
-
-
-def test_the_port_is_taken():
-    import socket
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        for kind in ("--plain", "--json"):
-            done = subprocess.run([sys.executable, PTY_PROGRAM, *pty_peer("Ann", kind, "--port", str(port))],
-                                  stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PTY_LIMIT)
-            assert done.returncode == 1 and str(port) in done.stderr and "--port" in done.stderr
-            assert done.stderr.count("\n") == 1
 
 
 # ======================================================================================================
@@ -8488,7 +8438,7 @@ def hostile_flood_on_a_screen(seconds=1.0):
         with PtyPipe("Bob", "--json", "--join", f"127.0.0.1:{port}") as bob:
             bob.event("joined")
             with _Worker(hostile_steady_flooder, ("127.0.0.1", port), seconds) as flooder:
-                bob.write("honest")
+                bob.say("honest")
                 times = hostile_key_times(alice, lambda: flooder.pipe.poll(0))
                 count, lives = flooder.ask()
             bob.event("delivered")
