@@ -7493,9 +7493,7 @@ def bench(names: Sequence[str]) -> int:
         print(f"no figure {unknown[0]!r}; there are {', '.join(_BENCHES)}", file=sys.stderr)
         return 2
     p2pchat.raise_descriptor_limit()
-    print(
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before (busy neighbours spoil the ratios)"
-    )
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before (busy neighbours spoil the ratios)")
     rows = []
     for name in names or _BENCHES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
