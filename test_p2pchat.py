@@ -3591,7 +3591,7 @@ def scenario_world(seed, size=0, by="lan", settle=60.0, dial=False, **options):
     return world
 
 
-# -- 1. a newcomer ---------------------------------------------------------------------------------------
+# -- newcomers, churn, partitions ---------------------------------------------------------------------------
 
 
 def ideal_push_pull(seed, size):
@@ -3647,9 +3647,6 @@ def scenario_hundred(seed, size=100, calm=60):
     return {"known after s": took, "left after s": gone}
 
 
-# -- 2. churn --------------------------------------------------------------------------------------------
-
-
 def churn_plan(world, crashes, leaves, restarts, span):
     """When what happens: at random times, far enough from the end to be seen by all."""
     events = ["crash"] * crashes + ["leave"] * leaves + ["restart"] * restarts
@@ -3688,9 +3685,6 @@ def scenario_churn(seed, size=50, minutes=60, crashes=10, leaves=10, restarts=10
     figures = world.finish()
     detection = world.witness.detection
     return {**{f"{kind} known after s": seconds for kind, seconds in sorted(detection.items())}, **figures}
-
-
-# -- 3. partitions ---------------------------------------------------------------------------------------
 
 
 def scenario_halves(seed, size=20, minutes=10):
@@ -3741,7 +3735,7 @@ def scenario_partly(seed, size=12, seconds=180):
     return {**figures, **world.finish(60)}
 
 
-# -- 5. delivery -----------------------------------------------------------------------------------------
+# -- delivery ----------------------------------------------------------------------------------------------
 
 
 def delivery_mishap(world, until, kinds):
@@ -3819,9 +3813,6 @@ def scenario_mess(seed, **sizes):
     figures = scenario_delivery(seed, kinds=tuple(MISHAPS), calm=150, **sizes)
     figures["late"] = figures.pop("both")
     return figures
-
-
-# -- 6. the cost of a settled network ----------------------------------------------------------------------
 
 
 def scenario_bytes(seed, size=16, seconds=60):
@@ -4151,6 +4142,16 @@ def simulate_limits(name, columns):
 # -- peer node -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def rig():
+    return World("Ann", "Bob")
+
+
+@pytest.fixture
+def trio():
+    return World("Ann", "Bob", "Cy")
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_node_an_interface_may_chat_from_within_an_event(seed):
     """What waited for a peer goes out first, whatever is said in answer to its coming back."""
@@ -4167,21 +4168,19 @@ def test_node_an_interface_may_chat_from_within_an_event(seed):
     assert rig.bob.texts() == [*texts, "outer", "nested", "welcome back"] and not rig.ann.saw("failed")
 
 
-def test_node_a_new_name_closes_no_link_and_is_followed_by_messages_under_it():
-    rig = World("Ann", "Bob", "Cy")
-    before = rig.bob.linked()
-    rig.ann.say("old")
-    rig.ann.rename("Anna")
-    rig.ann.say("new")
-    rig.run(5)
-    assert rig.bob.linked() == before
-    assert [(event["text"], event["from"]["username"]) for event in rig.bob.saw("chat")] == [("old", "Ann"), ("new", "Anna")]
-    assert [event["old"]["username"] for event in rig.cy.saw("renamed")] == ["Ann"]
-    assert not rig.bob.saw("left") and not rig.ann.saw("failed")
+def test_node_a_new_name_closes_no_link_and_is_followed_by_messages_under_it(trio):
+    before = trio.bob.linked()
+    trio.ann.say("old")
+    trio.ann.rename("Anna")
+    trio.ann.say("new")
+    trio.run(5)
+    assert trio.bob.linked() == before
+    assert [(event["text"], event["from"]["username"]) for event in trio.bob.saw("chat")] == [("old", "Ann"), ("new", "Anna")]
+    assert [event["old"]["username"] for event in trio.cy.saw("renamed")] == ["Ann"]
+    assert not trio.bob.saw("left") and not trio.ann.saw("failed")
 
 
-def test_node_renames_now_and_then_are_no_flood():
-    rig = World("Ann", "Bob")
+def test_node_renames_now_and_then_are_no_flood(rig):
     for number in range(2 * p2pchat.MAX_RENAMES):
         rig.ann.rename(f"Ann {number}")
         rig.run(90)
@@ -4230,21 +4229,19 @@ def test_node_a_stopped_peer_shows_nothing_that_was_reported_undelivered(seconds
         assert len(rig.cy.texts()) == len(texts) and bool(failed) == (seconds > 10), seed
 
 
-def test_node_a_cut_off_peer_that_is_refused_knows_that_the_network_is_back():
+def test_node_a_cut_off_peer_that_is_refused_knows_that_the_network_is_back(trio):
     """The two others lost power and boot again without the program: no ghosts, no "network gone" for ever."""
-    rig = World("Ann", "Bob", "Cy")
     for name in ("Bob", "Cy"):
-        rig[name].loop.crash(reset=False)
-    rig.run(30)
-    assert rig.ann.network_gone and len(rig.ann.peers) == 2
-    for host in rig.hosts("Bob", "Cy"):
-        rig.network.plug(host)
-    rig.run(60)
-    assert not rig.ann.network_gone and len(rig.ann.peers) == 0
+        trio[name].loop.crash(reset=False)
+    trio.run(30)
+    assert trio.ann.network_gone and len(trio.ann.peers) == 2
+    for host in trio.hosts("Bob", "Cy"):
+        trio.network.plug(host)
+    trio.run(60)
+    assert not trio.ann.network_gone and len(trio.ann.peers) == 0
 
 
-def test_node_a_lone_peer_does_not_wake_for_nothing():
-    rig = World("Ann", "Bob")
+def test_node_a_lone_peer_does_not_wake_for_nothing(rig):
     rig.bob.leave()
     rig.run(30)
     wakes = []
@@ -4290,28 +4287,26 @@ def test_node_addresses_that_echo_our_instance_are_bounded():
     assert 0 < len(rig.ann.links.own) <= p2pchat.MAX_DIALS
 
 
-def test_node_whose_place_is_taken_by_another_process_is_not_tried_again():
+def test_node_whose_place_is_taken_by_another_process_is_not_tried_again(trio):
     """Bob's machine crashed and he is back at the same address: nothing is lost there any more."""
-    rig = World("Ann", "Bob", "Cy")
-    rig.bob.crash(reset=False)
-    rig.run(1)
-    rig.network.plug(rig.bob.host)
-    rig.add("Bob", machine=rig.bob.host)
-    rig.run(60)
-    assert rig.ann.names() == ["Bob", "Cy"] and len(rig.ann.all_links()) == 2
+    trio.bob.crash(reset=False)
+    trio.run(1)
+    trio.network.plug(trio.bob.host)
+    trio.add("Bob", machine=trio.bob.host)
+    trio.run(60)
+    assert trio.ann.names() == ["Bob", "Cy"] and len(trio.ann.all_links()) == 2
 
 
-def test_node_a_late_word_of_its_life_does_not_bring_back_one_that_has_left():
+def test_node_a_late_word_of_its_life_does_not_bring_back_one_that_has_left(trio):
     """It denied a suspicion just before it left: that news may come behind its goodbye."""
-    rig = World("Ann", "Bob", "Cy")
-    rig.bob.me.incarnation += 1  # as deny() does; nobody has heard of it yet
-    last_word = rig.bob.me.wire(rig.bob.loop.now())
-    rig.bob.leave()
-    rig.run(1)
-    assert rig.ann.names() == ["Cy"]
-    rig.ann.hear_of(last_word, rig.cy.me.ip)
-    rig.run(10)
-    assert [event["peer"]["username"] for event in rig.ann.saw("joined")].count("Bob") == 1
+    trio.bob.me.incarnation += 1  # as deny() does; nobody has heard of it yet
+    last_word = trio.bob.me.wire(trio.bob.loop.now())
+    trio.bob.leave()
+    trio.run(1)
+    assert trio.ann.names() == ["Cy"]
+    trio.ann.hear_of(last_word, trio.cy.me.ip)
+    trio.run(10)
+    assert [event["peer"]["username"] for event in trio.ann.saw("joined")].count("Bob") == 1
 
 
 def test_node_who_leaves_tells_first_what_was_shown():
@@ -4442,8 +4437,7 @@ def test_node_a_rename_before_the_server_has_answered_reaches_it():
     assert rig.server.peer_ids == [bob.me.id] and bob.me.username == "Robert"
 
 
-def test_node_what_is_sent_again_from_within_a_failure_is_not_failed_with_the_rest():
-    rig = World("Ann", "Bob")
+def test_node_what_is_sent_again_from_within_a_failure_is_not_failed_with_the_rest(rig):
     rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
     rig.ann.say("first", "second")
     rig.ann.answers["failed"] = lambda event: len(rig.ann.saw("sent")) < 4 and rig.ann.say("again")
@@ -4483,9 +4477,8 @@ def test_node_an_instance_that_lives_is_not_moved_by_a_stranger(size):
     assert eve.heard and set(eve.kinds()) == {"MSG_ERROR"}
 
 
-def test_node_an_instance_is_believed_elsewhere_however_late_it_tries_again():
+def test_node_an_instance_is_believed_elsewhere_however_late_it_tries_again(rig):
     """Once nothing came from its old address in the time for an answer to a probe."""
-    rig = World("Ann", "Bob")
     bob = rig.ann.record_of(rig.bob)
     record = dict(bob.wire(0.0), id="Bob@10.9.9.9:5000", ip="10.9.9.9")
     link = types.SimpleNamespace(address=("10.9.9.9", 41000), dialled=False,
@@ -4910,8 +4903,7 @@ def test_node_who_says_how_long_a_trip_takes():
     assert heard == "directly" and trip == "40.0 ms"
 
 
-def test_node_who_says_that_one_is_quiet():
-    rig = World("Ann", "Bob")
+def test_node_who_says_that_one_is_quiet(rig):
     rig.bob.loop.freeze()
     rig.until(lambda: rig.ann.saw("quiet"), 10)
     heard, ago, _ = who_row(rig.ann, "Bob")
@@ -4921,13 +4913,12 @@ def test_node_who_says_that_one_is_quiet():
     assert who_row(rig.ann, "Bob")[0] == "directly"
 
 
-def test_node_who_says_that_one_is_heard_through_others():
-    rig = World("Ann", "Bob", "Cy")
-    rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
-    rig.until(lambda: who_row(rig.ann, "Bob")[0] == "through others", 30)
-    assert who_row(rig.ann, "Cy")[0] == "directly"
-    rig.network.heal()
-    rig.until(lambda: who_row(rig.ann, "Bob")[0] == "directly", 30)
+def test_node_who_says_that_one_is_heard_through_others(trio):
+    trio.network.cut(trio.hosts("Ann"), trio.hosts("Bob"))
+    trio.until(lambda: who_row(trio.ann, "Bob")[0] == "through others", 30)
+    assert who_row(trio.ann, "Cy")[0] == "directly"
+    trio.network.heal()
+    trio.until(lambda: who_row(trio.ann, "Bob")[0] == "directly", 30)
 
 
 # -- peer node: what it does by itself -------------------------------------------------------------------
@@ -5010,12 +5001,11 @@ def test_node_its_incarnation_starts_at_the_time_of_day():
     assert rig.add("Bob").me.incarnation == first + 10_000
 
 
-def test_node_whom_others_hear_is_not_quiet():
+def test_node_whom_others_hear_is_not_quiet(trio):
     """Ann and Bob can't reach each other; Cy, who is asked, reaches both."""
-    rig = World("Ann", "Bob", "Cy")
-    rig.network.cut(rig.hosts("Ann"), rig.hosts("Bob"))
-    rig.run(120)
-    assert not [event for peer in rig.peers for event in peer.saw("quiet") + peer.saw("left")]
+    trio.network.cut(trio.hosts("Ann"), trio.hosts("Bob"))
+    trio.run(120)
+    assert not [event for peer in trio.peers for event in peer.saw("quiet") + peer.saw("left")]
 
 
 @pytest.mark.parametrize("kind, status, killed, within", [
@@ -5084,33 +5074,31 @@ def test_node_alone_it_takes_the_new_address_of_its_machine():
     assert bob.present()[0].id == rig.ann.me.id
 
 
-def test_node_others_know_it_by_the_new_address_of_its_machine():
+def test_node_others_know_it_by_the_new_address_of_its_machine(trio):
     """It is renamed, and has neither left nor come; what was said meanwhile arrives."""
-    rig = World("Ann", "Bob", "Cy")
-    rig.run(10)
-    rig.network.move(rig.network.hosts["Ann"], "10.44.0.1")
-    rig.bob.say("where are you?")
-    rig.run(20)
+    trio.run(10)
+    trio.network.move(trio.network.hosts["Ann"], "10.44.0.1")
+    trio.bob.say("where are you?")
+    trio.run(20)
     for name in ("Bob", "Cy"):
-        assert [event["peer"]["id"] for event in rig[name].saw("renamed")] == ["Ann@10.44.0.1:5000"]
-        assert len(rig[name].saw("joined")) == 2 and not rig[name].saw("left")
-    assert rig.ann.texts() == ["where are you?"] == rig.cy.texts() and not rig.bob.saw("failed")
+        assert [event["peer"]["id"] for event in trio[name].saw("renamed")] == ["Ann@10.44.0.1:5000"]
+        assert len(trio[name].saw("joined")) == 2 and not trio[name].saw("left")
+    assert trio.ann.texts() == ["where are you?"] == trio.cy.texts() and not trio.bob.saw("failed")
 
 
 @pytest.mark.parametrize("off", [False, True])
-def test_node_one_that_is_said_to_be_dead_and_refuses_is_gone_at_once(off):
+def test_node_one_that_is_said_to_be_dead_and_refuses_is_gone_at_once(off, trio):
     """Its machine says so, too. A machine that is off says nothing: that is no proof."""
-    rig = World("Ann", "Bob", "Cy")
-    rig.run(10)
-    record = rig.bob.me.wire(0.0, "dead")
-    rig.bob.loop.crash(reset=False)
+    trio.run(10)
+    record = trio.bob.me.wire(0.0, "dead")
+    trio.bob.loop.crash(reset=False)
     if not off:
-        rig.network.plug(rig.network.hosts["Bob"])
-    rig.ann.hear_of(record, rig.cy.me.ip)
-    rig.run((p2pchat.LEFT_SUSPICION + p2pchat.HEARSAY_SUSPICION) / 2)
-    assert bool(rig.ann.saw("left")) == (not off)
-    rig.run(10)
-    assert [event["peer"]["username"] for event in rig.ann.saw("left")] == ["Bob"]
+        trio.network.plug(trio.network.hosts["Bob"])
+    trio.ann.hear_of(record, trio.cy.me.ip)
+    trio.run((p2pchat.LEFT_SUSPICION + p2pchat.HEARSAY_SUSPICION) / 2)
+    assert bool(trio.ann.saw("left")) == (not off)
+    trio.run(10)
+    assert [event["peer"]["username"] for event in trio.ann.saw("left")] == ["Bob"]
 
 
 # ======================================================================================================
@@ -7538,6 +7526,20 @@ def hostile_world(*names, **settings):
     return world
 
 
+@pytest.fixture
+def world():
+    """Such a world, in which all bounds hold and good clients are served at the end."""
+    world = hostile_world()
+    yield world
+    world.check()
+
+
+@pytest.fixture
+def mallory(world):
+    """A client linked to Alice who means harm."""
+    return world.attack(world.alice)
+
+
 # -- what is not a message -----------------------------------------------------------------------------
 
 
@@ -7553,9 +7555,8 @@ def test_hostile_bytes_are_no_message(name):
 
 
 @pytest.mark.parametrize("whom, hello", [("server", False), ("Alice", False), ("Alice", True)])
-def test_hostile_bytes_are_answered_and_closed(whom, hello):
+def test_hostile_bytes_are_answered_and_closed(whom, hello, world):
     """One that has said hello is cut off like any other, and may come back as itself."""
-    world = hostile_world()
     target = world.server if whom == "server" else world[whom]
     for name, data in NO_MESSAGES.items():
         mallory = world.attack(target) if hello else world.client(target)
@@ -7564,13 +7565,11 @@ def test_hostile_bytes_are_answered_and_closed(whom, hello):
         world.run(5)
         assert mallory.ended is not None and mallory.reasons()[-1], name
         assert mallory.kinds()[-1] == "MSG_ERROR" or hello, name
-    world.check()
     assert world.chats()
 
 
 @pytest.mark.parametrize("name", sorted(NO_MESSAGES))
-def test_hostile_server_is_left_and_a_good_one_used(name):
-    world = hostile_world()
+def test_hostile_server_is_left_and_a_good_one_used(name, world):
     evil = Client(world.process_at(EVIL), port=9999).listen(NO_MESSAGES[name])
     carol = world.add("Carol", server=(EVIL, 9999), join=(SERVER,))
     world.run(60)
@@ -7579,8 +7578,7 @@ def test_hostile_server_is_left_and_a_good_one_used(name):
 
 
 @pytest.mark.parametrize("name", sorted(NO_MESSAGES))
-def test_hostile_peer_that_is_dialled(name):
-    world = hostile_world()
+def test_hostile_peer_that_is_dialled(name, world):
     Client(world.process_at(EVIL)).listen(NO_MESSAGES[name])
     carol = world.add("Carol", join=((EVIL, 666),))
     world.run(30)
@@ -7615,13 +7613,10 @@ def test_hostile_every_field_with_every_wrong_type():
 # -- impersonation -------------------------------------------------------------------------------------
 
 
-def test_hostile_chat_in_somebody_elses_name():
-    world = hostile_world()
-    mallory = world.attack(world.alice)
+def test_hostile_chat_in_somebody_elses_name(world, mallory):
     mallory.say("MSG_CHAT", "I am Bob", world.bob.me.id, id=1)
     world.run(1)
     assert mallory.ended and not world.alice.saw("chat") and "not yours" in mallory.reasons()[-1]
-    world.check()
     assert world.chats("Bob", "Alice")
 
 
@@ -7629,8 +7624,7 @@ def test_hostile_chat_in_somebody_elses_name():
     (True, False),  # Bob's id and address, as another instance
     (False, True),  # his instance at Mallory's address
     (True, True)])
-def test_hostile_hello_as_somebody_else(place, instance):
-    world = hostile_world()
+def test_hostile_hello_as_somebody_else(place, instance, world):
     bob = world.bob.me.wire(0.0)
     change = {key: bob[key] for key in [*(["id", "ip", "port", "username"] * place), *(["instance"] * instance)]}
     mallory = world.client(world.alice)
@@ -7639,24 +7633,19 @@ def test_hostile_hello_as_somebody_else(place, instance):
     assert mallory.ended and "MSG_HELLO" not in mallory.kinds()
     assert not world.alice.saw("left") + world.alice.saw("renamed") + world.alice.saw("quiet")
     assert world.chats() and world.chats("Bob", "Alice")
-    world.check()
 
 
-def test_hostile_unregister_in_somebody_elses_name():
-    world = hostile_world()
+def test_hostile_unregister_in_somebody_elses_name(world):
     for mallory in (world.attack(world.alice), world.client(world.server)):
         mallory.say("MSG_UNREGISTER", None, world.bob.me.id)
         world.run(20)
         assert mallory.ended
     assert world.sees("Alice", "Bob") and world.bob.me.id in world.server.peer_ids and world.chats()
-    world.check()
 
 
 @pytest.mark.parametrize("status", ["suspect", "dead", "left"])
 @pytest.mark.parametrize("above", [0, 1, p2pchat.MAX_RAISE, p2pchat.MAX_INCARNATION])
-def test_hostile_death_notices_remove_nobody(status, above):
-    world = hostile_world()
-    mallory = world.attack(world.alice)
+def test_hostile_death_notices_remove_nobody(status, above, world, mallory):
     for _ in range(20):
         record = world.bob.me.wire(0.0, status)
         record["incarnation"] = min(record["incarnation"] + above, p2pchat.MAX_INCARNATION)
@@ -7667,14 +7656,11 @@ def test_hostile_death_notices_remove_nobody(status, above):
     world.bob.rename("Robert")
     world.run(5)
     assert world.sees("Alice", "Bob"), "not frozen: his own word still counts"
-    world.check()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 100])
-def test_hostile_raised_incarnation_freezes_nobody(steps):
+def test_hostile_raised_incarnation_freezes_nobody(steps, world, mallory):
     """Raised in bounds, but often, and told to Alice alone: what Bob says of himself must still count."""
-    world = hostile_world()
-    mallory = world.attack(world.alice)
     record, start = world.bob.me.wire(0.0), world.bob.me.incarnation
     mallory.say("MSG_PEER_NEWS", {"peers": [dict(record, incarnation=start + (step + 1) * p2pchat.MAX_RAISE)
                                             for step in range(steps)]})
@@ -7683,7 +7669,6 @@ def test_hostile_raised_incarnation_freezes_nobody(steps):
     world.run(20)
     assert world.sees("Alice", "Bob"), "Alice must see the new name"
     assert world.chats()
-    world.check()
 
 
 def test_hostile_our_own_instance_at_a_victims_address():
@@ -7707,9 +7692,7 @@ def test_hostile_word_on_our_own_address():
     assert carol.me.ip == "10.0.0.4" and world.sees("Alice", "Carol") and world.sees("Carol", "Alice")
 
 
-def test_hostile_loopback_from_afar_is_not_believed():
-    world = hostile_world()
-    mallory = world.attack(world.alice)
+def test_hostile_loopback_from_afar_is_not_believed(world, mallory):
     mallory.say("MSG_PEER_NEWS", {"peers": [wire_record("Ghost", "127.0.0.1", 22)]})
     world.run(1)
     assert "Ghost" not in world.alice.names()
@@ -7735,10 +7718,8 @@ def hostile_ghosts(count, part=0):
 # -- no rebound, no flood --------------------------------------------------------------------------------
 
 
-def test_hostile_list_of_ghosts():
+def test_hostile_list_of_ghosts(world, mallory):
     """One message names 4,000 peers that are not there: dials are bounded, friends are served."""
-    world = hostile_world()
-    mallory = world.attack(world.alice)
     world.alice.loop.dialled.clear()
     mallory.say("MSG_PEER_NEWS", hostile_ghosts(4000))
     for _ in range(30):
@@ -7748,7 +7729,6 @@ def test_hostile_list_of_ghosts():
     world.add("Carol")
     world.run(10)
     assert world.sees("Alice", "Carol") and world.chats("Alice", "Carol") and world.chats()
-    world.check()
 
 
 def test_hostile_ghosts_keep_nobody_out():
@@ -7765,9 +7745,8 @@ def test_hostile_ghosts_keep_nobody_out():
     assert dials < 5, "each list that is too long for the other must not end the link"
 
 
-def test_hostile_hellos_as_many():
+def test_hostile_hellos_as_many(world):
     """Each claims to be somebody at another address: each leads to at most one dial, and to few at once."""
-    world = hostile_world()
     world.alice.loop.dialled.clear()
     for number in range(1, 201):
         mallory = Client(world.process_at(EVIL), instance=f"x{number}").dial(world.alice.me.address)
@@ -7775,7 +7754,6 @@ def test_hostile_hellos_as_many():
         world.run(0.01)
     assert len(world.alice.loop.dialled) <= p2pchat.MAX_DIALS + 1
     world.run(20)
-    world.check()
     assert world.chats()
 
 
@@ -7821,10 +7799,8 @@ def test_hostile_flood_by_one_that_is_always_somebody_else():
     world.check()
 
 
-def test_hostile_requests_about_a_peer_get_nobody_banned():
+def test_hostile_requests_about_a_peer_get_nobody_banned(world, mallory):
     """36,000 requests to try Bob in 20 s, each of which could make Alice ask him, and him deny."""
-    world = hostile_world()
-    mallory = world.attack(world.alice)
     request = p2pchat.create_message("MSG_PROBE_REQUEST", mallory.id, {"peer": world.bob.me.wire(0.0)})
     for turn in range(200):
         mallory.send(request * 180)
@@ -7836,9 +7812,7 @@ def test_hostile_requests_about_a_peer_get_nobody_banned():
     assert {event["peer"]["username"] for peer in world.peers for event in peer.saw("left")} <= {"Mallory"}
 
 
-def test_hostile_hearsay_renames_nobody_whom_we_hear():
-    world = hostile_world()
-    mallory = world.attack(world.alice)
+def test_hostile_hearsay_renames_nobody_whom_we_hear(world, mallory):
     for number in range(1, 20):
         bob = world.bob.me
         forged = dict(bob.wire(0.0), username="Teacher", id=f"Teacher@{bob.ip}:{bob.port}", incarnation=bob.incarnation + 1)
@@ -7850,9 +7824,8 @@ def test_hostile_hearsay_renames_nobody_whom_we_hear():
     assert len(world.alice.texts()) == len(world.alice.texts(sender="Bob")) == 19
 
 
-def test_hostile_links_of_one_peer_are_few():
+def test_hostile_links_of_one_peer_are_few(world):
     """One instance says hello on 500 connections: the newest few are kept."""
-    world = hostile_world()
     several = [Client(world.process_at(EVIL)).dial(world.alice.me.address) for _ in range(500)]
     world.run(0.5)
     for mallory in several:
@@ -7860,12 +7833,10 @@ def test_hostile_links_of_one_peer_are_few():
     world.run(2)
     assert len(world.alice.all_links()) <= 1 + p2pchat.LINKS_TO_ONE
     assert sum(mallory.ended is None for mallory in several) <= p2pchat.LINKS_TO_ONE
-    world.check()
 
 
-def test_hostile_own_word_takes_no_living_peers_place():
+def test_hostile_own_word_takes_no_living_peers_place(world):
     """Another program on Bob's machine says, over its own link, that it is now Bob at Bob's port."""
-    world = hostile_world()
     mallory, bob = world.attack(world.alice, world.bob.me.ip), world.bob.me
     world.run(1)
     for number in range(1, 10):
@@ -7929,8 +7900,7 @@ def test_hostile_servers_that_are_announced_are_not_each_a_line_of_the_log():
     assert rig.ann.servers() and len(lines) < 100
 
 
-def test_hostile_visits_are_not_each_a_line_of_the_log():
-    world = hostile_world()
+def test_hostile_visits_are_not_each_a_line_of_the_log(world):
     with hostile_log() as lines:
         for number in range(300):
             mallory = Client(world.process_at(EVIL), instance=f"x{number}").dial(world.alice.me.address)
@@ -7987,16 +7957,13 @@ def test_hostile_long_texts_are_not_remembered():
     assert [cache.cache_info().misses for cache in remembered] == before
 
 
-def test_hostile_flood_of_names():
+def test_hostile_flood_of_names(world, mallory):
     """Changing one's name shows lines on the others' screens, too: that has a budget as well."""
-    world = hostile_world()
-    mallory = world.attack(world.alice)
     for number in range(1, 2001):
         record = wire_record(f"N{number}", EVIL, 666, "m666", 1_700_000_000_000 + number)
         mallory.say("MSG_PEER_NEWS", {"peers": [record]})
     world.run(5)
     assert len(world.alice.saw("renamed")) < 100
-    world.check()
 
 
 HOSTILE_LOGGED = {  # what is worth a line of the log, by a name for it: from a number
@@ -8025,9 +7992,8 @@ def hostile_log():
 
 
 @pytest.mark.parametrize("what", HOSTILE_LOGGED)
-def test_hostile_nobody_fills_a_disk_with_the_log(what):
+def test_hostile_nobody_fills_a_disk_with_the_log(what, world):
     """3,000 messages of one kind, each of which is worth a line of the log, over 30 s."""
-    world = hostile_world()
     mallory = world.client(world.server) if what == "registrations" else world.attack(world.alice)
     with hostile_log() as lines:
         for number in range(3000):
@@ -8043,8 +8009,7 @@ def test_hostile_nobody_fills_a_disk_with_the_log(what):
 # On the real loop over 127.0.0.1. Each takes a size: small in the suite, in full in `hostile`.
 
 
-def test_hostile_one_byte_a_second_and_half_a_message():
-    world = hostile_world()
+def test_hostile_one_byte_a_second_and_half_a_message(world):
     for target in (world.alice, world.server):
         slow, half = (world.client(target) for _ in range(2))
         half.send(_HEAD)
@@ -8053,7 +8018,6 @@ def test_hostile_one_byte_a_second_and_half_a_message():
             world.run(1)
         assert slow.ended and half.ended and slow.reasons() and half.reasons()
     assert world.chats()
-    world.check()
 
 
 class RealRig:
@@ -8603,9 +8567,7 @@ def test_wire_records_in_lists_count_as_messages(monkeypatch):
     assert len(world.alice.peers.present()) < 10 and world.chats()
 
 
-def test_hostile_a_peer_that_renames_itself_for_ever_is_cut_off():
-    world = hostile_world()
-    mallory = world.attack(world.alice)
+def test_hostile_a_peer_that_renames_itself_for_ever_is_cut_off(world, mallory):
     for number in range(p2pchat.MAX_RENAMES + 5):
         mallory.peer.set_identity(f"M{number}", EVIL, 666)
         mallory.peer.incarnation += 1
@@ -8614,9 +8576,8 @@ def test_hostile_a_peer_that_renames_itself_for_ever_is_cut_off():
     assert mallory.ended and len(world.alice.saw("renamed")) <= p2pchat.MAX_RENAMES + 1
 
 
-def test_hostile_nobody_can_make_a_peer_scan_others():
+def test_hostile_nobody_can_make_a_peer_scan_others(world):
     """News that moves a known peer to one address after the other leads to few dials, however long it goes on."""
-    world = hostile_world()
     world.alice.loop.dialled.clear()
     mallory = world.attack(world.alice)
     record = world.bob.me.wire(0.0)
@@ -8628,8 +8589,7 @@ def test_hostile_nobody_can_make_a_peer_scan_others():
     assert world.sees("Alice", "Bob") and world.chats()
 
 
-def test_hostile_a_stranger_under_many_names_has_one_budget():
-    world = hostile_world()
+def test_hostile_a_stranger_under_many_names_has_one_budget(world):
     for number in range(300):
         mallory = world.client(world.alice)
         for name in ("Name", "Other"):
@@ -8744,27 +8704,18 @@ def test_hostile_askers_about_one_peer_are_bounded(monkeypatch):
 # -- README --------------------------------------------------------------------------------------------
 
 
-def readme_text():
-    """README.md, which lies beside the program."""
-    path = os.path.join(os.path.dirname(os.path.abspath(p2pchat.__file__)), "README.md")
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
-
 def readme_table(heading):
-    """The rows of the first table below a heading, as lists of cells."""
-    lines = readme_text().split(f"\n{heading}\n", 1)[1].split("\n")
+    """The rows of the first table below a heading of README.md, beside the program: as lists of cells."""
+    with open(os.path.join(os.path.dirname(PROGRAM_FILE), "README.md"), encoding="utf-8") as file:
+        lines = file.read().split(f"\n{heading}\n", 1)[1].split("\n")
     start = next(number for number, line in enumerate(lines) if line.startswith("| ---"))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 1:])
     return [[cell.strip().replace("\\|", "|") for cell in row.strip("|").split(" | ")] for row in rows]
 
 
-def test_readme_has_the_commands_of_the_program():
+def test_readme_has_the_commands_and_keys_of_the_program():
     told = [(usage.strip("` "), meaning) for usage, meaning in readme_table("## Commands")]
     assert told[:-1] == [(command.usage, command.help) for command in p2pchat.COMMANDS.values()]
-
-
-def test_readme_has_the_keys_of_the_program():
     assert [tuple(row) for row in readme_table("## Keys")] == [(key.names, key.help) for key in p2pchat.KEYS]
 
 
@@ -8777,18 +8728,12 @@ def test_readme_has_the_options_of_the_program(command):
     assert told == options
 
 
-def test_readme_has_the_messages_of_the_program():
+def test_readme_has_the_messages_and_events_of_the_program():
     types = {value for name, value in vars(p2pchat).items() if name.startswith("MSG_")}
-    assert {row[0].strip("`") for row in readme_table("## The wire format")} == types
-
-
-def test_readme_has_the_events_of_the_program():
     with open(p2pchat.__file__, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
-    emitted = {node.values[0].value for node in ast.walk(tree) if isinstance(node, ast.Dict) and node.keys
-               and isinstance(node.keys[0], ast.Constant) and node.keys[0].value == "event"
-               and isinstance(node.values[0], ast.Constant)}
-    assert {row[0].strip("`") for row in readme_table("## A bot in ten lines")} == emitted
+        events = set(re.findall(r'\{"event": "(\w+)"', file.read()))
+    for heading, names in (("## The wire format", types), ("## A bot in ten lines", events)):
+        assert {row[0].strip("`") for row in readme_table(heading)} == names
 
 
 def test_the_docstring_maps_the_sections_of_the_program():
