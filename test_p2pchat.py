@@ -3037,6 +3037,12 @@ def test_loop_a_flood_of_log_lines_is_noted_once(caplog, monkeypatch):
         "[P2P] more lines of this kind (flood of a test) are left out: at most 60 a minute"]
 
 
+@pytest.fixture
+def wire():
+    with LoopRig() as rig:
+        yield rig
+
+
 def test_loop_partial_writes_arrive_whole_and_in_order():
     with LoopRig(small_buffers=True) as rig:
         lines = [chat_line(f"{number} {'x' * 1000}") for number in range(300)]
@@ -3051,19 +3057,17 @@ def test_loop_partial_writes_arrive_whole_and_in_order():
         rig.logs("c closed all said")
 
 
-def test_loop_reads_byte_by_byte():
-    with LoopRig() as rig:
-        for byte in chat_line("slowly") + chat_line("but surely"):
-            rig.far.send(bytes([byte]))
-            rig.loop.turn(1)
-        assert rig.log == ["c received slowly", "c received but surely"]
+def test_loop_reads_byte_by_byte(wire):
+    for byte in chat_line("slowly") + chat_line("but surely"):
+        wire.far.send(bytes([byte]))
+        wire.loop.turn(1)
+    assert wire.log == ["c received slowly", "c received but surely"]
 
 
-def test_loop_reset_by_the_far_end():
-    with LoopRig() as rig:
-        rig.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        rig.far.close()
-        rig.logs("c closed reset")
+def test_loop_reset_by_the_far_end(wire):
+    wire.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wire.far.close()
+    wire.logs("c closed reset")
 
 
 @pytest.mark.parametrize("constant, value, act, line", [
@@ -3090,14 +3094,13 @@ def test_loop_a_reader_that_is_slow_is_not(monkeypatch):
         assert rig.log == [] and 0 < received < 200_000
 
 
-def test_loop_last_words_arrive_though_input_is_unread():
+def test_loop_last_words_arrive_though_input_is_unread(wire):
     """miniircd loses them: a close with input unread makes the kernel reset the connection."""
-    with LoopRig() as rig:
-        rig.far.sendall(b"rubbish\n" + chat_line("unread") * 5000)
-        rig.handler.reactions = {"spoilt": lambda _: rig.connection.send(chat_line("that was rubbish"))}
-        assert rig.read_all() == chat_line("that was rubbish")
-        rig.far.close()
-        rig.logs("c spoilt bad", "c closed not JSON")
+    wire.far.sendall(b"rubbish\n" + chat_line("unread") * 5000)
+    wire.handler.reactions = {"spoilt": lambda _: wire.connection.send(chat_line("that was rubbish"))}
+    assert wire.read_all() == chat_line("that was rubbish")
+    wire.far.close()
+    wire.logs("c spoilt bad", "c closed not JSON")
 
 
 @pytest.mark.parametrize("pieces", [1, 30])
@@ -3151,18 +3154,17 @@ def test_loop_accepting_pauses_when_descriptors_are_used_up(monkeypatch):
         listener.close()
 
 
-def test_loop_a_dial_without_a_descriptor_fails_like_any_other():
+def test_loop_a_dial_without_a_descriptor_fails_like_any_other(wire):
     """It may be sent to, closed and aborted; its handler hears once that it is gone."""
-    with LoopRig() as rig:
-        room, rig.loop._most = rig.loop._most, 0
-        for use in ("send", "close", "abort"):
-            heard = []
-            handler = type("Noting", (p2pchat.Handler,), {"on_close": lambda self, reason: heard.append(reason)})()
-            connection = rig.loop.connect(("127.0.0.1", 9), handler, 1.0)
-            getattr(connection, use)(b"x" if use == "send" else "enough")
-            rig.turn_until(lambda: heard)
-            assert heard == ["too many open files"]
-        rig.loop._most = room
+    room, wire.loop._most = wire.loop._most, 0
+    for use in ("send", "close", "abort"):
+        heard = []
+        handler = type("Noting", (p2pchat.Handler,), {"on_close": lambda self, reason: heard.append(reason)})()
+        connection = wire.loop.connect(("127.0.0.1", 9), handler, 1.0)
+        getattr(connection, use)(b"x" if use == "send" else "enough")
+        wire.turn_until(lambda: heard)
+        assert heard == ["too many open files"]
+    wire.loop._most = room
 
 
 def loop_taker(accepted):
@@ -3179,47 +3181,43 @@ def loop_turns_in(loop, seconds):
     return turns
 
 
-def test_loop_does_not_turn_for_nothing():
-    with LoopRig() as rig:
-        rig.far.sendall(chat_line("x"))
-        rig.connection.send(chat_line("y"))
-        assert loop_turns_in(rig.loop, 0.2) <= 4
+def test_loop_does_not_turn_for_nothing(wire):
+    wire.far.sendall(chat_line("x"))
+    wire.connection.send(chat_line("y"))
+    assert loop_turns_in(wire.loop, 0.2) <= 4
 
 
-def test_loop_a_signal_wakes_it():
-    with LoopRig() as rig:
-        former = signal.getsignal(signal.SIGUSR1)
-        heard = []
-        try:
-            rig.loop.on_signal(signal.SIGUSR1, lambda: heard.append("signal"))
-            program = f"import os; os.kill({os.getpid()}, {int(signal.SIGUSR1)})"
-            child = subprocess.Popen([sys.executable, "-c", program])
-            rig.turn_until(lambda: heard == ["signal"], 10)
-            child.wait(10)
-        finally:
-            signal.signal(signal.SIGUSR1, former)
+def test_loop_a_signal_wakes_it(wire):
+    former = signal.getsignal(signal.SIGUSR1)
+    heard = []
+    try:
+        wire.loop.on_signal(signal.SIGUSR1, lambda: heard.append("signal"))
+        program = f"import os; os.kill({os.getpid()}, {int(signal.SIGUSR1)})"
+        child = subprocess.Popen([sys.executable, "-c", program])
+        wire.turn_until(lambda: heard == ["signal"], 10)
+        child.wait(10)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
 
 
-def test_loop_refuses_an_address_that_is_in_use():
-    with LoopRig() as rig:
-        listener = rig.loop.listen("127.0.0.1", 0, lambda connection: None)
-        with pytest.raises(OSError) as caught:
-            rig.loop.listen("127.0.0.1", listener.address[1], lambda connection: None)
-        assert caught.value.errno == errno.EADDRINUSE
-        listener.close()
+def test_loop_refuses_an_address_that_is_in_use(wire):
+    listener = wire.loop.listen("127.0.0.1", 0, lambda connection: None)
+    with pytest.raises(OSError) as caught:
+        wire.loop.listen("127.0.0.1", listener.address[1], lambda connection: None)
+    assert caught.value.errno == errno.EADDRINUSE
+    listener.close()
 
 
-def test_loop_a_burst_of_connections_is_taken_at_once():
-    with LoopRig() as rig:
-        accepted = []
-        listener = rig.loop.listen("127.0.0.1", 0, loop_taker(accepted))
-        rig.sockets += [socket.create_connection(listener.address) for _ in range(200)]
-        begin = time.monotonic()
-        rig.turn_until(lambda: len(accepted) == 200)
-        assert time.monotonic() - begin < 2
-        for connection in accepted:
-            connection.abort("the test is over")
-        listener.close()
+def test_loop_a_burst_of_connections_is_taken_at_once(wire):
+    accepted = []
+    listener = wire.loop.listen("127.0.0.1", 0, loop_taker(accepted))
+    wire.sockets += [socket.create_connection(listener.address) for _ in range(200)]
+    begin = time.monotonic()
+    wire.turn_until(lambda: len(accepted) == 200)
+    assert time.monotonic() - begin < 2
+    for connection in accepted:
+        connection.abort("the test is over")
+    listener.close()
 
 
 # -- beacon sockets --------------------------------------------------------------------------------------
@@ -3318,19 +3316,6 @@ def test_lan_with_real_sockets():
 # -- discovery server ----------------------------------------------------------------------------------
 
 
-def test_server_registers_introduces_and_tells_the_others():
-    world = server_world()
-    alice = world.registered("Alice", instance="a1", incarnation=7)
-    assert alice.take("MSG_REGISTER_ACK") == [{"peer_id": "Alice@10.0.0.1:5000", "peer_list": [
-        {"id": "Alice@10.0.0.1:5000", "ip": "10.0.0.1", "port": 5000, "username": "Alice", "instance": "a1",
-         "incarnation": 7}]}]
-    bob = world.registered("Bob", "10.0.0.2")
-    assert [peer["id"] for peer in bob.take("MSG_REGISTER_ACK")[0]["peer_list"]] == [alice.id, "Bob@10.0.0.2:5000"]
-    (update,) = alice.take("MSG_PEER_LIST_UPDATE")
-    assert [peer["id"] for peer in update["joined"]] == [bob.id] and update["left"] == []
-    assert bob.take("MSG_PEER_LIST_UPDATE") == []
-
-
 def server_world(**settings):
     """A server at which clients register that speak by hand."""
     world = World(seed=0, delay=(0.001, 0.002))
@@ -3338,20 +3323,35 @@ def server_world(**settings):
     return world
 
 
-def test_server_a_second_registration_replaces_the_first():
-    world = server_world()
-    first, second = world.registered("Alice", instance="a1"), world.registered("Alice", instance="a2")
-    world.run(1)
+@pytest.fixture
+def registry():
+    return server_world()
+
+
+def test_server_registers_introduces_and_tells_the_others(registry):
+    alice = registry.registered("Alice", instance="a1", incarnation=7)
+    assert alice.take("MSG_REGISTER_ACK") == [{"peer_id": "Alice@10.0.0.1:5000", "peer_list": [
+        {"id": "Alice@10.0.0.1:5000", "ip": "10.0.0.1", "port": 5000, "username": "Alice", "instance": "a1",
+         "incarnation": 7}]}]
+    bob = registry.registered("Bob", "10.0.0.2")
+    assert [peer["id"] for peer in bob.take("MSG_REGISTER_ACK")[0]["peer_list"]] == [alice.id, "Bob@10.0.0.2:5000"]
+    (update,) = alice.take("MSG_PEER_LIST_UPDATE")
+    assert [peer["id"] for peer in update["joined"]] == [bob.id] and update["left"] == []
+    assert bob.take("MSG_PEER_LIST_UPDATE") == []
+
+
+def test_server_a_second_registration_replaces_the_first(registry):
+    first, second = registry.registered("Alice", instance="a1"), registry.registered("Alice", instance="a2")
+    registry.run(1)
     assert first.ended and first.take("MSG_ERROR")
-    assert second.ended is None and world.server.peer_ids == ["Alice@10.0.0.1:5000"]
+    assert second.ended is None and registry.server.peer_ids == ["Alice@10.0.0.1:5000"]
 
 
-def test_server_the_same_peer_under_another_name():
-    world = server_world()
-    bob, alice = world.registered("Bob", "10.0.0.2"), world.registered("Alice")
+def test_server_the_same_peer_under_another_name(registry):
+    bob, alice = registry.registered("Bob", "10.0.0.2"), registry.registered("Alice")
     bob.take("MSG_PEER_LIST_UPDATE")
     alice.say("MSG_REGISTER", {"username": "Alicia", "port": 5000})
-    world.run(0.1)
+    registry.run(0.1)
     (update,) = bob.take("MSG_PEER_LIST_UPDATE")
     assert [peer["username"] for peer in update["joined"]] == ["Alicia"]
     assert [(gone["id"], gone["reason"]) for gone in update["left"]] == [("Alice@10.0.0.1:5000", "renamed")]
@@ -3361,73 +3361,67 @@ def test_server_the_same_peer_under_another_name():
     (lambda peer: peer.say("MSG_UNREGISTER", None), "left", 0.1),
     (lambda peer: peer.connection.abort("gone"), "connection lost", 0.1),
     (lambda peer: peer.loop.freeze(), "timed out", 40.1)])
-def test_server_tells_who_left_and_why(leave, reason, within):
-    world = server_world()
-    alice, bob = world.registered("Alice"), world.registered("Bob", "10.0.0.2")
+def test_server_tells_who_left_and_why(leave, reason, within, registry):
+    alice, bob = registry.registered("Alice"), registry.registered("Bob", "10.0.0.2")
     alice.take("MSG_PEER_LIST_UPDATE")
     leave(bob)
     for _ in range(int(within * 10)):
         alice.say("MSG_HEARTBEAT", None)
-        world.run(0.1)
+        registry.run(0.1)
     (update,) = alice.take("MSG_PEER_LIST_UPDATE")
     assert update["joined"] == [] and [gone["id"] for gone in update["left"]] == ["Bob@10.0.0.2:5000"]
     assert update["left"][0]["reason"].startswith(reason)
-    assert world.server.peer_ids == ["Alice@10.0.0.1:5000"] and alice.take("MSG_HEARTBEAT") != []
+    assert registry.server.peer_ids == ["Alice@10.0.0.1:5000"] and alice.take("MSG_HEARTBEAT") != []
 
 
-def test_server_answers_anybody_who_asks_for_the_list():
-    world = server_world()
-    world.registered("Alice")
-    asker = world.client(world.server)
+def test_server_answers_anybody_who_asks_for_the_list(registry):
+    registry.registered("Alice")
+    asker = registry.client(registry.server)
     asker.say("MSG_SYNC_PEERS_REQUEST", None, "nobody")
-    world.run(0.1)
+    registry.run(0.1)
     assert [peer["id"] for peer in asker.take("MSG_SYNC_PEERS_RESPONSE")[0]["peer_list"]] == ["Alice@10.0.0.1:5000"]
 
 
 @pytest.mark.parametrize("kind, sender, reason", [
     ("MSG_HEARTBEAT", "Bob@10.0.0.2:5000", ""), ("MSG_UNREGISTER", "Bob@10.0.0.2:5000", ""), ("MSG_UNREGISTER", "x", ""),
     ("MSG_HEARTBEAT", None, "register"), ("MSG_UNREGISTER", None, "register")])
-def test_server_nobody_speaks_for_another(kind, sender, reason):
+def test_server_nobody_speaks_for_another(kind, sender, reason, registry):
     """Nor for itself before it has registered."""
-    world = server_world()
-    world.registered("Bob", "10.0.0.2")
-    mallory = world.registered("Mallory", EVIL) if sender else world.client(world.server)
+    registry.registered("Bob", "10.0.0.2")
+    mallory = registry.registered("Mallory", EVIL) if sender else registry.client(registry.server)
     mallory.say(kind, None, sender)
-    world.run(1)
-    assert reason in mallory.reasons()[0] and mallory.ended and world.server.peer_ids == ["Bob@10.0.0.2:5000"]
+    registry.run(1)
+    assert reason in mallory.reasons()[0] and mallory.ended and registry.server.peer_ids == ["Bob@10.0.0.2:5000"]
 
 
 @pytest.mark.parametrize("ip, claimed, introduced", [
     (SERVER[0], SERVER[0], SERVER[0]), (SERVER[0], None, SERVER[0]), (SERVER[0], "8.8.8.8", SERVER[0]),
     (SERVER[0], "127.0.0.1", "127.0.0.1"), (SERVER[0], 5, SERVER[0]),
     ("10.0.0.3", "10.0.0.1", "10.0.0.3")])  # no address is believed from afar
-def test_server_a_peer_on_its_own_machine_is_introduced_at_an_address_that_others_reach(ip, claimed, introduced):
-    world = server_world()
-    world.registered("Bob")
-    assert world.registered("Alice", ip, **{"ip": claimed}).id == f"Alice@{introduced}:5000"
+def test_server_a_peer_on_its_own_machine_is_introduced_at_an_address_that_others_reach(ip, claimed, introduced, registry):
+    registry.registered("Bob")
+    assert registry.registered("Alice", ip, **{"ip": claimed}).id == f"Alice@{introduced}:5000"
 
 
-def test_server_silent_strangers_are_sent_away_and_bounded():
-    world = server_world()
-    world.server._unidentified = p2pchat.Unidentified(5)
-    silent = [world.client(world.server) for _ in range(8)]
-    world.run(0.1)
+def test_server_silent_strangers_are_sent_away_and_bounded(registry):
+    registry.server._unidentified = p2pchat.Unidentified(5)
+    silent = [registry.client(registry.server) for _ in range(8)]
+    registry.run(0.1)
     assert [client.ended is not None for client in silent] == [True] * 3 + [False] * 5
-    world.run(45)
+    registry.run(45)
     assert all(client.ended for client in silent)
-    assert world.registered("Alice").id == "Alice@10.0.0.1:5000"
+    assert registry.registered("Alice").id == "Alice@10.0.0.1:5000"
 
 
-def test_server_a_thousand_at_once_cost_each_of_them_little():
+def test_server_a_thousand_at_once_cost_each_of_them_little(registry):
     """Linear in the news: what a newcomer receives is near the size of the list that it must learn."""
-    world = server_world()
-    first = world.registered("First", "10.0.9.9")
+    first = registry.registered("First", "10.0.9.9")
     first.heard.clear()
-    clients = [world.client(world.server, f"10.0.{number // 200 + 1}.{number % 200 + 1}") for number in range(300)]
+    clients = [registry.client(registry.server, f"10.0.{number // 200 + 1}.{number % 200 + 1}") for number in range(300)]
     for client in clients:
         client.say("MSG_REGISTER", {"username": "x", "port": 5000})
-    world.run(1)
-    assert len(world.server.peer_ids) == 301
+    registry.run(1)
+    assert len(registry.server.peer_ids) == 301
     assert len(first.heard) <= 5, "the joins were gathered"
     learned = {peer["id"] for message in first.heard for peer in message["content"]["joined"]}
     assert learned == {client.id for client in clients}
@@ -3455,22 +3449,20 @@ def test_server_is_found_on_the_local_network_unless_told_not_to(lan):
     assert [content["role"] for content in seeker.heard] == ["server"] * lan
 
 
-def test_server_registering_again_and_again_is_not_told_to_everybody_for_ever():
-    world = server_world()
-    bob, mallory = world.registered("Bob", "10.0.0.2"), world.registered("Mallory", EVIL)
+def test_server_registering_again_and_again_is_not_told_to_everybody_for_ever(registry):
+    bob, mallory = registry.registered("Bob", "10.0.0.2"), registry.registered("Mallory", EVIL)
     bob.heard.clear()
     for _ in range(10 * p2pchat.MAX_RENAMES):
         mallory.say("MSG_REGISTER", {"username": "Mallory", "port": 5000})
-        world.run(0.02)
+        registry.run(0.02)
     assert mallory.ended and mallory.take("MSG_ERROR")
     assert len(bob.take("MSG_PEER_LIST_UPDATE")) <= p2pchat.MAX_RENAMES + 1
 
 
-def test_server_says_why_it_ends():
-    world = server_world()
-    alice = world.registered("Alice")
-    world.server.stop()
-    world.run(1)
+def test_server_says_why_it_ends(registry):
+    alice = registry.registered("Alice")
+    registry.server.stop()
+    registry.run(1)
     assert alice.reasons() == ["the server stops"] and alice.ended
 
 
@@ -4152,6 +4144,11 @@ def trio():
     return World("Ann", "Bob", "Cy")
 
 
+@pytest.fixture
+def solo():
+    return World("Ann")
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_node_an_interface_may_chat_from_within_an_event(seed):
     """What waited for a peer goes out first, whatever is said in answer to its coming back."""
@@ -4198,9 +4195,8 @@ def test_node_what_was_shown_is_never_told_as_refused():
     assert len(rig.ann.saw("delivered")) == 3
 
 
-def test_node_a_full_queue_is_reported(monkeypatch):
+def test_node_a_full_queue_is_reported(monkeypatch, rig):
     monkeypatch.setattr(p2pchat, "OUTBOX_MESSAGES", 3)
-    rig = World("Ann", "Bob")
     rig.bob.loop.freeze()
     rig.ann.say(*(f"m{number}" for number in range(5)))
     rig.run(0)
@@ -4277,14 +4273,13 @@ def test_node_joining_oneself_does_no_harm():
     assert len(ann.peers) == 0 and address in ann.links.own and not ann.all_links()
 
 
-def test_node_addresses_that_echo_our_instance_are_bounded():
+def test_node_addresses_that_echo_our_instance_are_bounded(solo):
     """Whoever we dial can answer with our own instance, from as many addresses as it has."""
-    rig = World("Ann")
-    record = rig.ann.me.wire(0.0)
+    record = solo.ann.me.wire(0.0)
     for number in range(3 * p2pchat.MAX_DIALS):
-        link = p2pchat.Link(rig.ann, ("10.9.9.9", number + 1), dialled=True)
-        assert rig.ann.links._objection(link, record) == "this is yourself"
-    assert 0 < len(rig.ann.links.own) <= p2pchat.MAX_DIALS
+        link = p2pchat.Link(solo.ann, ("10.9.9.9", number + 1), dialled=True)
+        assert solo.ann.links._objection(link, record) == "this is yourself"
+    assert 0 < len(solo.ann.links.own) <= p2pchat.MAX_DIALS
 
 
 def test_node_whose_place_is_taken_by_another_process_is_not_tried_again(trio):
@@ -4367,19 +4362,18 @@ def test_node_what_was_shown_is_not_told_as_refused_when_it_comes_again():
     assert [text[0] for text in rig.ann.texts("failed")] == ["b", "d"] and len(rig.ann.saw("delivered")) == 2
 
 
-def test_node_one_on_the_same_machine_that_dies_is_removed_though_the_network_is_gone():
-    rig = World("Ann")
-    rig.add("Al", machine=rig.ann.host, port=5001)
-    rig.add("Bob")
-    rig.add("Cy")
-    rig.run(10)
-    for peer in (rig.bob, rig.cy):
+def test_node_one_on_the_same_machine_that_dies_is_removed_though_the_network_is_gone(solo):
+    solo.add("Al", machine=solo.ann.host, port=5001)
+    solo.add("Bob")
+    solo.add("Cy")
+    solo.run(10)
+    for peer in (solo.bob, solo.cy):
         peer.crash(reset=False)
-    rig.run(30)
-    assert rig.ann.network_gone and len(rig.ann.present()) == 3
-    rig.al.crash()
-    rig.run(30)
-    assert rig.ann.names() == ["Bob", "Cy"]
+    solo.run(30)
+    assert solo.ann.network_gone and len(solo.ann.present()) == 3
+    solo.al.crash()
+    solo.run(30)
+    assert solo.ann.names() == ["Bob", "Cy"]
 
 
 def routed(peer, table):
@@ -4529,17 +4523,16 @@ def test_node_a_walled_peer_without_a_link_is_not_taken_for_gone_where_not_all_a
     assert not rig.ann.links._is_mute(held.peer)
 
 
-def test_node_chat_of_one_that_never_says_hello_survives_a_stop():
+def test_node_chat_of_one_that_never_says_hello_survives_a_stop(solo):
     """It sends nothing again, and asks for no acknowledgement: what lies here is shown."""
-    rig = World("Ann")
-    client = rig.client(rig.ann)
-    rig.run(1)
-    rig.ann.loop.freeze()
+    client = solo.client(solo.ann)
+    solo.run(1)
+    solo.ann.loop.freeze()
     client.say("MSG_CHAT", "are you there?")
-    rig.run(20)
-    rig.ann.loop.thaw()
-    rig.run(1)
-    assert rig.ann.texts() == ["are you there?"]
+    solo.run(20)
+    solo.ann.loop.thaw()
+    solo.run(1)
+    assert solo.ann.texts() == ["are you there?"]
 
 
 def test_node_all_links_have_a_round_trip_time():
@@ -4662,32 +4655,30 @@ def test_node_on_the_loopback_knows_and_dials_nobody_elsewhere():
     assert set(rig.bob.names()) == {"Ann", "Cy"}
 
 
-def test_node_alone_says_what_was_tried():
+def test_node_alone_says_what_was_tried(solo):
     """Who was heard but could not be met; a server that is online; and that nothing was heard, only if so."""
-    rig = World("Ann")
-    ip, walled = rig.ann.me.ip, rig.network.host("walled")
+    ip, walled = solo.ann.me.ip, solo.network.host("walled")
     walled.walled = True
-    rig.start_server(lan=True)
-    zoe = rig.add("Zoe", join=((ip, 7000), SERVER), lan=True)
+    solo.start_server(lan=True)
+    zoe = solo.add("Zoe", join=((ip, 7000), SERVER), lan=True)
     beacon = p2pchat.create_message("MSG_BEACON", "x", {"role": "peer", "port": 5000, "instance": "w"})
     zoe.loop.enter(zoe.hear_beacon, beacon, walled.addresses[0])
-    rig.run(7)
+    solo.run(7)
     report = zoe.alone()
     assert f"Tried {ip}:7000: refused." in report
     assert f"Tried {walled.addresses[0]}:5000: heard on the local network, but no answer within 5 s." in report
     assert f"Tried server {SERVER[0]}:9999: online." in report
     silent = "Looked on the local network (UDP port 9999): no answer."
     assert silent not in report
-    rig.run(30)
+    solo.run(30)
     assert silent in zoe.alone()
 
 
-def test_node_alone_repeats_what_the_other_side_said():
-    rig = World("Ann")
-    address = rig.ann.me.address
-    rig.ann.links._objection = lambda link, record: "not you"
-    bob = rig.add("Bob", join=(address,))
-    rig.run(3)
+def test_node_alone_repeats_what_the_other_side_said(solo):
+    address = solo.ann.me.address
+    solo.ann.links._objection = lambda link, record: "not you"
+    bob = solo.add("Bob", join=(address,))
+    solo.run(3)
     assert f"Tried {address[0]}:{address[1]}: it says: not you." in bob.alone()
 
 
@@ -4992,13 +4983,12 @@ def test_node_its_list_says_who_is_gone():
         assert all(55 <= record["age"] <= 61 for record in records)
 
 
-def test_node_its_incarnation_starts_at_the_time_of_day():
+def test_node_its_incarnation_starts_at_the_time_of_day(solo):
     """So a process that takes up an earlier one's place is newer than all that is known of that."""
-    rig = World("Ann")
-    first = rig.ann.me.incarnation
-    assert first == int(rig.ann.loop.wall() * 1000) == SIM_EPOCH * 1000
-    rig.run(10)
-    assert rig.add("Bob").me.incarnation == first + 10_000
+    first = solo.ann.me.incarnation
+    assert first == int(solo.ann.loop.wall() * 1000) == SIM_EPOCH * 1000
+    solo.run(10)
+    assert solo.add("Bob").me.incarnation == first + 10_000
 
 
 def test_node_whom_others_hear_is_not_quiet(trio):
@@ -5061,17 +5051,16 @@ def test_node_after_a_sleep_all_who_are_gone_are_missed_at_once():
 # -- peer node: its own address, and an address that refuses ----------------------------------------------
 
 
-def test_node_alone_it_takes_the_new_address_of_its_machine():
+def test_node_alone_it_takes_the_new_address_of_its_machine(solo):
     """Nobody is there who could say at which address it is seen."""
-    rig = World("Ann")
-    rig.run(10)
-    rig.network.move(rig.network.hosts["Ann"], "10.44.0.1")
-    rig.until(lambda: rig.ann.saw("renamed"), p2pchat.QUIET_AFTER + 2 * p2pchat.PROBE_INTERVAL)
-    assert rig.ann.saw("renamed")[0]["peer"]["id"] == rig.ann.me.id == "Ann@10.44.0.1:5000"
-    assert any("--join 10.44.0.1:5000" in line for line in rig.ann.alone())
-    bob = rig.add("Bob", join=(("10.44.0.1", 5000),))
-    rig.until(lambda: bob.present(), 5)
-    assert bob.present()[0].id == rig.ann.me.id
+    solo.run(10)
+    solo.network.move(solo.network.hosts["Ann"], "10.44.0.1")
+    solo.until(lambda: solo.ann.saw("renamed"), p2pchat.QUIET_AFTER + 2 * p2pchat.PROBE_INTERVAL)
+    assert solo.ann.saw("renamed")[0]["peer"]["id"] == solo.ann.me.id == "Ann@10.44.0.1:5000"
+    assert any("--join 10.44.0.1:5000" in line for line in solo.ann.alone())
+    bob = solo.add("Bob", join=(("10.44.0.1", 5000),))
+    solo.until(lambda: bob.present(), 5)
+    assert bob.present()[0].id == solo.ann.me.id
 
 
 def test_node_others_know_it_by_the_new_address_of_its_machine(trio):
@@ -7569,21 +7558,13 @@ def test_hostile_bytes_are_answered_and_closed(whom, hello, world):
 
 
 @pytest.mark.parametrize("name", sorted(NO_MESSAGES))
-def test_hostile_server_is_left_and_a_good_one_used(name, world):
-    evil = Client(world.process_at(EVIL), port=9999).listen(NO_MESSAGES[name])
-    carol = world.add("Carol", server=(EVIL, 9999), join=(SERVER,))
+@pytest.mark.parametrize("port, settings", [(9999, {"server": (EVIL, 9999), "join": (SERVER,)}), (666, {"join": ((EVIL, 666),)})])
+def test_hostile_server_or_peer_that_is_dialled(world, port, settings, name):
+    """It is left, and a good one used."""
+    evil = Client(world.process_at(EVIL), port=port).listen(NO_MESSAGES[name])
+    carol = world.add("Carol", **settings)
     world.run(60)
-    assert evil.taken and carol.discovery.online and world.sees("Carol", "Alice")
-    check_bounds(carol)
-
-
-@pytest.mark.parametrize("name", sorted(NO_MESSAGES))
-def test_hostile_peer_that_is_dialled(name, world):
-    Client(world.process_at(EVIL)).listen(NO_MESSAGES[name])
-    carol = world.add("Carol", join=((EVIL, 666),))
-    world.run(30)
-    assert world.sees("Carol", "Alice") and world.chats("Carol")
-    check_bounds(carol)
+    assert evil.taken and carol.discovery.online and world.sees("Carol", "Alice") and world.chats("Carol")
 
 
 # -- every field, every wrong type ---------------------------------------------------------------------
@@ -7848,32 +7829,30 @@ def test_hostile_own_word_takes_no_living_peers_place(world):
     assert "MSG_CHAT" not in mallory.kinds() and not world.alice.saw("left", of="Bob")
 
 
-def test_hostile_registrations_from_one_address_are_few():
+def test_hostile_registrations_from_one_address_are_few(registry):
     """Register and hang up, again and again, a connection each: what that makes the server tell all is bounded."""
-    world = server_world()
-    friend, reasons = world.registered("Friend", "10.0.0.2"), []
+    friend, reasons = registry.registered("Friend", "10.0.0.2"), []
     for number in range(2 * p2pchat.MAX_PER_ADDRESS):
-        client = world.client(world.server)
+        client = registry.client(registry.server)
         client.say("MSG_REGISTER", {"username": f"M{number}", "port": 5})
-        world.run(0.02)
+        registry.run(0.02)
         reasons += client.reasons()
         client.connection.abort("bye")
-    world.run(1)
+    registry.run(1)
     told = sum(len(update["joined"]) + len(update["left"]) for update in friend.take("MSG_PEER_LIST_UPDATE"))
-    assert told <= 2 * p2pchat.MAX_PER_ADDRESS * (1 + world.network.time / 60)
+    assert told <= 2 * p2pchat.MAX_PER_ADDRESS * (1 + registry.network.time / 60)
     assert len(reasons) >= 150 and all("too often" in reason for reason in reasons)
-    assert world.registered("Honest", "10.0.0.3").take("MSG_REGISTER_ACK")
+    assert registry.registered("Honest", "10.0.0.3").take("MSG_REGISTER_ACK")
 
 
-def test_hostile_who_does_not_read_a_list_gets_no_second():
-    world = server_world()
+def test_hostile_who_does_not_read_a_list_gets_no_second(registry):
     for number in range(20):
-        world.registered(f"Peer{number}", f"10.0.1.{number + 1}")
-    client = world.client(world.server)
+        registry.registered(f"Peer{number}", f"10.0.1.{number + 1}")
+    client = registry.client(registry.server)
     for count in (100, 1):
         for _ in range(count):
             client.say("MSG_SYNC_PEERS_REQUEST", None)
-        world.run(1)
+        registry.run(1)
         assert len(client.take("MSG_SYNC_PEERS_RESPONSE")) == 1
 
 
@@ -7929,18 +7908,17 @@ def test_hostile_beacons_of_one_machine_leave_room_for_others():
     rig.until(lambda: rig.all_know(1), 20)
 
 
-def test_hostile_a_peer_elsewhere_is_not_on_our_own_machine():
+def test_hostile_a_peer_elsewhere_is_not_on_our_own_machine(solo):
     """Whoever is dialled at its address may not call itself one at 127.0.0.1, or at ours."""
-    rig = World("Ann")
-    for number, ip in enumerate(("127.0.0.1", rig.ann.me.ip)):
+    for number, ip in enumerate(("127.0.0.1", solo.ann.me.ip)):
         record = wire_record("root", ip, 7, "eee", 5)
-        liar = Client(rig.process_at(f"10.0.9.{number + 1}"), port=7, answers={
+        liar = Client(solo.process_at(f"10.0.9.{number + 1}"), port=7, answers={
             "MSG_HELLO": lambda content: ("MSG_HELLO", {"peer": record}, record["id"])})
         liar.listen()
-        rig.ann.loop.enter(rig.ann.links.look, liar.peer.address)
-        rig.run(10)
+        solo.ann.loop.enter(solo.ann.links.look, liar.peer.address)
+        solo.run(10)
         assert liar.heard
-    assert rig.ann.present() == []
+    assert solo.ann.present() == []
 
 
 def test_hostile_long_texts_are_not_remembered():
@@ -8604,10 +8582,9 @@ def test_hostile_a_stranger_under_many_names_has_one_budget(world):
 # -- bounds: what the network fills, with constants so small that a test can --------------------------------
 
 
-def test_hostile_bytes_that_wait_for_one_peer_are_bounded(monkeypatch):
+def test_hostile_bytes_that_wait_for_one_peer_are_bounded(monkeypatch, rig):
     """What has no room any more is reported at once; the rest arrives, and then there is room again."""
     monkeypatch.setattr(p2pchat, "OUTBOX_BYTES", 1500)
-    rig = World("Ann", "Bob")
     rig.bob.loop.freeze()
     for letter in "abc":
         rig.ann.say(letter * 500)
@@ -8631,9 +8608,8 @@ def test_hostile_tombstones_are_bounded_and_the_oldest_go_first(monkeypatch):
     assert [peer.key for peer in peers.tombstones()] == [f"x{number}" for number in range(15, 20)]
 
 
-def test_hostile_tombstones_that_others_tell_of_are_bounded(monkeypatch):
+def test_hostile_tombstones_that_others_tell_of_are_bounded(monkeypatch, rig):
     monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
-    rig = World("Ann", "Bob")
     for number in range(40):
         record = wire_record("X", f"10.8.0.{number + 1}", instance=f"x{number}", status="dead")
         rig.ann.hear_of(record, rig.bob.me.ip)
@@ -8643,10 +8619,9 @@ def test_hostile_tombstones_that_others_tell_of_are_bounded(monkeypatch):
     check_bounds(rig.ann)
 
 
-def test_hostile_channels_of_strangers_make_room(monkeypatch):
+def test_hostile_channels_of_strangers_make_room(monkeypatch, rig):
     """Whoever chats has its place in memory: those who are forgotten leave theirs to others."""
     monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
-    rig = World("Ann", "Bob")
     rig.bob.say("first")
     for number in range(30):
         rig.client(rig.ann, f"10.0.9.{number + 1}").say("MSG_CHAT", f"text {number}")
