@@ -4184,15 +4184,21 @@ def test_node_renames_now_and_then_are_no_flood(rig):
     assert not rig.bob.saw("left") and rig.bob.present()[0].username == f"Ann {2 * p2pchat.MAX_RENAMES - 1}"
 
 
-def test_node_what_was_shown_is_never_told_as_refused():
-    """Texts of mixed sizes at the edge of the budget: the refusals are exactly those that were not shown."""
-    rig = World("Ann", "Bob", settings={"budget": 2000})
-    texts = ["a" * 1500, "b" * 1500, "c", "d" * 1500, "e"]
-    rig.ann.say(*texts)
-    rig.run(5)
-    failed = rig.ann.texts("failed")
-    assert rig.bob.texts() == ["a" * 1500, "c", "e"] and failed == ["b" * 1500, "d" * 1500]
-    assert len(rig.ann.saw("delivered")) == 3
+@pytest.mark.parametrize("lost", [False, True])
+def test_node_what_was_shown_is_never_told_as_refused(lost):
+    """At the edge of the budget exactly those are refused that were not shown, also if the answers are lost with
+    the link, and all come again."""
+    rig = World("Ann", "Bob", settings={"budget": 2000}, delay=(0.05, 0.05))
+    rig.ann.say("a" * 1500)
+    rig.run(1)
+    link = rig.bob.link_to(rig.ann)
+    rig.ann.say("b" * 1500, "c", "d" * 1500, "e")
+    rig.run(0.06)
+    if lost:
+        rig.network.break_link(link.connection)
+    rig.run(20)
+    assert rig.bob.texts() == ["a" * 1500, "c", "e"]
+    assert [text[0] for text in rig.ann.texts("failed")] == ["b", "d"] and len(rig.ann.saw("delivered")) == 3
 
 
 def test_node_a_full_queue_is_reported(monkeypatch, rig):
@@ -4346,20 +4352,6 @@ def test_node_who_leaves_before_its_hello_is_answered_does_not_come_back(seed):
     rig.run(20)
     for peer in (rig.ann, rig.cy):
         assert len(peer.saw("joined", of="Bob")) <= 1 and "Bob" not in peer.names()
-
-
-def test_node_what_was_shown_is_not_told_as_refused_when_it_comes_again():
-    """Two refused and between them one shown; the answers are lost with the link, and all three come again."""
-    rig = World("Ann", "Bob", settings={"budget": 2000}, delay=(0.05, 0.05))
-    rig.ann.say("a" * 1500)
-    rig.run(1)
-    link = rig.bob.link_to(rig.ann)
-    rig.ann.say("b" * 1500, "c", "d" * 1500)
-    rig.run(0.06)
-    rig.network.break_link(link.connection)
-    rig.run(20)
-    assert rig.bob.texts() == ["a" * 1500, "c"]
-    assert [text[0] for text in rig.ann.texts("failed")] == ["b", "d"] and len(rig.ann.saw("delivered")) == 2
 
 
 def test_node_one_on_the_same_machine_that_dies_is_removed_though_the_network_is_gone(solo):
@@ -4541,7 +4533,8 @@ def test_node_all_links_have_a_round_trip_time():
     for peer in rig.peers:
         header, *rows = peer.who()
         assert header.split() == ["name", "address", "heard", "ago", "trip"] and len(rows) == 7
-        assert all(row.endswith(" ms") and 90 < float(row.split()[-2]) < 120 for row in rows), peer.who()
+        assert all(who_row(peer, f"p{number}")[::2] == ("directly", "100.0 ms")
+                   for number in range(8) if f"p{number}" != peer.me.username), peer.who()
 
 
 def test_node_an_acknowledgement_of_nothing_new_is_no_progress():
@@ -4887,13 +4880,6 @@ def who_row(node, name):
     return heard, ago, trip[0] if trip else ""
 
 
-def test_node_who_says_how_long_a_trip_takes():
-    rig = World("Ann", "Bob", delay=(0.02, 0.02))
-    rig.run(p2pchat.PROBE_INTERVAL + 1)
-    heard, _, trip = who_row(rig.ann, "Bob")
-    assert heard == "directly" and trip == "40.0 ms"
-
-
 def test_node_who_says_that_one_is_quiet(rig):
     rig.bob.loop.freeze()
     rig.until(lambda: rig.ann.saw("quiet"), 10)
@@ -4905,9 +4891,12 @@ def test_node_who_says_that_one_is_quiet(rig):
 
 
 def test_node_who_says_that_one_is_heard_through_others(trio):
+    """Ann and Bob can't reach each other; Cy, who is asked, reaches both: nobody is quiet."""
     trio.network.cut(trio.hosts("Ann"), trio.hosts("Bob"))
     trio.until(lambda: who_row(trio.ann, "Bob")[0] == "through others", 30)
     assert who_row(trio.ann, "Cy")[0] == "directly"
+    trio.run(120)
+    assert not [event for peer in trio.peers for event in peer.saw("quiet") + peer.saw("left")]
     trio.network.heal()
     trio.until(lambda: who_row(trio.ann, "Bob")[0] == "directly", 30)
 
@@ -4989,13 +4978,6 @@ def test_node_its_incarnation_starts_at_the_time_of_day(solo):
     assert first == int(solo.ann.loop.wall() * 1000) == SIM_EPOCH * 1000
     solo.run(10)
     assert solo.add("Bob").me.incarnation == first + 10_000
-
-
-def test_node_whom_others_hear_is_not_quiet(trio):
-    """Ann and Bob can't reach each other; Cy, who is asked, reaches both."""
-    trio.network.cut(trio.hosts("Ann"), trio.hosts("Bob"))
-    trio.run(120)
-    assert not [event for peer in trio.peers for event in peer.saw("quiet") + peer.saw("left")]
 
 
 @pytest.mark.parametrize("kind, status, killed, within", [
@@ -7935,15 +7917,6 @@ def test_hostile_long_texts_are_not_remembered():
     assert [cache.cache_info().misses for cache in remembered] == before
 
 
-def test_hostile_flood_of_names(world, mallory):
-    """Changing one's name shows lines on the others' screens, too: that has a budget as well."""
-    for number in range(1, 2001):
-        record = wire_record(f"N{number}", EVIL, 666, "m666", 1_700_000_000_000 + number)
-        mallory.say("MSG_PEER_NEWS", {"peers": [record]})
-    world.run(5)
-    assert len(world.alice.saw("renamed")) < 100
-
-
 HOSTILE_LOGGED = {  # what is worth a line of the log, by a name for it: from a number
     "registrations": lambda number: ("MSG_REGISTER", {"username": f"N{number % 7}", "port": 666}),
     "renames": lambda number: ("MSG_PEER_NEWS", {"peers": [
@@ -8546,7 +8519,8 @@ def test_wire_records_in_lists_count_as_messages(monkeypatch):
 
 
 def test_hostile_a_peer_that_renames_itself_for_ever_is_cut_off(world, mallory):
-    for number in range(p2pchat.MAX_RENAMES + 5):
+    """Changing one's name shows lines on the others' screens, too: that has a budget as well."""
+    for number in range(2000):
         mallory.peer.set_identity(f"M{number}", EVIL, 666)
         mallory.peer.incarnation += 1
         mallory.say("MSG_PEER_NEWS", {"peers": [mallory.peer.wire(0.0)]}, "Mallory@10.0.0.66:666")
