@@ -2144,6 +2144,18 @@ class SimPeer(EventLog):
         """Dial an address, if there is no reason not to."""
         self.loop.enter(self.node.links.dial, address)
 
+    def look(self, address):
+        """Dial it because somebody named it."""
+        self.loop.enter(self.node.links.look, address)
+
+    def dialling(self):
+        """The addresses that it is dialling."""
+        return list(self.node.links.dialling)
+
+    def objection(self, link, record):
+        """What it has against somebody that says hello; empty if nothing."""
+        return self.node.links._objection(link, record)
+
     def hear_of(self, record, ip="10.0.0.99"):
         """Somebody there tells it of a third peer."""
         self.loop.enter(self.node.gossip.hear_of, record, ip)
@@ -2155,6 +2167,10 @@ class SimPeer(EventLog):
     def servers(self):
         """The addresses at which it looks for a server."""
         return self.node.discovery.candidates
+
+    def online(self):
+        """Whether it is registered at one."""
+        return self.node.discovery.online
 
     # -- what it does ------------------------------------------------------------------------------------
 
@@ -3759,12 +3775,6 @@ def mishap_freeze(world, peer, seconds):
         world.network.post(seconds, lambda: peer.loop.frozen and not peer.loop.dead and peer.loop.thaw())
 
 
-def mishap_unplug(world, peer, seconds):
-    """Its cable is out for a while."""
-    world.network.unplug(peer.host)
-    world.network.post(seconds, world.network.plug, peer.host)
-
-
 def mishap_split(world, peer, seconds):
     """Two are cut off from all others, sometimes in one direction only."""
     some = [each.host for each in world.random.sample(world.living(), 2)]
@@ -3773,18 +3783,15 @@ def mishap_split(world, peer, seconds):
     world.network.post(seconds, world.network.mend)
 
 
-def mishap_jump(world, peer, seconds):
-    """Somebody sets its clock."""
-    peer.loop.jump(world.random.choice((0, 11, 3600)), wall=world.random.choice((0, -86400, 3600)))
-
-
-def mishap_move(world, peer, seconds):
-    """It gets another address."""
-    world.move(peer)
-
-
-MISHAPS = {"crash": mishap_crash, "leave": mishap_leave, "freeze": mishap_freeze, "unplug": mishap_unplug,
-           "split": mishap_split, "jump": mishap_jump, "move": mishap_move}
+MISHAPS = {  # in this order, or seeds would mean something else
+    "crash": mishap_crash, "leave": mishap_leave, "freeze": mishap_freeze,
+    "unplug": lambda world, peer, seconds: (
+        world.network.unplug(peer.host), world.network.post(seconds, world.network.plug, peer.host)),
+    "split": mishap_split,
+    "jump": lambda world, peer, seconds: peer.loop.jump(
+        world.random.choice((0, 11, 3600)), wall=world.random.choice((0, -86400, 3600))),
+    "move": lambda world, peer, seconds: world.move(peer),  # it gets another address
+}
 
 
 def scenario_delivery(seed, size=8, minutes=10, link_life=40.0, kinds=("crash", "leave"), calm=60):
@@ -4284,7 +4291,7 @@ def test_node_addresses_that_echo_our_instance_are_bounded(solo):
     record = solo.ann.me.wire(0.0)
     for number in range(3 * p2pchat.MAX_DIALS):
         link = p2pchat.Link(solo.ann, ("10.9.9.9", number + 1), dialled=True)
-        assert solo.ann.links._objection(link, record) == "this is yourself"
+        assert solo.ann.objection(link, record) == "this is yourself"
     assert 0 < len(solo.ann.links.own) <= p2pchat.MAX_DIALS
 
 
@@ -4417,7 +4424,7 @@ def test_node_a_rename_before_the_server_has_answered_reaches_it():
     rig = World(by="server", settings={"lan": False})
     bob = rig.add("Bob")
     rig.until(lambda: bob.discovery.connection.state == p2pchat.OPEN, 2, 0.0001)
-    assert not bob.discovery.online
+    assert not bob.online()
     bob.loop.enter(bob.rename, "Robert")
     rig.run(5)
     assert rig.server.peer_ids == [bob.me.id] and bob.me.username == "Robert"
@@ -4472,9 +4479,9 @@ def test_node_an_instance_is_believed_elsewhere_however_late_it_tries_again(rig)
     rig.ann.detector._expired = lambda peer: None
     rig.network.unplug(rig.bob.host)
     for _ in range(2):
-        assert rig.ann.links._objection(link, record) == "that instance is at 10.0.0.3:5000, and still answers"
+        assert rig.ann.objection(link, record) == "that instance is at 10.0.0.3:5000, and still answers"
         rig.run(8)
-    assert not bob.gone and rig.ann.links._objection(link, record) == ""
+    assert not bob.gone and rig.ann.objection(link, record) == ""
 
 
 def walled_peer(rig):
@@ -4506,7 +4513,7 @@ def test_node_a_walled_peer_without_a_link_is_not_taken_for_gone_where_not_all_a
     walled = walled_peer(rig)
     rig.until(lambda: len(rig.ann.linked()) == 2, 10)
     held = rig.ann.links.current.pop(walled.instance)
-    rig.ann.links.dial(walled.me.address)
+    rig.ann.dial(walled.me.address)
     rig.run(2)
     for most, mute in ((2, True), (1, False)):
         monkeypatch.setattr(p2pchat, "IDLE_LINKS", most)
@@ -4589,7 +4596,7 @@ def test_node_only_who_was_named_by_hand_is_believed_to_be_a_server():
         rig.start_server(port=777)
         address = (SERVER[0], 777)
         bob = rig.add("Bob", join=(address,) if join else ())
-        bob.links.look(address)
+        bob.look(address)
         rig.run(20)
         assert (address in bob.servers()) == join == bool(rig.server.peer_ids)
 
@@ -4751,12 +4758,12 @@ def test_node_a_server_that_says_it_is_there_is_tried_at_once(seed):
     rig = World(seed=seed, by="lan")
     rig.start_server(lan=True)
     ann = rig.add("Ann")
-    rig.until(lambda: ann.discovery.online, 10)
+    rig.until(ann.online, 10)
     rig.server.loop.crash()
     rig.run(600)
-    assert not ann.discovery.online
+    assert not ann.online()
     rig.start_server(lan=True)
-    assert rig.until(lambda: ann.discovery.online, 60) < 5
+    assert rig.until(ann.online, 60) < 5
 
 
 def test_node_a_walled_peer_is_not_removed_by_a_rumour():
@@ -5438,10 +5445,13 @@ BAD_INPUT = {
 }
 
 
+BAD_INPUT_CONSTANTS = {"LINE_TIMEOUT": 0.3, "LOG_REPEATS": 1000}
+
+
 def script_bad_input(cast, target_of):
     """Each row is answered with MSG_ERROR, closed and logged once, and the next good client is served."""
     log_file = cast.log_of("target")
-    program = target_of(cast, log_file)
+    program = target_of(cast)("--log-file", log_file, constants=BAD_INPUT_CONSTANTS)
     yield lambda: os.path.exists(log_file) and "listening on" in bad_input_log(log_file), 30, "it listens"
     line = [line for line in bad_input_log(log_file).splitlines() if "listening on" in line][0]
     address = "127.0.0.1", int(line.partition("127.0.0.1:")[2].split()[0])
@@ -5479,17 +5489,6 @@ def bad_input_resets(address):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 sock.sendall(data)
     assert raw_list(address) is not None
-
-
-BAD_INPUT_CONSTANTS = {"LINE_TIMEOUT": 0.3, "LOG_REPEATS": 1000}
-
-
-def bad_input_server(cast, log_file):
-    return cast.server("--log-file", log_file, constants=BAD_INPUT_CONSTANTS)
-
-
-def bad_input_peer(cast, log_file):
-    return cast.peer("Alice", None, "--log-file", log_file, constants=BAD_INPUT_CONSTANTS)
 
 
 def script_one_shot(cast):
@@ -5878,8 +5877,9 @@ PROCESS_SCRIPTS = {
     "server killed": script_server_killed,
     "peer killed": script_peer_killed,
     "peer stopped": script_peer_stopped,
-    "bad input to the server": functools.partial(script_bad_input, target_of=bad_input_server),
-    "bad input to a peer": functools.partial(script_bad_input, target_of=bad_input_peer),
+    "bad input to the server": functools.partial(script_bad_input, target_of=lambda cast: cast.server),
+    "bad input to a peer": functools.partial(
+        script_bad_input, target_of=lambda cast: functools.partial(cast.peer, "Alice", None)),
     "one shot": script_one_shot,
     "end of input": script_end_of_input,
     "signals": script_signals,
@@ -7546,7 +7546,7 @@ def test_hostile_server_or_peer_that_is_dialled(world, port, settings, name):
     evil = Client(world.process_at(EVIL), port=port).listen(NO_MESSAGES[name])
     carol = world.add("Carol", **settings)
     world.run(60)
-    assert evil.taken and carol.discovery.online and world.sees("Carol", "Alice") and world.chats("Carol")
+    assert evil.taken and carol.online() and world.sees("Carol", "Alice") and world.chats("Carol")
 
 
 # -- every field, every wrong type ---------------------------------------------------------------------
@@ -7641,8 +7641,8 @@ def test_hostile_our_own_instance_at_a_victims_address():
     mallory.hello(id="Bob@10.0.0.3:40001", ip="10.0.0.3", port=40001, instance=world.alice.instance)
     world.run(5)
     assert mallory.ended
-    world.alice.links.dial(("10.0.0.3", 40001))
-    assert ("10.0.0.3", 40001) in world.alice.links.dialling
+    world.alice.dial(("10.0.0.3", 40001))
+    assert ("10.0.0.3", 40001) in world.alice.dialling()
 
 
 def test_hostile_word_on_our_own_address():
@@ -7687,7 +7687,7 @@ def test_hostile_list_of_ghosts(world, mallory):
     mallory.say("MSG_PEER_NEWS", hostile_ghosts(4000))
     for _ in range(30):
         world.run(1)
-        assert len(world.alice.links.dialling) <= p2pchat.MAX_DIALS
+        assert len(world.alice.dialling()) <= p2pchat.MAX_DIALS
     assert len(world.alice.loop.dialled) < 4 * p2pchat.MAX_DIALS, "dials in 30 s that one message led to"
     world.add("Carol")
     world.run(10)
@@ -7897,7 +7897,7 @@ def test_hostile_a_peer_elsewhere_is_not_on_our_own_machine(solo):
         liar = Client(solo.process_at(f"10.0.9.{number + 1}"), port=7, answers={
             "MSG_HELLO": lambda content: ("MSG_HELLO", {"peer": record}, record["id"])})
         liar.listen()
-        solo.ann.loop.enter(solo.ann.links.look, liar.peer.address)
+        solo.ann.look(liar.peer.address)
         solo.run(10)
         assert liar.heard
     assert solo.ann.present() == []
