@@ -8507,7 +8507,7 @@ def test_hostile_a_flood_of_any_kind_is_cut_off(monkeypatch, kind, content):
     assert world.chats() and world.sees("Alice", "Bob")
 
 
-def test_wire_records_in_lists_count_as_messages(monkeypatch):
+def test_hostile_records_in_lists_count_as_messages(monkeypatch):
     monkeypatch.setattr(p2pchat, "MAX_MESSAGES", 500)
     world = hostile_world()
     mallory = world.attack(world.alice)
