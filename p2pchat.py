@@ -53,19 +53,25 @@ import sys
 import time
 import unicodedata
 from typing import (
+    AbstractSet,
     Any,
     Callable,
     Deque,
     Dict,
+    FrozenSet,
+    Generic,
     Iterable,
     Iterator,
     List,
+    Mapping,
     NamedTuple,
     NoReturn,
     Optional,
     Sequence,
     Set,
     Tuple,
+    Type,
+    TypeVar,
 )
 
 __version__ = "2.0"
@@ -112,10 +118,7 @@ MAX_UNIDENTIFIED = 1500  # connections from one address without a hello: a class
 PROBE_INTERVAL = 2.0  # between two probes of a neighbour; two may be lost before the neighbour counts as quiet
 NEIGHBOURS = 2  # peers that each peer probes, and that probe it; each more costs two messages an interval
 QUIET_AFTER = 5.0  # a neighbour silent for this long is suspected, and others are asked to probe it
-SUSPICION = 6.0  # a suspect that stays silent for this long is removed, 11 s after its last sign of life
-REFUSED_SUSPICION = 3.0  # the same when its address refuses connections: time for others to say that it lives
-LEFT_SUSPICION = 1.0  # the same when others say that it left: time to answer a probe; half of it if it also refuses
-HEARSAY_SUSPICION = 2.5  # the same when others say that it is dead
+QUIET_SHOWN = 1.5  # a suspect is shown as quiet, and called suspect to all, if nobody heard it for this long
 WARN_INTERVAL = 0.25  # between two probes that tell a peer of an accusation, because others can cause them at will
 PROBE_HELPERS = 3  # peers asked to probe one that we cannot reach
 TOMBSTONE_TIME = 3600.0  # a removed peer is remembered for this long, so that no old list brings it back
@@ -126,7 +129,11 @@ NEWS_BATCH = 200  # items in one message, some 30 KiB
 RECENT_TIME = 5.0  # peers that left this recently are told to each newly linked peer: it missed that news
 CLOCK_JUMP = 10.0  # the machine slept if a probe is this late, or if the wall clock jumped by this much
 
-# Links between peers.
+# Questions, and links between peers.
+MAX_QUESTIONS = 64  # unanswered ones over one connection; the oldest makes room
+LIST_INTERVAL = 0.5  # between two lists sent over one link: a second request meanwhile is answered by the first
+CONTEST_TIME = 1.0  # a peer has this long to answer when another claims its instance or its address
+RETRY_MIN, RETRY_MAX = 1.0, 30.0  # between two dials of a peer; doubled each time
 LINKS_TO_ONE = 4  # links to one peer, the newest: both ends may dial, and a broken link is not noticed at once
 IDLE_LINKS = 64  # idle links kept open, so some fifty peers are all linked to each other; each is a descriptor
 IDLE_TIMEOUT = 30.0  # beyond that number, a link unused for this long is closed
@@ -136,6 +143,8 @@ HELLO_TIMEOUT = 10.0  # an accepted connection is closed if no hello came by the
 # Delivery.
 OUTBOX_MESSAGES = 50_000  # messages that wait for one receiver's acknowledgement; further ones fail at once
 OUTBOX_BYTES = 4 * 1024 * 1024  # the same in bytes
+MAX_REFUSALS = 32  # ranges of refused messages in one acknowledgement; with so many, all further ones are refused
+CHAT_OVERHEAD = 128  # bytes that a budget counts for a message beside its text
 GOODBYE_TIME = 0.5  # a peer that said goodbye is removed after this: its messages on a second link still count
 UNREACHABLE_TIME = 15.0  # messages fail if a peer acknowledges none for this long, though others say that it lives
 CUT_OFF_FACTOR = 4  # a sender is cut off once what was refused exceeds its budget this many times
@@ -148,6 +157,7 @@ SETTLE_TIME = 2.0  # after its start a peer waits this long for answers from the
 BEACON_INTERVAL_ALONE, BEACON_INTERVAL = 1.0, 10.0  # between two beacons, while nobody is known and later
 BEACON_SIZE = 512  # every beacon is padded to this size, so that an answer is never longer than its question
 BEACON_ANSWERS = 20  # answers to beacons in one second, so that nobody can use us to flood others
+MAX_SERVERS = 8  # servers remembered; each one that is named or heard may be tried
 MAX_LOOKS = 16  # addresses dialled within QUIET_AFTER because others named them, so that nobody can make us scan
 
 # Rates.
@@ -445,7 +455,7 @@ MSG_UNREGISTER = "MSG_UNREGISTER"
 MSG_PEER_LIST_UPDATE = "MSG_PEER_LIST_UPDATE"
 MSG_CHAT = "MSG_CHAT"
 MSG_CHAT_ACK = "MSG_CHAT_ACK"
-MSG_CHAT_REFUSED = "MSG_CHAT_REFUSED"
+MSG_CHAT_SETTLED = "MSG_CHAT_SETTLED"
 MSG_SYNC_PEERS_REQUEST = "MSG_SYNC_PEERS_REQUEST"
 MSG_SYNC_PEERS_RESPONSE = "MSG_SYNC_PEERS_RESPONSE"
 MSG_PEER_NEWS = "MSG_PEER_NEWS"
@@ -486,11 +496,23 @@ def create_chat(sender_id: str, text: str, to: str, sequence: int) -> bytes:
     return f'{head}{quote(text)},"id":{sequence}}}\n'.encode("ascii")
 
 
-def create_raw(msg_type: str, sender_id: str, to: str, content: str) -> bytes:
+def create_raw(msg_type: str, sender_id: str, to: str, content: str, **extra: Any) -> bytes:
     """Return a message as bytes. `content` is JSON already, so a list for a thousand peers is encoded once."""
     quote = json.encoder.encode_basestring_ascii
-    head = f'{{"type":"{msg_type}","sender_id":{quote(sender_id)},"to":{quote(to)},"content":'
+    head = f'{{"type":"{msg_type}","sender_id":{quote(sender_id)},"to":{quote(to)}{encode_extra(extra)},"content":'
     return f"{head}{content}}}\n".encode("ascii")
+
+
+def encode_extra(extra: Dict[str, Any]) -> str:
+    """Return further keys as the piece of JSON that stands behind the first ones."""
+    return "," + _ENCODER.encode(extra)[1:-1] if extra else ""
+
+
+def reference(question: Message) -> Dict[str, Any]:
+    """Return what an answer repeats of its question: its `re`, if it has one that is short."""
+    number = question.get("re")
+    is_short = is_count(number) or (type(number) is str and len(number) <= MAX_NAME)
+    return {"re": number} if is_short else {}
 
 
 def pack_lists(encoded: Iterable[str]) -> List[str]:
@@ -728,6 +750,19 @@ def _check_chat(message: Message, text: Any) -> None:
         raise BadMessage("the id of MSG_CHAT must be an integer from 0 to 2**53 - 1")
 
 
+def _is_refusals(ranges: Any) -> bool:
+    """Whether a value is a list of [first, last, why], each range above the one before."""
+    if type(ranges) is not list or len(ranges) > MAX_REFUSALS:
+        return False
+    before = -1
+    for each in ranges:
+        if not (type(each) is list and len(each) == 3 and is_count(each[0]) and is_count(each[1])
+                and before < each[0] <= each[1] and _is_reason(each[2])):
+            return False
+        before = each[1]
+    return True
+
+
 def _check_content(message: Message, content: Any) -> None:
     kind = message["type"]
     if content is not None or kind != MSG_SYNC_PEERS_REQUEST:
@@ -737,7 +772,9 @@ def _check_content(message: Message, content: Any) -> None:
 _NAME = (_is_text(MAX_NAME, is_username), "1 to 32 characters that can be shown, none of @*:, no slash at the start")
 _PORT = (is_port, "an integer from 1 to 65535")
 _COUNT = (is_count, "an integer from 0 to 2**53 - 1")
-_WORDS = (_is_text(MAX_TEXT), "a text")
+_is_reason = _is_text(MAX_TEXT)
+_WORDS = (_is_reason, "a text")
+_REFUSALS = (_is_refusals, f"at most {MAX_REFUSALS} of [first, last, why], in rising order")
 _INSTANCE = (_is_text(32, lambda text: not text or text.isascii() and text.isalnum()), "at most 32 letters and digits")
 _STATUS = (_is_text(MAX_NAME, RANK.__contains__), "alive, suspect, dead or left")
 _IP = (_is_text(MAX_NAME, is_peer_ip), "the IPv4 address of one machine")
@@ -754,8 +791,8 @@ _CONTENTS: Dict[str, Fields] = {
     MSG_REGISTER: {"username": _NAME, "port": _PORT, **_IDENTITY},
     MSG_REGISTER_ACK: {"peer_id": _ID, "peer_list": _PEERS},
     MSG_PEER_LIST_UPDATE: {"joined": _PEERS, "left": _LEFT},
-    MSG_CHAT_ACK: {"upto": _COUNT},
-    MSG_CHAT_REFUSED: {"id": _COUNT, "upto": _COUNT, "reason": _WORDS},
+    MSG_CHAT_ACK: {"upto": _COUNT, "refused?": _REFUSALS},
+    MSG_CHAT_SETTLED: {"upto": _COUNT},
     MSG_SYNC_PEERS_REQUEST: {"digest?": _WORDS},
     MSG_SYNC_PEERS_RESPONSE: {"peer_list": _PEERS},
     MSG_PEER_NEWS: {"peers": _PEERS},
@@ -791,12 +828,14 @@ CONFLICT = "conflict"  # two instances claim one id, or a peer is said to have m
 IMPLAUSIBLE = "implausible"  # not believed and not answered
 
 
+P = TypeVar("P", bound="Peer")
+
+
 class Peer:
     """What we know of a peer. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added_at", "heard_at",
-                 "confirmed_at", "unconfirmed_since", "removed_at", "refused", "quiet", "rtt", "via", "asked_at",
-                 "_encoded", "_weight")
+                 "confirmed_at", "unconfirmed_since", "removed_at", "quiet", "rtt", "_encoded", "_weight")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -807,15 +846,12 @@ class Peer:
         self.confirmed_at = 0.0  # when another peer last said that it lives
         self.unconfirmed_since: Optional[float] = None  # nobody has confirmed it since then: our network was down
         self.removed_at = 0.0  # when it became a tombstone
-        self.refused = False  # its address refused a dial after it was removed: its program has ended
         self.quiet = False  # shown as quiet: nobody has heard it for a while
         self.rtt: Optional[float] = None  # round trip time of the last probe, seconds
-        self.via: Optional[Address] = None  # another address of its machine, at which we reached it
-        self.asked_at = float("-inf")  # when we probed it because another address claims its instance
         self.set_identity(username, ip, port)
 
     @classmethod
-    def from_wire(cls, record: Dict[str, Any]) -> "Peer":
+    def from_wire(cls: Type[P], record: Dict[str, Any]) -> P:
         """Make a peer from a checked record."""
         return cls(record["username"], record["ip"], record["port"],
                    record.get("instance", ""), record.get("incarnation", 0))
@@ -836,11 +872,6 @@ class Peer:
     def address(self) -> Address:
         """The address in its id, where it listens."""
         return self.ip, self.port
-
-    @property
-    def route(self) -> Address:
-        """The address to dial: the one at which we reached it, or the one in its id."""
-        return self.via or self.address
 
     @property
     def public(self) -> Dict[str, Any]:
@@ -892,53 +923,54 @@ class Change(NamedTuple):
     """A change of the list. `reason` says why a peer left; `old` is what `public` of a renamed peer was."""
 
     kind: str
-    peer: Peer
+    peer: Any  # of the class of the list's peers
     reason: str = ""
     old: Optional[Dict[str, Any]] = None
 
 
-Merged = Tuple[str, Peer, List[Change]]  # the verdict on a record, the peer as we know it, changes of the list
+Merged = Tuple[str, P, List[Change]]  # verdict, the peer as the list holds it, what changed
 
 
-class PeerList:
+class PeerList(Generic[P]):
     """All other peers that are present, and the tombstones of those that were. It never holds `me`."""
 
-    def __init__(self, me: Peer) -> None:
+    def __init__(self, me: P) -> None:
         self.me = me
-        self._present: Dict[str, Peer] = {}  # by id
-        self._by_key: Dict[str, Peer] = {}  # present peers and tombstones
+        self._make = type(me)  # what records become
+        self._present: Dict[str, P] = {}  # by id
+        self._by_key: Dict[str, P] = {}  # present peers and tombstones
         self._count_at: Dict[str, int] = {}  # IP address -> number of present peers there
         # Caches, made when they are needed.
-        self._sorted: Optional[List[Peer]] = None  # present peers by name
-        self._ring: Optional[List[Peer]] = None  # present peers by ring position, from our own position on
-        self._names: Optional[Dict[str, List[Peer]]] = None  # case-folded name -> peers, `me` included
+        self._sorted: Optional[List[P]] = None  # present peers by name
+        self._ring: Optional[List[P]] = None  # present peers by ring position, from our own position on
+        self._names: Optional[Dict[str, List[P]]] = None  # case-folded name -> peers, `me` included
 
     def __len__(self) -> int:
         return len(self._present)
 
-    def present(self) -> List[Peer]:
+    def present(self) -> List[P]:
         """Return the present peers, sorted by name. The list may be kept but not changed."""
         if self._sorted is None:
             self._sorted = sorted(self._present.values(), key=lambda peer: (peer.username.casefold(), peer.id))
         return self._sorted
 
-    def tombstones(self) -> List[Peer]:
+    def tombstones(self) -> List[P]:
         """Return the tombstones, the oldest first."""
         return [peer for peer in self._by_key.values() if peer.gone]
 
-    def get(self, peer_id: str) -> Optional[Peer]:
+    def get(self, peer_id: str) -> Optional[P]:
         """Return the present peer with this id."""
         return self._present.get(peer_id)
 
-    def by_key(self, key: str) -> Optional[Peer]:
+    def by_key(self, key: str) -> Optional[P]:
         """Return the peer with this key, present or gone."""
         return self._by_key.get(key)
 
     # -- merging records -------------------------------------------------------------------------------
 
-    def merge_claim(self, record: Dict[str, Any], now: float) -> Merged:
+    def merge_claim(self, record: Dict[str, Any], now: float) -> Merged[P]:
         """Merge a record that one peer sent about another: hearsay."""
-        peer = Peer.from_wire(record)
+        peer = self._make.from_wire(record)
         status, age = record.get("status", ALIVE), record.get("age", 0)
         known = self._by_key.get(peer.key)
         if known is None:
@@ -958,9 +990,9 @@ class PeerList:
         known.confirmed_at = now
         return self._update(known, peer)
 
-    def merge_own_claim(self, record: Dict[str, Any], now: float) -> Merged:
+    def merge_own_claim(self, record: Dict[str, Any], now: float) -> Merged[P]:
         """Merge a record that a peer sent about itself over its own connection. It is believed."""
-        peer = Peer.from_wire(record)
+        peer = self._make.from_wire(record)
         known = self._by_key.get(peer.key)
         changes = self._displace(peer, now)
         if known is not None and not known.gone:
@@ -982,7 +1014,7 @@ class PeerList:
         known.heard_at = now
         return (NEW if changes else KNOWN), known, changes
 
-    def remove(self, peer: Peer, status: str, reason: str, now: float) -> List[Change]:
+    def remove(self, peer: P, status: str, reason: str, now: float) -> List[Change]:
         """Turn a peer into a tombstone. Returns no change if it was gone already."""
         if peer.gone or self._present.get(peer.id) is not peer:
             return []
@@ -1002,18 +1034,22 @@ class PeerList:
             total ^= peer.weight
         return f"{total:016x}"
 
-    def shared(self) -> List[Peer]:
+    def shared(self) -> List[P]:
         """Return the peers that we tell others about: only confirmed ones, and none that only this machine reaches."""
         local = is_loopback(self.me.ip)
         return [peer for peer in self._present.values()
                 if peer.unconfirmed_since is None and (local or not is_loopback(peer.ip))]
 
-    def sample(self, rng: random.Random, count: int, among: Iterable[Peer]) -> List[Peer]:
+    def sample(self, rng: random.Random, count: int, among: Iterable[P]) -> List[P]:
         """Return up to `count` of the peers `among`, at random."""
         pool = sorted(among, key=lambda peer: peer.id)  # the same order in every run, so that a seed repeats a run
         return rng.sample(pool, min(count, len(pool)))
 
-    def neighbours(self, count: int) -> Tuple[List[Peer], List[Peer]]:
+    def get_random_peer(self, rng: random.Random) -> Optional[P]:
+        """Return one of the present peers, at random."""
+        return next(iter(self.sample(rng, 1, self.present())), None)
+
+    def neighbours(self, count: int) -> Tuple[List[P], List[P]]:
         """Return the `count` peers behind us on the ring, which we probe, and those before us, which probe us.
 
         So every peer is probed by `count` others, and the cost for each does not grow with their number."""
@@ -1025,7 +1061,7 @@ class PeerList:
 
     # -- names -----------------------------------------------------------------------------------------
 
-    def label(self, peer: Peer) -> str:
+    def label(self, peer: P) -> str:
         """Return the shortest text that names only this peer: its name, name@ip, or its id."""
         others = [other for other in self._namesakes(peer.username) if other.key != peer.key]
         if not others:
@@ -1034,7 +1070,7 @@ class PeerList:
             return f"{peer.username}@{peer.ip}"
         return peer.id
 
-    def find(self, text: str) -> List[Peer]:
+    def find(self, text: str) -> List[P]:
         """Return the present peers that a typed text names. Exact matches go before those in another case."""
         text = unicodedata.normalize("NFC", text.strip())
         text = text[1:] if text.startswith("@") else text
@@ -1044,7 +1080,7 @@ class PeerList:
         exact = [peer for peer in matches if peer.username == name]
         return exact or matches
 
-    def _namesakes(self, name: str) -> List[Peer]:
+    def _namesakes(self, name: str) -> List[P]:
         if self._names is None:
             self._names = {}
             for peer in [self.me, *self.present()]:
@@ -1053,7 +1089,7 @@ class PeerList:
 
     # -- the rules -------------------------------------------------------------------------------------
 
-    def _merge_unknown(self, peer: Peer, status: str, age: int, now: float) -> Merged:
+    def _merge_unknown(self, peer: P, status: str, age: int, now: float) -> Merged[P]:
         if age > TOMBSTONE_TIME:
             return IMPLAUSIBLE, peer, []  # its tombstone may be forgotten by now
         if status in (DEAD, LEFT):
@@ -1069,7 +1105,7 @@ class PeerList:
         changes = self._add(peer, now)
         return (NEW if changes else IMPLAUSIBLE), peer, changes
 
-    def _merge_tombstone(self, known: Peer, peer: Peer, status: str, now: float) -> Merged:
+    def _merge_tombstone(self, known: P, peer: P, status: str, now: float) -> Merged[P]:
         if status in (DEAD, LEFT):
             known.incarnation = max(known.incarnation, peer.incarnation)
             return KNOWN, known, []
@@ -1080,7 +1116,7 @@ class PeerList:
         changes = self._revive(known, peer, now)
         return (NEW if changes else IMPLAUSIBLE), known, changes
 
-    def _add(self, peer: Peer, now: float) -> List[Change]:
+    def _add(self, peer: P, now: float) -> List[Change]:
         if not self._may_add(peer):
             return []
         peer.added_at = now
@@ -1088,7 +1124,7 @@ class PeerList:
         self._by_key[peer.key] = peer
         return [Change(JOINED, peer)]
 
-    def _may_add(self, peer: Peer) -> bool:
+    def _may_add(self, peer: P) -> bool:
         """Whether there is room for a peer, and it is not `me`."""
         if len(self._present) >= MAX_PEERS or peer.key == self.me.key or peer.id == self.me.id:
             return False
@@ -1096,19 +1132,19 @@ class PeerList:
             return True
         return self._count_at.get(peer.ip, 0) < MAX_PER_ADDRESS
 
-    def _put(self, peer: Peer) -> None:
+    def _put(self, peer: P) -> None:
         self._present[peer.id] = peer
         self._count_at[peer.ip] = self._count_at.get(peer.ip, 0) + 1
         self.clear_caches()
 
-    def _take_out(self, peer: Peer) -> None:
+    def _take_out(self, peer: P) -> None:
         del self._present[peer.id]
         self._count_at[peer.ip] -= 1
         if not self._count_at[peer.ip]:
             del self._count_at[peer.ip]
         self.clear_caches()
 
-    def _revive(self, known: Peer, peer: Peer, now: float) -> List[Change]:
+    def _revive(self, known: P, peer: P, now: float) -> List[Change]:
         if not self._may_add(peer):
             return []
         known.set_identity(peer.username, peer.ip, peer.port)
@@ -1116,7 +1152,7 @@ class PeerList:
         known.unconfirmed_since = None
         return self._add(known, now)
 
-    def _update(self, known: Peer, peer: Peer) -> Merged:
+    def _update(self, known: P, peer: P) -> Merged[P]:
         """Take over a newer record of a present peer, perhaps with another name or address."""
         if peer.incarnation <= known.incarnation:
             return KNOWN, known, []
@@ -1132,7 +1168,7 @@ class PeerList:
         self._put(known)
         return NEW, known, [Change(RENAMED, known, old=old)]
 
-    def _displace(self, peer: Peer, now: float) -> List[Change]:
+    def _displace(self, peer: P, now: float) -> List[Change]:
         """Remove the peer that holds this id if it is another instance: its program was restarted."""
         holder = self._present.get(peer.id)
         if holder is None or holder.key == peer.key:
@@ -2050,57 +2086,156 @@ def error_text(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
+ANSWERS = {MSG_REGISTER: MSG_REGISTER_ACK, MSG_HEARTBEAT: MSG_HEARTBEAT, MSG_PROBE: MSG_PROBE_ACK,
+           MSG_PROBE_REQUEST: MSG_PROBE_RESULT, MSG_SYNC_PEERS_REQUEST: MSG_SYNC_PEERS_RESPONSE}  # by question
+
+
+class Question(NamedTuple):
+    """A message that awaits an answer."""
+
+    answer: str  # its type
+    then: Callable[[Message], None]
+    timer: Timer  # of the time by which it must have come, if there is one
+
+
+class Endpoint(Handler):
+    """One end of a connection that speaks messages: a table of handlers, a gate in front of it, questions.
+
+    `handlers` maps a message's type to a function of the endpoint and the message. A subclass says by `may`
+    which messages it takes in, and sets `connection` before anything comes."""
+
+    connection: Connection
+
+    def __init__(self, loop: Loop, tag: str, handlers: Mapping[str, Callable[[Any, Message], None]]) -> None:
+        self.loop = loop
+        self.tag = tag  # of its lines in the log
+        self.handlers = handlers
+        self.heard_at = loop.now()  # when anything last came
+        self.traffic = RateLimit(MAX_MESSAGES)  # messages, and records in lists
+        self._questions: Dict[int, Question] = {}
+        self._numbers = itertools.count(1)
+
+    def names(self) -> Tuple[str, str]:
+        """(our id, that of the far end): what stands in `sender_id` and `to`."""
+        raise NotImplementedError
+
+    def may(self, message: Message) -> bool:
+        """Whether a message is taken in; one that is not has been answered."""
+        return True
+
+    def on_messages(self, messages: List[Message]) -> None:
+        self.heard_at = self.loop.now()
+        for message in messages:
+            handle = self.handlers.get(message["type"])
+            if handle is not None and self.may(message):
+                handle(self, message)
+            if self.connection.state != OPEN:
+                return
+
+    def on_bad_input(self, reason: str) -> None:
+        limited_log("bad input", logging.WARNING, "[%s] bad input from %s:%d: %s",
+                    self.tag, *self.connection.remote, reason)
+        self.error(reason)
+
+    def send(self, kind: str, content: Any, **extra: Any) -> None:
+        """Send one message to the far end."""
+        sender, to = self.names()
+        self.connection.send(create_message(kind, sender, content, to, **extra))
+
+    def ask(self, kind: str, content: Any, then: Callable[[Message], None], timeout: Optional[float] = None,
+            otherwise: Callable[[], None] = lambda: None) -> None:
+        """Send a question. `then` gets each message that answers it; if none comes in `timeout` seconds, `otherwise`
+        is called. Without a timeout a question waits until MAX_QUESTIONS later ones do, or the connection ends."""
+        number, answer = next(self._numbers), ANSWERS[kind]
+        if len(self._questions) >= MAX_QUESTIONS:
+            self._end_question(next(iter(self._questions)))
+        is_alone = all(question.answer != answer for question in self._questions.values())
+        timer = Timer() if timeout is None else self.loop.call_later(timeout, self._on_no_answer, number, otherwise)
+        self._questions[number] = Question(answer, then, timer)
+        self.send(kind, content, **({} if is_alone else {"re": number}))  # the only one of its kind needs no number
+
+    def answer(self, question: Message, kind: str, content: Any) -> None:
+        """Answer a question; if it has a `re`, the answer repeats it."""
+        self.send(kind, content, **reference(question))
+
+    def handle_answer(self, message: Message) -> None:
+        """An answer came: `re` says to which question; without it, to the oldest of its kind. Others are ignored."""
+        kind, number = message["type"], message.get("re")
+        if number is None:
+            number = next((each for each, question in self._questions.items() if question.answer == kind), None)
+        question = self._questions.get(number) if type(number) is int else None
+        if question is None or question.answer != kind or number is None:
+            return
+        content = message["content"]
+        if type(content) is not dict or content.get("more") is not True:  # else the answer goes on in another message
+            self._end_question(number)
+        question.then(message)
+
+    def error(self, reason: str, **more: Any) -> None:
+        """Tell the far end what was wrong, in words."""
+        self.send(MSG_ERROR, {"reason": clean(reason)[:500], **more})
+
+    def refuse(self, reason: str) -> None:
+        """Say what was wrong and close."""
+        limited_log("refused", logging.WARNING, "[%s] refused %s:%d: %s", self.tag, *self.connection.remote, reason)
+        self.error(reason)
+        self.connection.close(reason)
+
+    def drop_questions(self, answer: str = "") -> None:
+        """Wait no longer for answers, or for those of one type."""
+        for number in [each for each, question in self._questions.items() if answer in ("", question.answer)]:
+            self._end_question(number)
+
+    def _end_question(self, number: int) -> None:
+        self._questions.pop(number).timer.cancel()
+
+    def _on_no_answer(self, number: int, otherwise: Callable[[], None]) -> None:
+        del self._questions[number]
+        otherwise()
+
+
 # ======================================================================================================
 # Discovery server
 #
 # Introduces peers to one another, and does nothing else: no chat passes through it. Each connection has
-# a Session; one that has registered stands in `_peers` under its id. Joins and leaves are gathered for
-# UPDATE_GATHER_TIME seconds, encoded once, and sent to all: a thousand peers that come at once cost each of them
-# one list and a few messages.
+# a Session; the Session of a registered peer stands in `_peers` under the peer's id. Joins and leaves are
+# gathered for UPDATE_GATHER_TIME seconds, encoded once and sent to everybody: a thousand peers that come at once
+# cost each of them one list and a few messages.
 # ======================================================================================================
 
 
-class Session(Handler):
-    """One connection to the server: of a registered peer, or of somebody who asks."""
+class Session(Endpoint):
+    """One connection to the server: of a registered peer, or of a program that asks for the list."""
 
     def __init__(self, server: "DiscoveryServer", connection: Connection) -> None:
+        super().__init__(server.loop, "Server", server.handlers)
         self.server = server
         self.connection = connection
-        self.peer_id: Optional[str] = None
-        self.registrations = RateLimit(MAX_RENAMES)  # each is told to everybody
-        self.last_heard = server.loop.now()
+        self.peer_id: Optional[str] = None  # once it is registered
         self.ids: Tuple[str, ...] = ()  # every id that it registered: what is under way may bear an older one
         self.identity: Dict[str, Any] = {}  # its instance and incarnation, if it told them
         self.encoded = ""  # its record as JSON
+        self.reference: Dict[str, Any] = {}  # the `re` of its last registration
+        self.registrations = RateLimit(MAX_RENAMES)  # each is told to everybody
 
-    def on_messages(self, messages: List[Message]) -> None:
-        self.last_heard = self.server.loop.now()
-        for message in messages:
-            handle = self.server.handlers.get(message["type"])
-            if handle is not None and self.connection.state == OPEN:
-                handle(self, message)
+    def names(self) -> Tuple[str, str]:
+        return self.server.id, self.peer_id or ""
 
-    def on_bad_input(self, reason: str) -> None:
-        limited_log("bad input", logging.WARNING, "[Server] bad input from %s:%d: %s", *self.connection.remote, reason)
-        self.error(reason)
+    def may(self, message: Message) -> bool:
+        """A peer speaks for itself only, and is registered before it says anything about itself."""
+        if message["type"] not in _SELF_STATEMENTS or (self.peer_id and message["sender_id"] in self.ids):
+            return True
+        self.refuse(f"sender_id is not yours, which is {self.peer_id}" if self.peer_id else "register first")
+        return False
 
     def on_close(self, reason: str) -> None:
-        self.server.session_closed(self, reason)
+        self.server.on_session_closed(self, reason)
 
-    def send(self, msg_type: str, content: Any) -> None:
-        """Send one message to this session."""
-        to = self.peer_id or ""
-        self.connection.send(create_message(msg_type, self.server.id, content, to))
+    def error(self, reason: str, **more: Any) -> None:
+        super().error(reason, role="server", **more)
 
-    def error(self, reason: str) -> None:
-        """Say what was wrong; to the other side, in words."""
-        self.send(MSG_ERROR, {"reason": clean(reason)[:500], "role": "server"})
 
-    def refuse(self, reason: str) -> None:
-        """Say what was wrong and close."""
-        limited_log("refused", logging.WARNING, "[Server] refused %s:%d: %s", *self.connection.remote, reason)
-        self.error(reason)
-        self.connection.close(reason)
+_SELF_STATEMENTS = frozenset((MSG_HEARTBEAT, MSG_UNREGISTER))
 
 
 class DiscoveryServer:
@@ -2111,10 +2246,10 @@ class DiscoveryServer:
         self.settings = settings or ServerSettings()
         self.id = ""
         self.handlers: Dict[str, Callable[[Session, Message], None]] = {
-            MSG_REGISTER: self._register,
-            MSG_HEARTBEAT: self._heartbeat,
-            MSG_UNREGISTER: self._unregister,
-            MSG_SYNC_PEERS_REQUEST: self._sync_request,
+            MSG_REGISTER: self.handle_register,
+            MSG_HEARTBEAT: lambda session, message: session.answer(message, MSG_HEARTBEAT, None),
+            MSG_UNREGISTER: self.handle_unregister,
+            MSG_SYNC_PEERS_REQUEST: self.handle_sync_request,
             MSG_HELLO: lambda session, _: session.error("this is a discovery server: say MSG_REGISTER"),
             MSG_CHAT: lambda session, _: session.error("this is a discovery server: chat goes from peer to peer"),
         }
@@ -2124,8 +2259,8 @@ class DiscoveryServer:
         self._sessions: Dict[Session, None] = {}
         self._unidentified = Unidentified()  # not registered
         self._registrations: Dict[str, RateLimit] = {}  # by address
-        self._peers: Dict[str, Session] = {}
-        self._joined: Dict[str, None] = {}  # ids, since the last broadcast
+        self._peers: Dict[str, Session] = {}  # by id
+        self._joined: Dict[str, None] = {}  # ids, since the last update was sent
         self._left: Dict[str, Dict[str, Any]] = {}
         self._gathering = Timer()
         self._stopping = False
@@ -2143,13 +2278,13 @@ class DiscoveryServer:
         self._listener = self.loop.listen(self.settings.host, self.settings.port, self._accept)
         log.info("[Server] starting")
         self.id = f"server@{format_address(self.address)}"
-        self._monitor = Ticker(self.loop, self.settings.check_interval, self._tick)
+        self._monitor = Ticker(self.loop, self.settings.check_interval, self.monitor_peers)
         if self.settings.lan:
-            self._lan = self.loop.lan(self.settings.host, DEFAULT_PORT, self._beacon)
+            self._lan = self.loop.lan(self.settings.host, DEFAULT_PORT, self._on_beacon)
         log.info("[Server] listening on %s:%d", *self.address)
 
     def stop(self) -> None:
-        """Say goodbye to everybody and close; the last words go out while the loop still turns."""
+        """Say goodbye to everybody and close; the last messages leave while the loop still turns."""
         if self._stopping:
             return
         log.info("[Server] goodbye: telling %d peers", len(self._peers))
@@ -2163,7 +2298,7 @@ class DiscoveryServer:
 
     @property
     def peer_ids(self) -> List[str]:
-        """Who is registered."""
+        """The ids of the registered peers."""
         return sorted(self._peers)
 
     # -- connections -----------------------------------------------------------------------------------
@@ -2174,63 +2309,104 @@ class DiscoveryServer:
         self._unidentified.add(connection)
         return session
 
-    def session_closed(self, session: Session, reason: str) -> None:
+    def on_session_closed(self, session: Session, reason: str) -> None:
         """A connection is gone, and with it the peer that was registered over it."""
         self._sessions.pop(session, None)
         self._unidentified.discard(session.connection)
         if session.peer_id is not None and not self._stopping:
-            self._drop(session, f"connection lost: {reason}")
+            self.unregister_peer(session, f"connection lost: {reason}")
 
-    def _tick(self) -> None:
-        self._drop_silent()
+    def monitor_peers(self) -> None:
+        """Drop the peers from which nothing was heard for the heartbeat timeout, and follow the machine's addresses."""
+        limit = self.loop.now() - self.settings.heartbeat_timeout
+        for session in [each for each in self._sessions if each.heard_at < limit]:
+            if session.peer_id is not None:
+                limited_log("timeout", logging.INFO, "[Monitor] timeout: %s", session.peer_id)
+                self.unregister_peer(session, "timed out")
+            session.refuse(f"nothing heard for {self.settings.heartbeat_timeout:g} s")
         if self._lan is not None:
             self._lan.refresh()
 
-    def _drop_silent(self) -> None:
-        limit = self.loop.now() - self.settings.heartbeat_timeout
-        for session in [each for each in self._sessions if each.last_heard < limit]:
-            if session.peer_id is not None:
-                limited_log("timeout", logging.INFO, "[Monitor] timeout: %s", session.peer_id)
-                self._drop(session, "timed out")
-            session.refuse(f"nothing heard for {self.settings.heartbeat_timeout:g} s")
+    # -- messages from peers ---------------------------------------------------------------------------
 
-    # -- what peers say --------------------------------------------------------------------------------
-
-    def _register(self, session: Session, message: Message) -> None:
+    def handle_register(self, session: Session, message: Message) -> None:
+        """A peer says who it is, for the first time or under another name or address."""
         content = message["content"]
         ip = self._reachable_ip(session.connection, content)
         peer_id = f"{content['username']}@{ip}:{content['port']}"
         if peer_id not in self._peers and self._is_full(ip):
             session.refuse(f"the server is full: {MAX_PEERS} peers, {MAX_PER_ADDRESS} from one address")
-            return
-        if self._registers_too_often(session, ip):
+        elif self._registers_too_often(session, ip):
             session.refuse("you register too often")
+        else:
+            session.reference = reference(message)
+            self.register_peer(session, {"id": peer_id, "ip": ip, "port": content["port"],
+                                         "username": content["username"]}, content)
+
+    def handle_unregister(self, session: Session, message: Message) -> None:
+        """A peer leaves, by its own word."""
+        self.unregister_peer(session, "left")
+        session.connection.close("left")
+
+    def handle_sync_request(self, session: Session, message: Message) -> None:
+        """Somebody asks for the list; a reader that has not taken the last one gets no other."""
+        if session.connection.queued > 0:
             return
+        lists = pack_lists(each.encoded for each in self._peers.values())
+        for number, peers in enumerate(lists, 1):
+            more = ',"more":true' if number < len(lists) else ""
+            content = f'{{"peer_list":[{peers}]{more}}}'
+            session.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, self.id, message["sender_id"], content,
+                                               **reference(message)))
+
+    def _on_beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
+        """Somebody looks for a server: answer, with no more bytes than the question had."""
+        message = parse_message(data)
+        if message is None or message["type"] != MSG_BEACON or not message["content"].get("server_wanted"):
+            return None
+        return make_beacon(self.id, {"role": "server", "port": self.address[1]}, len(data)) or None
+
+    # -- the list --------------------------------------------------------------------------------------
+
+    def register_peer(self, session: Session, record: Dict[str, Any], content: Dict[str, Any]) -> None:
+        """Enter a session's peer in the list, in place of whatever had its id."""
+        peer_id = record["id"]
         former = self._peers.get(peer_id)
         if former is not None and former is not session:
-            self._drop(former, "registered anew")
+            self.unregister_peer(former, "registered anew")
             del self._left[peer_id]  # it has not left: its record is another
             former.refuse("somebody registered under the same id")
         if session.peer_id not in (None, peer_id):
-            self._drop(session, "renamed")
+            self.unregister_peer(session, "renamed")
         self._unidentified.discard(session.connection)
         session.peer_id = peer_id
         session.ids = (*session.ids[-7:], peer_id)
-        self._peers[peer_id] = session
         session.identity = {key: content[key] for key in ("instance", "incarnation") if key in content}
-        record = {"id": peer_id, "ip": ip, "port": content["port"], "username": content["username"]}
         session.encoded = _ENCODER.encode({**record, **session.identity})
+        self._peers[peer_id] = session
         self._joined[peer_id] = None
-        limited_log(f"registered from {ip}", logging.INFO, "[Server] registered %s", peer_id)
+        limited_log(f"registered from {record['ip']}", logging.INFO, "[Server] registered %s", peer_id)
+        self._gather()
+
+    def unregister_peer(self, session: Session, reason: str) -> None:
+        """Take a session's peer out of the list, and tell the others why."""
+        peer_id = session.peer_id
+        assert peer_id is not None
+        session.peer_id = None
+        del self._peers[peer_id]
+        self._joined.pop(peer_id, None)
+        self._left[peer_id] = {"id": peer_id, "reason": clean(reason), **session.identity}
+        limited_log("dropped", logging.INFO, "[Server] dropped %s: %s", peer_id, reason)
         self._gather()
 
     def _registers_too_often(self, session: Session, ip: str) -> bool:
         """Each registration is told to everybody: so many a minute over one connection, and from one address."""
         if len(self._registrations) > MAX_PEERS:
             self._registrations.clear()
+        now = self.loop.now()
         here = self._registrations.setdefault(ip, RateLimit(MAX_PER_ADDRESS))
-        within = here.take(self.loop.now()) or ip in self.loop.local_addresses()
-        return not (session.registrations.take(self.loop.now()) and within)
+        within = here.take(now) or ip in self.loop.local_addresses()
+        return not (session.registrations.take(now) and within)
 
     def _is_full(self, ip: str) -> bool:
         """Whether there is no room for another peer at an address; the server's own machine may have any number."""
@@ -2250,58 +2426,14 @@ class DiscoveryServer:
             return str(claimed)
         return seen if is_loopback(self.settings.host) else own[0]
 
-    def _heartbeat(self, session: Session, message: Message) -> None:
-        if session.peer_id is None:
-            session.refuse("register first")
-        elif self._is_own(session, message):
-            session.send(MSG_HEARTBEAT, None)
-
-    def _unregister(self, session: Session, message: Message) -> None:
-        if session.peer_id is None:
-            session.refuse("you are not registered on this connection")
-        elif self._is_own(session, message):
-            self._drop(session, "left")
-            session.connection.close("left")
-
-    def _is_own(self, session: Session, message: Message) -> bool:
-        """Whether a message speaks for the peer of its own connection; nobody speaks for another."""
-        if message["sender_id"] in session.ids:
-            return True
-        session.refuse(f"sender_id is not yours, which is {session.peer_id}")
-        return False
-
-    def _sync_request(self, session: Session, message: Message) -> None:
-        if session.connection.queued > 0:
-            return  # it has not read the last list yet
-        for peers in pack_lists(each.encoded for each in self._peers.values()):
-            content = f'{{"peer_list":[{peers}]}}'
-            session.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, self.id, message["sender_id"], content))
-
-    def _beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
-        """Somebody looks for a server: here is one. Never longer than the question."""
-        message = parse_message(data)
-        if message is None or message["type"] != MSG_BEACON or not message["content"].get("server_wanted"):
-            return None
-        return make_beacon(self.id, {"role": "server", "port": self.address[1]}, len(data)) or None
-
-    # -- news ------------------------------------------------------------------------------------------
-
-    def _drop(self, session: Session, reason: str) -> None:
-        peer_id = session.peer_id
-        assert peer_id is not None
-        session.peer_id = None
-        del self._peers[peer_id]
-        self._joined.pop(peer_id, None)
-        self._left[peer_id] = {"id": peer_id, "reason": clean(reason), **session.identity}
-        limited_log("dropped", logging.INFO, "[Server] dropped %s: %s", peer_id, reason)
-        self._gather()
+    # -- telling the peers -----------------------------------------------------------------------------
 
     def _gather(self) -> None:
         if not self._gathering.active:
-            self._gathering = self.loop.call_later(UPDATE_GATHER_TIME, self._broadcast)
+            self._gathering = self.loop.call_later(UPDATE_GATHER_TIME, self.broadcast_peer_update)
 
-    def _broadcast(self) -> None:
-        """Tell the newcomers who is there, and everybody else who came and went."""
+    def broadcast_peer_update(self) -> None:
+        """Send the list to those who came, and to everybody else who came and left."""
         newcomers = [self._peers[peer_id] for peer_id in self._joined]
         others = [session for peer_id, session in self._peers.items() if peer_id not in self._joined]
         gone = _ENCODER.encode(list(self._left.values()))
@@ -2325,8 +2457,8 @@ class DiscoveryServer:
         more = [create_raw(MSG_PEER_LIST_UPDATE, self.id, EVERYONE, f'{{"joined":[{peers}],"left":[]}}')
                 for peers in rest]
         for session in newcomers:
-            peer_id = json.dumps(session.peer_id)
-            head = (f'{{"type":"{MSG_REGISTER_ACK}","sender_id":{json.dumps(self.id)},"to":{peer_id},'
+            peer_id, repeated = json.dumps(session.peer_id), encode_extra(session.reference)
+            head = (f'{{"type":"{MSG_REGISTER_ACK}","sender_id":{json.dumps(self.id)},"to":{peer_id}{repeated},'
                     f'"content":{{"peer_id":{peer_id},')
             for piece in (head.encode("ascii"), tail, *more):
                 session.connection.send(piece)
@@ -2341,15 +2473,19 @@ def make_beacon(sender_id: str, content: Dict[str, Any], size: int) -> bytes:
 # ======================================================================================================
 # Peer node
 #
-# A peer is client and server at once. PeerNode holds what it knows and six helpers that each do one job:
-#   Links       connections to other peers: dialling, saying hello, who is at the far end
-#   Delivery    chat messages: numbered, kept until acknowledged, shown once and in order
-#   Detector    who is still there: probes, doubts, and whether it is ourselves who are cut off
-#   Gossip      what peers tell each other of third ones: news at once, lists on difference
-#   Discovery   the connection to a discovery server
-#   Finder      others, when nobody is known: addresses named by hand, beacons on the local network
-# It tells its interface by events and never draws. Nothing here trusts what a message claims: whoever says
-# hello must have the address that we see it at, or answer at the one that it claims.
+# A peer is client and server at once. PeerNode holds what a peer knows: the list of peers, the news that
+# is being passed on, the addresses that were dialled. Its helpers do one job each, in this order:
+#   Whereabouts  the address by which we are known
+#   Links        connections to other peers: dialling, saying hello, who is at the far end
+#   Detector     failure detection: probes, suspicion, and whether it is ourselves who are isolated
+#   Gossip       what peers tell each other of third ones: news at once, lists where they differ
+#   Discovery    the connection to a discovery server
+#   Delivery     chat messages: numbered, kept until acknowledged, shown once and in order
+#   Finder       looks for others: addresses named by hand, beacons on the local network
+# Each calls only those above it. What goes the other way is an upcall to PeerNode, which holds, in one
+# short method for each, the order in which the helpers learn of it. Everything that they keep about one
+# peer stands in its Contact. The node tells its listeners by events and never draws. It believes no
+# message by itself: whoever says hello must be seen at the address that it claims, or answer there.
 # ======================================================================================================
 
 
@@ -2357,322 +2493,505 @@ class ChatError(Exception):
     """Something that the user asked for can't be done; the text says why, in a sentence for the user."""
 
 
+class Contact(Peer):
+    """A peer, and everything that the node's helpers keep about it."""
 
-class Link(Handler):
+    __slots__ = ("link", "via", "has_ended", "contested_at", "banned_until", "suspicion", "askers", "sync_by_user",
+                 "outbox", "inbox")
+
+    def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
+        super().__init__(username, ip, port, instance, incarnation)
+        self.link: Optional[Link] = None  # the one over which we send
+        self.via: Optional[Address] = None  # another address of its machine, at which we reached it
+        self.has_ended = False  # its address refused us after it was gone: its program has ended
+        self.contested_at = float("-inf")  # when it was asked whether it lives: somebody elsewhere claims to be it
+        self.banned_until = float("-inf")
+        self.suspicion: Optional[Suspicion] = None
+        self.askers: Dict[Link, Message] = {}  # who asked us to probe it, and the question
+        self.sync_by_user: Optional[bool] = None  # lists are to be compared once it is linked: by the user's wish?
+        self.outbox: Optional[Outbox] = None  # until something is sent to it
+        self.inbox: Optional[Inbox] = None  # until something comes from it
+
+    @property
+    def route(self) -> Address:
+        """Where to dial it."""
+        return self.via or self.address
+
+    @property
+    def has_unacknowledged(self) -> bool:
+        """Whether something that was sent to it is not acknowledged yet."""
+        return self.outbox is not None and bool(self.outbox.waiting)
+
+
+    def heard_how(self, now: float) -> Tuple[str, str, str]:
+        """In words: how it is heard, how long ago, and how long a round trip takes."""
+        is_direct = self.heard_at > 0 and self.link is not None
+        how = "quiet" if self.quiet else "directly" if is_direct else "through others"
+        since = now - (self.heard_at if is_direct else self.last_sign_at())
+        return how, f"{max(0, since):.0f} s", "" if self.rtt is None else f"{self.rtt * 1000:.1f} ms"
+
+
+class Link(Endpoint):
     """A connection to another peer. It is *bound* once we know whose it is: then `peer` is set."""
 
     def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
+        super().__init__(node.loop, "P2P", node.handlers)
         self.node = node
-        self.address = address  # the far end
-        self.dialled = dialled
-        self.connection: Connection
-        self.peer: Optional[Peer] = None
+        self.address = address  # of the far end
+        self.dialled = dialled  # by us
+        self.peer: Optional[Contact] = None
         self.ids: Tuple[str, ...] = ()  # under which it may speak: its id, and those it had before
-        self.shown = 0  # last message shown, of one that never said hello
-        self.acknowledge = 0  # last message handed over and not yet acknowledged
-        self.refused: Optional[Tuple[int, int, str]] = None  # first, last and why
-        self.used = node.loop.now()
-        self.synced = 0.0  # when it was last given our list
-        self.asked = False  # for its list, and it has not answered yet
+        self.announced_id = ""  # the id under which the far end knows us; empty until we said hello
+        self.inbox: Optional[Inbox] = None  # while it is not bound
+        self.is_resumed = False  # what had waited for the peer was sent over it: now what is new may follow
+        self.used_at = node.loop.now()
+        self.listed_at = float("-inf")  # when our list was last sent over it
+        self.warned_at = float("-inf")  # when its peer was last told that it is suspected
         self.renames = RateLimit(MAX_RENAMES)
-        self.said = ""  # the id under which we last spoke of ourselves
         self.failure = ""  # in words, why the two ends do not go on
-        self.bound = 0.0  # when it was
-        self.warned = float("-inf")  # when its peer was last told that it is thought gone
-        self.ready = False  # what had waited for its peer was sent over it: now what is new may follow
-        self.traffic = RateLimit(MAX_MESSAGES)  # messages, and records in lists
-        self.timer = Timer()
+        self.timer = Timer()  # of the time by which the far end must have said hello
 
-    def send(self, msg_type: str, content: Any) -> None:
-        """Send one message to the far end."""
-        self.used = self.node.loop.now()
-        to = self.peer.id if self.peer else EVERYONE
-        self.connection.send(create_message(msg_type, self.node.me.id, content, to))
+    def names(self) -> Tuple[str, str]:
+        return self.node.me.id, self.peer.id if self.peer else EVERYONE
 
-    def refuse(self, reason: str) -> None:
-        """Say what was wrong and close."""
-        limited_log("refused", logging.WARNING, "[P2P] refused %s:%d: %s", *self.connection.remote, reason)
-        self.send(MSG_ERROR, {"reason": clean(reason)[:500], "you": {"ip": self.connection.remote[0]}})
-        self.connection.close(reason)
+    def may(self, message: Message) -> bool:
+        """Whoever has said hello speaks under its own id; before that it may say little else."""
+        if self.peer is None:
+            if message["type"] in _FROM_ANYONE:
+                return True
+            self.refuse("say MSG_HELLO first")
+        elif message["sender_id"] in self.ids:
+            return True
+        else:
+            self.refuse(f"sender_id is not yours, which is {self.ids[-1]}")
+        return False
 
     def on_open(self) -> None:
-        self.node.adopt_address(self.connection.local[0])
+        self.node.whereabouts.on_local_address(self.connection.local[0])
         self.node.links.say_hello(self)
 
     def on_messages(self, messages: List[Message]) -> None:
-        node = self.node
-        if node.detector.check_clock() and self.connection.state != OPEN:
-            return  # it lay here while we were stopped
-        self.used = node.loop.now()
-        if not self.within_traffic(len(messages)):
-            return
-        if self.peer is not None or not node.is_own(self.connection.remote[0]):
-            node.detector.heard(self.peer)
-        for message in messages:
-            handle = node.handlers.get(message["type"])
-            if handle is None:
-                continue
-            if self.peer is None:
-                if message["type"] not in _FROM_ANYONE:
-                    self.refuse("say MSG_HELLO first")
-            elif message["sender_id"] not in self.ids:
-                self.refuse(f"sender_id is not yours, which is {self.ids[-1]}")
-            if self.connection.state != OPEN:
-                return
-            handle(self, message)
-        if self.acknowledge or self.refused:
-            node.acknowledge_later(self)
+        self.node.check_clock()
+        if self.connection.state == OPEN and self.take_traffic(len(messages)):  # else the process was stopped
+            self.node.on_heard(self)
+            super().on_messages(messages)
 
-    def within_traffic(self, count: int) -> bool:
-        """Whether the far end may send `count` more messages or records; else the link ends. --budget 0 lifts this."""
-        if self.traffic.take(self.node.loop.now(), count) or not self.node.settings.budget:
+    def on_close(self, reason: str) -> None:
+        self.timer.cancel()
+        self.drop_questions()
+        self.node.links.on_link_closed(self, reason)
+
+    def send(self, kind: str, content: Any, **extra: Any) -> None:
+        self.used_at = self.loop.now()
+        super().send(kind, content, **extra)
+
+    def error(self, reason: str, **more: Any) -> None:
+        super().error(reason, you={"ip": self.connection.remote[0]}, **more)
+
+    def take_traffic(self, amount: int) -> bool:
+        """Count messages, or records in lists; a link over which far too much comes is banned."""
+        self.used_at = self.loop.now()
+        if self.traffic.take(self.used_at, amount) or not self.node.settings.budget:  # without a budget, without this
             return True
         self.node.links.ban(self)
         return False
 
-    def on_bad_input(self, reason: str) -> None:
-        limited_log("bad input", logging.WARNING, "[P2P] bad input from %s:%d: %s", *self.connection.remote, reason)
-        self.send(MSG_ERROR, {"reason": clean(reason)[:500]})
 
-    def on_close(self, reason: str) -> None:
-        self.timer.cancel()
-        self.node.links.on_close(self, reason)
+_FROM_ANYONE = frozenset((MSG_HELLO, MSG_CHAT, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_REGISTER))
 
 
-_FROM_ANYONE = frozenset((MSG_HELLO, MSG_CHAT, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_HEARTBEAT, MSG_REGISTER))
+class Whereabouts:
+    """The address by which we are known. One rule decides between those that we learn of: an address that we
+    were seen at beats one that a connection left from, and that beats a guess; and one of this machine's own
+    beats any other, which may be that of a router between us and the rest."""
 
-
-class Links:
-    """All links: at most one is used for sending to a peer, any may be received on."""
+    GUESSED, LEFT_BY, SEEN = 0, 1, 2
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
-        self.current: Dict[str, Link] = {}  # by the peer's key
-        self.all: Dict[Link, None] = {}
-        self.dialling: Dict[Address, Optional[Peer]] = {}
-        self.waiting: Dict[Address, Optional[Peer]] = {}  # dials for which there is no room now
-        self._failed: Dict[str, Tuple[float, float]] = {}  # by key: when to try again, how long that was
-        self._unidentified = Unidentified()
-        self._banned: Dict[str, float] = {}  # until when
-        self._looked: Dict[Address, float] = {}  # addresses that others named, and when they were dialled
-        self.own: Set[Address] = set()  # addresses at which we met ourselves
+        self.is_fixed = node.settings.host != "0.0.0.0"  # by --host
+        self._certainty = self.GUESSED
+        self._was_own = True  # whether our address is, or was, one of the machine's own: not so behind NAT
+        self._own: Tuple[float, List[str]] = (float("-inf"), [])  # when they were looked up, and which
 
-    def accept(self, connection: Connection) -> Handler:
+    def first_guess(self) -> str:
+        """The address to begin with."""
+        return self.node.settings.host if self.is_fixed else self.node.loop.local_addresses()[0]
+
+    def own_addresses(self) -> List[str]:
+        """This machine's addresses, looked up at most every few seconds; the one towards the outside first."""
+        now = self.node.loop.now()
+        if now - self._own[0] > (60.0 if os.name == "nt" else QUIET_AFTER):  # on Windows it may block
+            self._own = (now, self.node.loop.local_addresses())
+        return self._own[1]
+
+    def is_own(self, ip: str) -> bool:
+        """Whether an address is this machine's."""
+        return ip == self.node.me.ip or is_loopback(ip) or ip in self.own_addresses()
+
+    def may_reach(self, ip: str) -> bool:
+        """Whether to dial an address: a peer that listens on the loopback only stays on this machine."""
+        return not is_loopback(self.node.settings.host) or self.is_own(ip)
+
+    @property
+    def has_network(self) -> bool:
+        """Whether the address that we are known by is still this machine's; not asked behind NAT."""
+        return self.is_fixed or self.node.me.ip in self.own_addresses() or not self._was_own
+
+    def on_local_address(self, ip: str) -> None:
+        """A connection left from this address of ours."""
+        if not is_loopback(ip) and is_peer_ip(ip):
+            self._consider(ip, self.LEFT_BY)
+
+    def on_seen(self, ip: Any, by: str) -> None:
+        """The far end of a connection, at the address `by`, sees us at this address."""
+        if is_peer_ip(ip) and not is_loopback(ip) and not is_loopback(by):
+            self._consider(ip, self.SEEN)
+
+    def _consider(self, ip: str, certainty: int) -> None:
+        is_own = ip in self.own_addresses()
+        better = certainty == self.SEEN and is_own and self.node.me.ip not in self.own_addresses()
+        if not self.is_fixed and (self._certainty < self.SEEN or better):
+            self._certainty = certainty
+            self._was_own = is_own if certainty == self.SEEN else self._was_own
+            self._move(ip)
+
+    def follow_machine(self) -> None:
+        """The machine may have another address by now (a new lease, another network): take that."""
+        own = self.own_addresses()
+        is_current = self.node.me.ip in own and not is_loopback(self.node.me.ip)  # loopback: there was no network
+        if not (self.is_fixed or is_current or not self._was_own or is_loopback(own[0])):
+            self.forget_certainty()
+            self.node.on_address_lost(own)
+            self._move(own[0])
+
+    def forget_certainty(self) -> None:
+        """The network is gone; it may come back with another address."""
+        self._certainty = self.GUESSED
+
+    def _move(self, ip: str) -> None:
+        if ip != self.node.me.ip:
+            self._own = (float("-inf"), [])  # it may be older than the new address
+        self.node.change_identity(self.node.me.username, ip)
+
+
+# What an address was dialled for.
+LOST_PEER, HEARSAY, OUR_PEER = "a lost peer's", "named by a peer", "a peer's"
+BEACON, SERVER, NAMED = "heard on the local network", "a server's", "named by hand"
+
+
+class Target:
+    """An address that is, was or will be dialled: for what, for whom, and what came of it."""
+
+    __slots__ = ("address", "why", "peer", "link", "tried_at", "wait", "retry_at", "result")
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.why = LOST_PEER
+        self.peer: Optional[Contact] = None  # whom we mean to reach there; of one named by hand, whom we met
+        self.link: Optional[Link] = None  # while it is being dialled
+        self.tried_at = float("-inf")
+        self.wait = 0.0  # seconds from the last failure to the next try
+        self.retry_at = float("-inf")  # a peer of ours is not dialled there before
+        self.result = ""  # of the last try, in words, for the report
+
+
+class Targets:
+    """All addresses that are, were or will be dialled: one table, bounded by MAX_PEERS, the latest last."""
+
+    def __init__(self) -> None:
+        self._all: Dict[Address, Target] = {}
+        self.dialling = 0
+        self.queue: Dict[Address, None] = {}  # those for which there is no room now
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def get(self, address: Address) -> Optional[Target]:
+        """What is known of an address."""
+        return self._all.get(address)
+
+    def enter(self, address: Address, why: str, peer: Optional[Contact] = None) -> Target:
+        """The entry of an address, made anew or moved to the end of the table. That it was named by hand stays."""
+        target = self._all.pop(address, None) or Target(address)
+        self._all[address] = target
+        if target.why != NAMED or peer is not None:
+            target.peer = peer
+        target.why = NAMED if target.why == NAMED and why != SERVER else why
+        if len(self._all) > MAX_PEERS:
+            self._forget_oldest()
+        return target
+
+    def note(self, address: Address, result: str, why: str) -> None:
+        """Keep in words what came of trying an address."""
+        self.enter(address, why).result = result
+
+    def reset(self, address: Address) -> None:
+        """Forget past failures to reach an address, and that it waits to be dialled."""
+        self.queue.pop(address, None)
+        target = self._all.get(address)
+        if target is not None:
+            target.wait, target.retry_at, target.result = 0.0, float("-inf"), ""
+
+    def is_due(self, address: Address, now: float) -> bool:
+        """Whether the last failure to reach an address is long enough ago."""
+        target = self._all.get(address)
+        return target is None or now >= target.retry_at
+
+    def recent(self, now: float) -> List[Address]:
+        """Those that were dialled within QUIET_AFTER because a beacon or a peer named them."""
+        latest = itertools.islice(reversed(self._all.values()), 4 * MAX_DIALS)
+        return [each.address for each in latest if each.why in (HEARSAY, BEACON) and now - each.tried_at < QUIET_AFTER]
+
+    def results(self) -> List[Target]:
+        """The last tries that the report names."""
+        return [each for each in self._all.values() if each.result and each.why in (BEACON, SERVER, NAMED)][-16:]
+
+    def _forget_oldest(self) -> None:
+        for address, target in self._all.items():
+            if target.link is None and address not in self.queue and target.why != NAMED:
+                del self._all[address]
+                return
+
+
+def back_off(wait: float, least: float, most: float, rng: random.Random) -> Tuple[float, float]:
+    """Return the wait that follows one of `wait` s, doubled from `least` to `most`, and the same with jitter."""
+    wait = min(max(2 * wait, least), most)
+    return wait, wait * (0.75 + rng.random() / 2)
+
+
+class Links:
+    """All links. Over one of them we send to a peer (`Contact.link`); over any we may receive."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.all: Dict[Link, None] = {}
+        self.own_addresses: Set[Address] = set()  # where we met ourselves
+        self._unidentified = Unidentified()
+
+    # -- dialling --------------------------------------------------------------------------------------
+
+    def ensure_link(self, peer: Contact) -> None:
+        """Dial a peer that is present, unless there is a link to it."""
+        if peer.link is None and not peer.gone:
+            self.dial(peer.route, OUR_PEER, peer)
+
+    def dial(self, address: Address, why: str, peer: Optional[Contact] = None) -> None:
+        """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
+        node, targets = self.node, self.node.targets
+        known = targets.get(address)
+        if (known is not None and known.link is not None) or address in self.own_addresses:
+            return
+        if node.stopping or not node.whereabouts.may_reach(address[0]):
+            return
+        target = targets.enter(address, why, peer)
+        if targets.dialling >= MAX_DIALS:
+            if len(targets.queue) < MAX_PEERS:
+                targets.queue[address] = None
+            return
+        targets.queue.pop(address, None)
+        targets.dialling += 1
+        target.tried_at = node.loop.now()
+        target.link = link = Link(node, address, dialled=True)
+        self.all[link] = None
+        link.connection = node.loop.connect(address, link, node.settings.timeout)
+
+    def verify_address(self, address: Address, why: str = HEARSAY) -> None:
+        """Dial an address that somebody named, to see who answers there: few at a time, and none again so soon."""
+        now = self.node.loop.now()
+        recent = self.node.targets.recent(now)
+        at_machine = sum(ip == address[0] for ip, _ in recent)
+        is_crowded = at_machine >= MAX_LOOKS // 4 and not self.node.whereabouts.is_own(address[0])
+        if address not in (self.node.me.address, *recent) and not is_crowded and len(recent) < MAX_LOOKS:
+            self.dial(address, why)
+
+    def is_awaiting_hello(self, peer: Contact, since: float) -> bool:
+        """Whether a dial to a peer waits for its hello: one that began by `since`, or that was accepted."""
+        target = self.node.targets.get(peer.route)
+        link = target.link if target is not None else None
+        return link is not None and (bool(link.announced_id) or link.used_at <= since)
+
+    def _end_dial(self, link: Link, failure: str = "") -> None:
+        """A dial has ended, well or not: those that wait may dial now."""
+        targets = self.node.targets
+        target = targets.get(link.address)
+        if target is None or target.link is not link:
+            return
+        target.link = None
+        targets.dialling -= 1
+        meant, met = target.peer, link.peer
+        if met is None:
+            self._on_dial_failed(target, link.failure or failure)
+        else:
+            target.result, target.wait, target.peer = "", 0.0, met
+            if meant not in (None, met):
+                self._on_dial_failed(target, REFUSED, meant)  # another peer answers there: it does so no more
+        while targets.queue and targets.dialling < MAX_DIALS:
+            address = next(iter(targets.queue))
+            waiting = targets.get(address)
+            del targets.queue[address]
+            if waiting is not None:
+                self.dial(address, waiting.why, waiting.peer)
+
+    def _on_dial_failed(self, target: Target, failure: str, peer: Optional[Contact] = None) -> None:
+        peer = peer or target.peer
+        if not peer or target.peer is peer:
+            target.result = failure
+            target.wait, wait = back_off(target.wait, RETRY_MIN, RETRY_MAX, self.node.loop.random)
+            target.retry_at = self.node.loop.now() + wait
+        if peer is not None:
+            peer.has_ended = peer.has_ended or (peer.gone and failure == REFUSED)
+            self.node.dial_failed(peer, failure)
+
+    # -- saying hello ----------------------------------------------------------------------------------
+
+    def handle_p2p_connection(self, connection: Connection) -> Handler:
         """Somebody dialled us."""
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
         self._unidentified.add(connection)  # which may turn away an older one
         self.all[link] = None
-        link.timer = self.node.loop.call_later(HELLO_TIMEOUT, self._no_hello, link)
+        link.timer = self.node.loop.call_later(HELLO_TIMEOUT, self._on_no_hello, link)
         return link
-
-    def want(self, peer: Peer) -> None:
-        """See to it that there is a link to a peer that is there, or will be."""
-        if peer.key not in self.current and not peer.gone:
-            self.dial(peer.route, peer)
-
-    def dial(self, address: Address, peer: Optional[Peer] = None) -> None:
-        """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
-        if address in self.dialling or address in self.own or self.node.stopping or not self.node.may_reach(address[0]):
-            return
-        if len(self.dialling) >= MAX_DIALS:
-            if len(self.waiting) < MAX_PEERS:
-                self.waiting[address] = peer
-            return
-        self.dialling[address] = peer
-        link = Link(self.node, address, dialled=True)
-        self.all[link] = None
-        link.connection = self.node.loop.connect(address, link, self.node.settings.timeout)
-
-    def is_asked(self, peer: Peer, since: float) -> bool:
-        """Whether a dial to a peer waits for its hello: one that was begun by `since`, or that somebody accepted."""
-        dials = [link for link in self.all if link.dialled and link.peer is None and link.address == peer.route]
-        return any(link.said or link.used <= since for link in dials)
 
     def say_hello(self, link: Link) -> None:
         """Say who we are; in an answer also at which address we see the other."""
         node = self.node
-        link.said = node.me.id
+        link.announced_id = node.me.id
         content = {"peer": node.me.wire(node.loop.now()), "digest": node.peers.digest()}
         if not link.dialled:
             content["you"] = {"ip": link.connection.remote[0]}
         else:
-            link.timer = node.loop.call_later(node.settings.timeout, self._no_hello, link)
+            link.timer = node.loop.call_later(node.settings.timeout, self._on_no_hello, link)
         link.send(MSG_HELLO, content)
 
-    def hello(self, link: Link, message: Message) -> None:
+    def handle_hello(self, link: Link, message: Message) -> None:
         """The far end says who it is: believe it if that can be, and bind the link to it."""
         if link.peer is not None:
             return
-        content = message["content"]
+        node, content = self.node, message["content"]
         record = content["peer"]
         objection = self._objection(link, record)
         if objection:
             link.failure = f"{record['id']} answers there: {objection}"
             link.refuse(objection)
             return
-        before = self.node.peers.by_key(record["instance"])
+        before = node.peers.by_key(record["instance"])
         was_lost = before is not None and before.gone
-        verdict, peer, changes = self.node.peers.merge_own_claim(record, self.node.loop.now())
+        verdict, peer, changes = node.peers.merge_own_claim(record, node.loop.now())
         if link.dialled:
             peer.via = link.address if link.address != peer.address else None
         self._bind(link, peer, record["id"])
-        if not link.dialled:
-            self.say_hello(link)
+        if link.dialled:
+            node.whereabouts.on_seen(content.get("you", {}).get("ip"), link.connection.remote[0])
         else:
-            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection.remote[0])
-        self.node.apply(changes)
-        self.node.gossip.met(link, peer, verdict, was_lost, content.get("digest"))
-        if peer.rtt is None:
-            self.node.detector.probe(peer)  # for /who: on the ring only neighbours are probed
-        if not peer.gone and not link.ready:
-            self.node.delivery.resume(peer, link)
+            self.say_hello(link)
+        node.linked(link, peer, verdict, changes, content.get("digest"), was_lost)
 
-    def _bind(self, link: Link, peer: Peer, peer_id: str) -> None:
-        link.peer = peer
-        link.ids = (peer_id,)
-        link.bound = self.node.loop.now()
+    def _bind(self, link: Link, peer: Contact, peer_id: str) -> None:
+        link.peer, link.ids = peer, (peer_id,)
         link.timer.cancel()
         self._unidentified.discard(link.connection)
         if link.dialled:
-            self._dial_over(link)
+            self._end_dial(link)
         for needless in [each for each in self.all if each.peer is peer][:-LINKS_TO_ONE]:
             needless.connection.abort("one link too many")
-        self.current[peer.key] = link
-        self._failed.pop(peer.key, None)
-        peer.refused = False
-        self.node.detector.heard(peer)
-        self.node.detector.proved(peer)
+        peer.link = link
+        peer.has_ended = False
+        self.node.targets.reset(peer.route)
         log.debug("[P2P] linked to %s", peer.id)
 
-    def _objection(self, link: Link, record: Dict[str, Any]) -> str:
-        """Why the far end can't be who it says it is; empty if nothing speaks against it."""
-        node = self.node
-        claimed = (record["ip"], record["port"])
-        if record["instance"] == node.me.instance:
-            if len(self.own) >= MAX_DIALS:
-                self.own.clear()  # so many addresses have we not: somebody plays with us
-            self.own.add(link.address if link.dialled else link.connection.local)
-            return "this is yourself"
-        if self._banned.get(record["instance"], 0.0) > node.loop.now():
-            return "you sent too much; come back later"
-        if not self.seen_there(link, claimed) and not self._is_elsewhere(link, record):
-            self.look(claimed)
-            return f"you say that you are at {claimed[0]}:{claimed[1]}, but I see you at {link.connection.remote[0]}"
-        holder = node.peers.get(record["id"])
-        if not link.dialled and holder is not None and holder.key != record["instance"] and not self._is_mute(holder):
-            self.look(claimed)
-            return "another peer has that id; I am looking which of you answers there"
-        known = node.peers.by_key(record["instance"])
-        if known is not None and not known.gone and known.address != claimed and self._is_lively(known):
-            node.detector.probe(known)
-            return f"that instance is at {known.ip}:{known.port}, and still answers"
-        return ""
-
-    def seen_there(self, link: Link, claimed: Address) -> bool:
-        """Whether the address that the far end claims is the one at which we see it."""
-        seen, port = link.connection.remote
-        if link.dialled and port != claimed[1]:
-            return False
-        return seen == claimed[0] or (self.node.is_own(seen) and self.node.is_own(claimed[0]))
-
-    def _is_elsewhere(self, link: Link, record: Dict[str, Any]) -> bool:
-        """Whether one that we dialled may be known by another address of its machine: not if anybody else is."""
-        node, address = self.node, link.address
-        known, holder = node.peers.by_key(record["instance"]), node.peers.get(record["id"])
-        strange = known is None or known.gone or address in (known.via, known.address)
-        elsewhere = link.dialled and address[1] == record["port"] and not node.is_own(record["ip"])
-        return elsewhere and strange and holder in (None, known)
-
-    def _is_mute(self, peer: Peer) -> bool:
-        """Whether nothing links us to a peer, though all are linked here, and its machine has not answered a dial for
-        a while: a firewall that lets nobody in. Who links to us from there, at its id, is its program started anew."""
-        if peer.key in self.current or len(self.node.peers) > IDLE_LINKS:
-            return False
-        dials = [link for link in self.all if link.connection.state == CONNECTING and link.address == peer.route]
-        since = self.node.loop.now() - LEFT_SUSPICION
-        return any(link.used <= since for link in dials)
-
-    def look(self, address: Address) -> None:
-        """Dial an address that somebody named, to see who answers there: few, and none again so soon."""
-        now = self.node.loop.now()
-        self._looked = {each: when for each, when in self._looked.items() if now - when < QUIET_AFTER}
-        there = sum(ip == address[0] for ip, _ in self._looked)
-        crowded = there >= MAX_LOOKS // 4 and not self.node.is_own(address[0])  # no machine takes all the places
-        if address not in (self.node.me.address, *self._looked) and not crowded and len(self._looked) < MAX_LOOKS:
-            self._looked[address] = now
-            self.dial(address)
-
-    def _is_lively(self, peer: Peer) -> bool:
-        """Whether a peer is where we know it to be; one that said nothing lately has time to answer a probe first."""
-        now = self.node.loop.now()
-        if peer.key in self.current and now - peer.heard_at < QUIET_AFTER:
-            return True
-        if peer.asked_at <= peer.heard_at:
-            peer.asked_at = now
-        return now - peer.asked_at < LEFT_SUSPICION
-
-    def on_close(self, link: Link, reason: str) -> None:
-        """A link is gone. Another one to the same peer takes over; else the peer is looked after."""
-        del self.all[link]
-        self._unidentified.discard(link.connection)
-        if self.node.stopping:
-            self.node.proceed()
-            return
-        peer = link.peer
-        if peer is None:
-            if link.dialled:
-                self._dial_over(link, reason)
-            return
-        if self.current.get(peer.key) is not link:
-            return
-        del self.current[peer.key]
-        other = next((each for each in self.all if each.peer is peer and each.connection.state == OPEN), None)
-        if other is not None:
-            self.current[peer.key] = other
-            self.node.delivery.resume(peer, other)
-        elif not peer.gone:
-            log.debug("[P2P] link to %s lost: %s", peer.id, reason)
-            idle = self.node.loop.now() - link.used > IDLE_TIMEOUT / 2 and not self.node.delivery.is_waiting(peer)
-            if idle and len(self.node.peers) > IDLE_LINKS:
-                return  # the other side saw no need for it, and nor do we
-            if self.node.loop.now() - link.bound < 1.0:  # it may be lost at once again: no haste
-                self.node.loop.call_later(1.0, self.want, peer)
-            else:  # that happens to the living, too: look whether its program still answers
-                self.want(peer)
-
-    def _dial_over(self, link: Link, failure: str = "") -> None:
-        """A dial has ended, well or not: whoever waits may dial now."""
-        peer = self.dialling.pop(link.address, None)
-        self.node.finder.dialled(link, link.failure or failure)
-        if peer is not None and link.peer not in (None, peer):
-            failure = REFUSED  # somebody else answers there: it does so no more
-        if failure:
-            if peer is not None and not peer.gone:
-                wait = min(2 * self._failed.get(peer.key, (0.0, 0.5))[1], 30.0)
-                again = self.node.loop.now() + wait * (0.75 + self.node.loop.random.random() / 2)
-                self._failed[peer.key] = (again, wait)
-                self.node.detector.dial_failed(peer, failure)
-            elif peer is not None and failure == REFUSED:
-                peer.refused = True
-        while self.waiting and len(self.dialling) < MAX_DIALS:
-            address = next(iter(self.waiting))
-            self.dial(address, self.waiting.pop(address))
-
-    def _no_hello(self, link: Link) -> None:
+    def _on_no_hello(self, link: Link) -> None:
         if link.peer is None:
             link.failure = "what listens there does not answer as a peer does"
             link.refuse("no MSG_HELLO came")
             if link.dialled:
                 link.connection.abort("it does not answer")
 
-    def drop(self, peer: Peer, reason: str) -> None:
+    # -- is it who it says it is? ----------------------------------------------------------------------
+
+    def _objection(self, link: Link, record: Dict[str, Any]) -> str:
+        """Why the far end can't be the peer that it claims to be; empty if nothing speaks against it."""
+        node, claimed = self.node, (record["ip"], record["port"])
+        known, holder = node.peers.by_key(record["instance"]), node.peers.get(record["id"])
+        if record["instance"] == node.me.instance:
+            self._on_met_ourselves(link)
+            return "this is yourself"
+        if known is not None and known.banned_until > node.loop.now():
+            return "you sent too much; come back later"
+        if not self.is_seen_at(link, claimed) and not self._is_elsewhere(link, record, known, holder):
+            self.verify_address(claimed)
+            return f"you say that you are at {format_address(claimed)}, but I see you at {link.connection.remote[0]}"
+        if not link.dialled and holder is not None and holder is not known and not self._is_unreachable(holder):
+            self.verify_address(claimed)
+            return "another peer has that id; I am looking which of you answers there"
+        if known is not None and not known.gone and known.address != claimed and self._may_be_alive(known):
+            node.contested(known)
+            return f"that instance is at {format_address(known.address)}, and still answers"
+        return ""
+
+    def _on_met_ourselves(self, link: Link) -> None:
+        if len(self.own_addresses) >= MAX_DIALS:
+            self.own_addresses.clear()  # we do not have so many: somebody plays with us
+        self.own_addresses.add(link.address if link.dialled else link.connection.local)
+
+    def is_seen_at(self, link: Link, claimed: Address) -> bool:
+        """Whether the address that the far end claims is the one at which we see it."""
+        seen, port = link.connection.remote
+        is_own = self.node.whereabouts.is_own
+        if link.dialled and port != claimed[1]:
+            return False
+        return seen == claimed[0] or (is_own(seen) and is_own(claimed[0]))
+
+    def _is_elsewhere(self, link: Link, record: Dict[str, Any], known: Optional[Contact],
+                      holder: Optional[Contact]) -> bool:
+        """Whether a peer that we dialled may be known by another address of its machine: not if another peer is."""
+        may_move = known is None or known.gone or link.address in (known.via, known.address)
+        is_its_port = link.dialled and link.address[1] == record["port"]
+        return is_its_port and may_move and holder in (None, known) and not self.node.whereabouts.is_own(record["ip"])
+
+    def _is_unreachable(self, peer: Contact) -> bool:
+        """Whether nothing links us to a peer, though all are linked here, and its machine has not answered a dial for
+        a while: a firewall that lets nobody in. Who links to us from there, at its id, is its program started anew."""
+        if peer.link is not None or len(self.node.peers) > IDLE_LINKS:
+            return False
+        target = self.node.targets.get(peer.route)
+        if target is None or target.link is None or target.link.connection.state != CONNECTING:
+            return False
+        return target.tried_at <= self.node.loop.now() - CONTEST_TIME
+
+    def _may_be_alive(self, peer: Contact) -> bool:
+        """Whether a peer is where we know it to be; one that said nothing lately has time to answer a probe first."""
+        now = self.node.loop.now()
+        if peer.link is not None and now - peer.heard_at < QUIET_AFTER:
+            return True
+        if peer.contested_at <= peer.heard_at:
+            peer.contested_at = now
+        return now - peer.contested_at < CONTEST_TIME
+
+    # -- closing ---------------------------------------------------------------------------------------
+
+    def on_link_closed(self, link: Link, reason: str) -> None:
+        """A link is gone. Another one to the same peer takes its place, if there is one."""
+        del self.all[link]
+        self._unidentified.discard(link.connection)
+        if link.dialled and link.peer is None:
+            self._end_dial(link, reason)
+        peer = link.peer
+        if peer is not None and peer.link is link:
+            others = (each for each in self.all if each.peer is peer and each.connection.state == OPEN)
+            peer.link = next(others, None)
+            self.node.unlinked(link, peer, reason)
+        if self.node.stopping:
+            self.node.maybe_depart()
+
+    def drop(self, peer: Contact, reason: str) -> None:
         """Close every link to a peer, and give up dialling it."""
-        self._failed.pop(peer.key, None)
-        self.waiting.pop(peer.route, None)
-        dialled = peer.route if self.dialling.get(peer.route) is peer else None
+        target = self.node.targets.get(peer.route)
+        dial = target.link if target is not None and target.peer is peer else None
+        self.node.targets.reset(peer.route)
         for link in list(self.all):
-            if link.peer is peer or (link.peer is None and link.dialled and link.address == dialled):
+            if link.peer is peer or link is dial:
                 link.connection.abort(reason)
 
     def abort_all(self, reason: str) -> None:
@@ -2682,38 +3001,13 @@ class Links:
                 link.connection.abort(reason)
 
     def ban(self, link: Link) -> None:
-        """End a link, and accept no other from that instance for a while."""
-        now = self.node.loop.now()
-        self._banned = {each: until for each, until in self._banned.items() if until > now}
-        if link.peer is not None and len(self._banned) < MAX_PEERS:
-            self._banned[link.peer.key] = now + BAN_TIME
+        """End a link, and accept no other from that peer for a while."""
+        if link.peer is not None:
+            link.peer.banned_until = self.node.loop.now() + BAN_TIME
             name = self.node.peers.label(link.peer)
             text = f"{name} sent far too much and was cut off for {BAN_TIME:.0f} s."
             self.node.emit({"event": "notice", "text": text})
         link.refuse("you sent too much; come back later")
-
-    def keep_house(self) -> None:
-        """Dial those who should be linked; close links that nobody needs."""
-        now, me = self.node.loop.now(), self.node.me
-        if len(self.node.peers) <= IDLE_LINKS:
-            for peer in self.node.peers.present():
-                may_dial = me.key < peer.key or now - peer.last_sign_at() > QUIET_AFTER - 1
-                if peer.key not in self.current and may_dial and now >= self._failed.get(peer.key, (0.0, 0.0))[0]:
-                    self.dial(peer.route, peer)
-        else:  # too many to be linked to all: verify one that was only heard of
-            unheard = [peer for peer in self.node.peers.present() if not peer.heard_at]
-            for peer in self.node.peers.sample(self.node.loop.random, 1, unheard):
-                self.dial(peer.route, peer)
-        for link in list(self.all):
-            if link.peer is None or now - link.used <= IDLE_TIMEOUT:
-                continue
-            if self.current.get(link.peer.key, link) is not link:  # a second link, which one side closes
-                needless = me.key < link.peer.key
-            else:  # or one too many
-                many = len(self.node.peers) > IDLE_LINKS < len(self.all)
-                needless = many and not self.node.delivery.is_waiting(link.peer)
-            if needless:
-                link.connection.close("not needed")
 
     def close_all(self) -> None:
         """Say goodbye to all and close: our last incarnation first, or late news of it would call us alive again."""
@@ -2721,22 +3015,735 @@ class Links:
         for link in list(self.all):
             if link.peer is None and not link.dialled:
                 self.say_hello(link)  # its own hello is under way: then it knows who leaves
-            self.node.delivery.acknowledge(link)
             link.send(MSG_UNREGISTER, None)
             link.connection.close("leaving")
 
+    def was_idle(self, link: Link, peer: Contact) -> bool:
+        """Whether the far end closed a link that it did not need, and nor do we."""
+        is_unused = self.node.loop.now() - link.used_at > IDLE_TIMEOUT / 2 and not peer.has_unacknowledged
+        return is_unused and len(self.node.peers) > IDLE_LINKS
+
+    # -- keeping them in order -------------------------------------------------------------------------
+
+    def reconcile(self) -> None:
+        """Dial those that should be linked; close links that nobody needs."""
+        node, now = self.node, self.node.loop.now()
+        if len(node.peers) <= IDLE_LINKS:
+            for peer in node.peers.present():
+                may_dial = node.me.key < peer.key or now - peer.last_sign_at() > QUIET_AFTER - 1
+                if peer.link is None and may_dial and node.targets.is_due(peer.route, now):
+                    self.dial(peer.route, OUR_PEER, peer)
+        else:  # too many to be linked to all: verify one that was only heard of
+            unheard = [peer for peer in node.peers.present() if not peer.heard_at]
+            for peer in node.peers.sample(node.loop.random, 1, unheard):
+                self.dial(peer.route, OUR_PEER, peer)
+        for link in list(self.all):
+            if link.peer is not None and now - link.used_at > IDLE_TIMEOUT and self._is_needless(link, link.peer):
+                link.connection.close("not needed")
+
+    def _is_needless(self, link: Link, peer: Contact) -> bool:
+        """Whether a link that was not used for a while is a second one, which one side closes, or one too many."""
+        if peer.link not in (None, link):
+            return self.node.me.key < peer.key
+        return len(self.node.peers) > IDLE_LINKS < len(self.all) and not peer.has_unacknowledged
+
     def announce(self) -> None:
-        """Tell all to whom we said hello who we are now, under the name that they know: what follows is under ours."""
+        """Tell all to whom we said hello who we are now, under the id that they know: what follows is under ours."""
         content = {"peers": [self.node.me.wire(self.node.loop.now())]}
         for link in self.all:
-            if link.said:
-                link.connection.send(create_message(MSG_PEER_NEWS, link.said, content))
-                link.said = self.node.me.id
+            if link.announced_id:
+                link.connection.send(create_message(MSG_PEER_NEWS, link.announced_id, content))
+                link.announced_id = self.node.me.id
 
-    def some(self, count: int, but: Optional[Peer] = None) -> List[Link]:
-        """Up to `count` of the links in use at random, none to the peer `but`."""
-        links = [link for _, link in sorted(self.current.items()) if link.peer is not but]
+    def sample(self, count: int, but: Optional[Contact] = None) -> List[Link]:
+        """Up to `count` of the links over which we send, at random, none of them to the peer `but`."""
+        links = [link for link in self.all if link.peer is not None and link.peer.link is link and link.peer is not but]
         return self.node.loop.random.sample(links, min(count, len(links)))
+
+
+# The evidence that a peer is gone. SAID_ is hearsay.
+SILENT, REFUSES, SAID_SUSPECT, SAID_DEAD, SAID_LEFT = "silent", "refuses", "said suspect", "said dead", "said left"
+
+# How long a peer has to refute it, in seconds from its first suspicion on. The strongest evidence counts.
+TIME_TO_REFUTE: Dict[FrozenSet[str], float] = {
+    frozenset((SILENT,)): 6.0,  # so it is removed 11 s after its last sign of life
+    frozenset((SAID_SUSPECT,)): 6.0,
+    frozenset((REFUSES,)): 3.0,  # its address refuses connections: time for others to say that it lives
+    frozenset((SAID_DEAD,)): 2.5,  # time for its own answer to a probe
+    frozenset((SAID_LEFT,)): 1.0,
+    frozenset((SAID_DEAD, REFUSES)): 0.5,  # two witnesses that do not know of each other
+    frozenset((SAID_LEFT, REFUSES)): 0.5,
+}
+
+
+def time_to_refute(evidence: AbstractSet[str]) -> float:
+    """Return how long after the first suspicion a peer is removed if it shows no sign of life."""
+    return min(seconds for needed, seconds in TIME_TO_REFUTE.items() if needed <= evidence)
+
+
+class Suspicion:
+    """A peer may be gone: it has until `timer` fires to show that it lives."""
+
+    __slots__ = ("since", "evidence", "words", "timer")
+
+    def __init__(self, now: float, words: str) -> None:
+        self.since = now
+        self.evidence: Set[str] = set()
+        self.words = words  # what was said first
+        self.timer = Timer()
+
+    @property
+    def is_hearsay(self) -> bool:
+        """Whether there is nothing against the peer but what others say."""
+        return self.evidence <= {SAID_DEAD, SAID_LEFT}
+
+    @property
+    def reason(self) -> str:
+        """What its user is told if the peer is removed."""
+        if SAID_LEFT in self.evidence:
+            return "left"
+        return "connection refused" if REFUSES in self.evidence else self.words
+
+
+class Detector:
+    """Failure detection. Each peer probes its NEIGHBOURS on a ring, so each is watched by a few and the cost
+    does not grow with the number of peers. Silence makes a suspicion: others are asked to probe the peer, the
+    peer itself is told and can refute it, and only if none of that helps in time is it removed."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.contact_at = 0.0  # when anything was last heard from anybody
+        self.is_isolated = False  # everybody fell silent at once: it is us
+        self.server_seen_at = float("-inf")  # when a server on another machine was last online; inf while it is
+        self._last_tick = (0.0, 0.0)  # on the loop's clock and on the wall's
+
+    def start(self) -> None:
+        """Trust no silence from before now."""
+        self.contact_at = self.node.loop.now()
+        self._last_tick = (self.contact_at, self.node.loop.wall())
+
+    # -- signs of life ---------------------------------------------------------------------------------
+
+    def on_heard(self, peer: Optional[Contact]) -> None:
+        """Something came from a peer itself; None for the server, or for one that has not said who it is.
+
+        What comes from this very machine says nothing about the network."""
+        now = self.node.loop.now()
+        if peer is None or peer.ip != self.node.me.ip:
+            self.contact_at = now
+            if self.is_isolated:
+                self._on_network_back()
+        if peer is not None:
+            peer.heard_at = now
+            self._clear(peer)
+
+    def on_confirmed(self, peer: Contact) -> None:
+        """Somebody else heard a peer, or the peer refuted that it is gone."""
+        peer.confirmed_at = self.node.loop.now()
+        self._clear(peer)
+
+    def _clear(self, peer: Contact) -> None:
+        if peer.suspicion is not None:
+            peer.suspicion.timer.cancel()
+            peer.suspicion = None
+            self.node.news.drop(peer, SUSPECT)
+        peer.unconfirmed_since = None
+        if peer.quiet:
+            self._set_quiet(peer, False)
+
+    def _set_quiet(self, peer: Contact, quiet: bool) -> None:
+        if peer.quiet != quiet and not peer.gone:
+            peer.quiet = quiet
+            self.node.emit({"event": "quiet", "peer": peer.public, "quiet": quiet})
+
+    # -- probing ---------------------------------------------------------------------------------------
+
+    def probe_neighbours(self) -> None:
+        """Probe the neighbours, look for silence among them, and look for peers that were lost."""
+        node = self.node
+        self._last_tick = (node.loop.now(), node.loop.wall())
+        ahead, behind = node.peers.neighbours(NEIGHBOURS)
+        for peer in ahead:
+            self.probe(peer)
+        for peer in ahead + behind:
+            self.check_silence(peer)
+        self._dial_a_lost_peer()
+        if self.is_isolated:
+            for peer in node.peers.sample(node.loop.random, MAX_DIALS // 2, node.peers.present()):
+                self.probe(peer)
+
+    def probe(self, peer: Contact, status: str = ALIVE) -> None:
+        """Ask a peer for a sign of life, and tell it what is said of it."""
+        link, now = peer.link, self.node.loop.now()
+        if link is None:
+            self.node.links.ensure_link(peer)
+        elif status == ALIVE or now - link.warned_at >= WARN_INTERVAL:
+            link.warned_at = link.warned_at if status == ALIVE else now
+            content = {"number": int(now * 1_000_000), "incarnation": peer.incarnation, "status": status}
+            link.ask(MSG_PROBE, content, functools.partial(self._on_probe_answered, peer, now))
+
+    def handle_probe(self, link: Link, message: Message) -> None:
+        """We are asked for a sign of life, and told what is believed of us."""
+        content, me = message["content"], self.node.me
+        if content.get("status", ALIVE) != ALIVE:
+            self.node.refute(content.get("incarnation", 0))
+            link.send(MSG_PEER_NEWS, {"peers": [me.wire(self.node.loop.now())]})
+        link.answer(message, MSG_PROBE_ACK, {"number": content["number"], "incarnation": me.incarnation})
+
+    def _on_probe_answered(self, peer: Contact, asked_at: float, message: Message) -> None:
+        peer.rtt = self.node.loop.now() - asked_at
+        self.answer_askers(peer)
+
+    def check_silence(self, peer: Contact) -> None:
+        """If nothing is heard of a peer that should be heard, first others are asked whether they hear it."""
+        is_silent = self.node.loop.now() - peer.last_sign_at() > QUIET_AFTER - 1
+        if is_silent and peer.suspicion is None and not self.is_isolated:
+            self.node.links.drop(peer, "silent")  # perhaps only this connection is dead: another is tried
+            self.suspect(peer, SILENT)
+            self.node.check_server()  # is it the network?
+            self.node.loop.call_later(QUIET_SHOWN, self._check_still_silent, peer, peer.suspicion)
+
+    def _check_still_silent(self, peer: Contact, suspicion: Suspicion) -> None:
+        """Nobody else heard it either: say so, which reaches the peer itself if anything does."""
+        if peer.suspicion is suspicion:
+            self._set_quiet(peer, True)
+            self.node.spread(peer, SUSPECT)
+
+    def on_dial_failed(self, peer: Contact, reason: str) -> None:
+        """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
+        if reason == REFUSED and peer.ip != self.node.me.ip:
+            self.on_heard(None)  # somebody sent the refusal: our own network works
+        if reason != REFUSED:
+            return
+        if peer.suspicion is not None and peer.suspicion.is_hearsay:
+            self.suspect(peer, REFUSES)
+        elif (peer.link is None and self.node.loop.now() - peer.confirmed_at > QUIET_AFTER
+              and self.suspect(peer, REFUSES)):
+            self.node.spread(peer, SUSPECT)
+
+    # -- suspicion -------------------------------------------------------------------------------------
+
+    def on_accusation(self, peer: Contact, status: str, words: str = "silent") -> None:
+        """Somebody says that a peer is suspect or gone: let the peer itself answer."""
+        if status == SUSPECT and self.node.loop.now() - peer.heard_at < QUIET_AFTER:
+            self.probe(peer, SUSPECT)  # we hear it: it will refute that, and its word travels
+            return
+        if status == SUSPECT and peer.suspicion is None:
+            self.node.spread(peer, SUSPECT)
+        self.suspect(peer, {SUSPECT: SAID_SUSPECT, LEFT: SAID_LEFT}.get(status, SAID_DEAD), words)
+        self.probe(peer, status)
+
+    def suspect(self, peer: Contact, evidence: str, words: str = "silent") -> bool:
+        """Hold evidence against a peer, and ask others to probe it; False if that leaves it as much time as before."""
+        if peer.gone:
+            return False
+        now = self.node.loop.now()
+        suspicion = peer.suspicion = peer.suspicion or Suspicion(now, words)
+        before = time_to_refute(suspicion.evidence) if suspicion.evidence else float("inf")
+        suspicion.evidence.add(evidence)
+        seconds = time_to_refute(suspicion.evidence)
+        if seconds >= before:
+            return False
+        suspicion.timer.cancel()
+        wait = max(0.0, suspicion.since + seconds - now)
+        suspicion.timer = self.node.loop.call_later(wait, self._on_suspicion_expired, peer)
+        self.probe(peer, SUSPECT)
+        for link in self.node.links.sample(PROBE_HELPERS, but=peer):
+            link.ask(MSG_PROBE_REQUEST, {"peer": peer.wire(now)}, self._on_helper_answered)
+        return True
+
+    def handle_probe_request(self, link: Link, message: Message) -> None:
+        """Somebody can't reach a peer and asks whether we can (SWIM's indirect probe)."""
+        peer = self.node.peers.by_key(message["content"]["peer"].get("instance", ""))
+        if peer is None or peer.gone:
+            return
+        if len(peer.askers) < IDLE_LINKS:
+            peer.askers[link] = message
+        self.probe(peer, SUSPECT)
+
+    def answer_askers(self, peer: Contact) -> None:
+        """A peer is alive just now: tell those that asked."""
+        askers, peer.askers = peer.askers, {}
+        for link, question in askers.items():
+            link.answer(question, MSG_PROBE_RESULT, {"peer": peer.wire(self.node.loop.now())})
+
+    def _on_helper_answered(self, message: Message) -> None:
+        """A peer that we asked has heard the one that we suspect."""
+        peer = self.node.peers.by_key(message["content"]["peer"].get("instance", ""))
+        if peer is not None and not peer.gone and peer.suspicion is not None:
+            self.on_confirmed(peer)
+
+    def _on_suspicion_expired(self, peer: Contact) -> None:
+        """Nothing showed that it lives."""
+        suspicion = peer.suspicion
+        if self.node.check_clock() or suspicion is None:
+            return
+        now = self.node.loop.now()
+        self._check_isolation()
+        is_local = peer.ip == self.node.me.ip  # which a pulled cable does not hide
+        is_asked = (suspicion.is_hearsay and now - suspicion.since < TIME_TO_REFUTE[frozenset((SAID_DEAD,))]
+                    and self.node.links.is_awaiting_hello(peer, suspicion.since + CONTEST_TIME / 2))
+        if is_asked or (self.is_isolated and not is_local and now - self.contact_at < TOMBSTONE_TIME):
+            suspicion.timer.cancel()
+            wait = WARN_INTERVAL if is_asked else QUIET_AFTER
+            suspicion.timer = self.node.loop.call_later(wait, self._on_suspicion_expired, peer)
+        else:
+            self.node.remove_dead_peer(peer, LEFT if suspicion.reason == "left" else DEAD, suspicion.reason)
+
+    def clear(self, peer: Contact) -> None:
+        """A peer is gone: there is nothing left to suspect."""
+        peer.askers = {}
+        if peer.suspicion is not None:
+            peer.suspicion.timer.cancel()
+            peer.suspicion = None
+
+    # -- oneself ---------------------------------------------------------------------------------------
+
+    def _check_isolation(self) -> None:
+        """When several others fell silent at once, that is more likely us than they: keep the list, try them all."""
+        node = self.node
+        others = sum(1 for each in node.peers.present() if each.ip != node.me.ip)
+        others += self.server_seen_at > self.contact_at
+        if self.is_isolated or others <= 1 or node.loop.now() - self.contact_at <= QUIET_AFTER:
+            return
+        self.is_isolated = True
+        log.warning("[P2P] nobody can be heard: this machine's own network seems to be gone")
+        for peer in node.peers.present():
+            self._set_quiet(peer, True)
+            peer.unconfirmed_since = peer.unconfirmed_since or self.contact_at
+        node.whereabouts.forget_certainty()
+        node.emit({"event": "network", "gone": True})
+
+    def _on_network_back(self) -> None:
+        self.is_isolated = False
+        log.info("[P2P] the network is back")
+        self.node.emit({"event": "network", "gone": False})
+        self.node.start_over()
+
+    def start_over(self) -> List[Contact]:
+        """Trust no silence from before now, and no list either: peers may have gone meanwhile. Return those probed."""
+        now, present = self.node.loop.now(), self.node.peers.present()
+        for peer in present:
+            peer.added_at = now
+            peer.unconfirmed_since = peer.unconfirmed_since or now
+            self.clear(peer)
+        probed = self.node.peers.sample(self.node.loop.random, MAX_DIALS, present)
+        for peer in probed:
+            self.probe(peer)
+        self.node.loop.call_later(QUIET_AFTER, self._suspect_unconfirmed)
+        return probed
+
+    def _suspect_unconfirmed(self) -> None:
+        """Those that neither answered nor are on anybody's list."""
+        for peer in self.node.peers.present():
+            if peer.unconfirmed_since is not None and not self.is_isolated:
+                self.suspect(peer, SILENT)
+
+    def check_clock(self) -> bool:
+        """Whether the machine slept, or the process was stopped: then the silence was ours, not the peers'."""
+        now, wall = self.node.loop.now(), self.node.loop.wall()
+        passed = now - self._last_tick[0]
+        late, jump = passed - PROBE_INTERVAL, abs(wall - self._last_tick[1] - passed)
+        if late < QUIET_AFTER - PROBE_INTERVAL and jump < CLOCK_JUMP:
+            return False
+        self._last_tick = (now, wall)
+        if max(late, jump) > CLOCK_JUMP:
+            log.warning("[P2P] the clock jumped by %d s: looking who is still there", max(late, jump))
+            self.node.check_server()
+        if late >= QUIET_AFTER - PROBE_INTERVAL:  # what was sent to us meanwhile may be given up already
+            self.node.links.abort_all("this process was stopped")
+        self.node.start_over()
+        return True
+
+    def _dial_a_lost_peer(self) -> None:
+        """Dial one of those that were lost: so the halves of a cut network find each other again."""
+        lost = [peer for peer in self.node.peers.tombstones()
+                if peer.status == DEAD and peer.heard_at and not peer.has_ended]
+        if lost:
+            peer = self.node.loop.random.choice(lost)
+            self.node.links.dial(peer.route, LOST_PEER, peer)
+
+
+class Gossip:
+    """What peers tell each other of third ones: news at once to a few, who pass it on; and each interval
+    one random peer is compared with, by a digest first, so that what news missed is found."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self._timer = Timer()  # of the next round of news
+        self._has_synced = False  # whether anybody's list was merged yet
+
+    # -- news ------------------------------------------------------------------------------------------
+
+    def tell_soon(self) -> None:
+        """Pass on the news in the next turn."""
+        if self.node.news and not self._timer.active:
+            self._timer = self.node.loop.call_later(0, self._tell)
+
+    def _tell(self) -> None:
+        """Send all news to a few peers."""
+        chosen = self.node.links.sample(NEWS_FANOUT)
+        if chosen:
+            records = self.node.news.take(len(chosen), self.node.loop.now())
+            data = create_message(MSG_PEER_NEWS, self.node.me.id, {"peers": records})
+            for link in chosen:
+                link.connection.send(data)
+        if self.node.news and chosen:  # with nobody to tell, it waits for the next link
+            self._timer = self.node.loop.call_later(NEWS_INTERVAL, self._tell)
+
+    def handle_news(self, link: Link, message: Message) -> None:
+        """A peer tells what is new."""
+        self.merge_peer_lists(link, message["content"]["peers"])
+
+    def _send_news(self, link: Link, records: List[Dict[str, Any]]) -> None:
+        for start in range(0, len(records), NEWS_BATCH):
+            link.send(MSG_PEER_NEWS, {"peers": records[start:start + NEWS_BATCH]})
+
+    # -- comparing lists -------------------------------------------------------------------------------
+
+    def sync_with_random_peer(self) -> None:
+        """Compare lists with one random peer."""
+        peer = self.node.peers.get_random_peer(self.node.loop.random)
+        if peer is not None:
+            self.sync(peer)
+
+    def sync_for_user(self) -> None:
+        """Compare lists with one random peer, and say so."""
+        peer = self.node.peers.get_random_peer(self.node.loop.random)
+        text = "There is nobody to compare lists with."
+        if peer is not None:
+            self.sync(peer, by_user=True)
+            text = f"Comparing lists with {self.node.peers.label(peer)} ..."
+        self.node.emit({"event": "notice", "text": text})
+
+    def sync(self, peer: Contact, by_user: bool = False) -> None:
+        """Compare lists with a peer, now or as soon as it is linked."""
+        peer.sync_by_user = by_user
+        if peer.link is None:
+            self.node.links.ensure_link(peer)
+        else:
+            self._request(peer.link)
+
+    def _request(self, link: Link) -> None:
+        link.ask(MSG_SYNC_PEERS_REQUEST, {"digest": self.node.peers.digest()},
+                 functools.partial(self.handle_sync_response, link))
+
+    def on_linked(self, link: Link, peer: Contact, verdict: str, digest: Any, was_lost: bool) -> None:
+        """A link was bound: pass on that the peer is present, and compare lists if there is reason to."""
+        now, peers = self.node.loop.now(), self.node.peers
+        self.tell_soon()
+        gone = [each.wire(now) for each in peers.tombstones() if now - each.removed_at < RECENT_TIME]
+        self._send_news(link, gone[-NEWS_BATCH:])  # what was news a moment ago has passed by a newcomer
+        if verdict == NEW:
+            self.node.spread(peer, ALIVE)
+        elif verdict == STALE:  # it is thought gone: it must know, to be able to refute it
+            link.send(MSG_PEER_NEWS, {"peers": [peer.wire(now, peer.status if peer.gone else SUSPECT)]})
+        is_needed = not self._has_synced or (was_lost and link.dialled)  # of two that met again, one asks
+        if (is_needed and digest != peers.digest()) or peer.sync_by_user is not None:
+            self._request(link)
+
+    def handle_sync_request(self, link: Link, message: Message) -> None:
+        """Somebody asks for our list: send all of it, unless its digest says that it holds the same."""
+        node, content, now = self.node, message["content"] or {}, self.node.loop.now()
+        digest = node.peers.digest()
+        if content.get("digest") == digest:
+            link.answer(message, MSG_SYNC_PEERS_RESPONSE, {"peer_list": [], "digest": digest})
+            return
+        if now - link.listed_at < LIST_INTERVAL:
+            return  # it has our list already
+        link.listed_at = now
+        to = link.peer.id if link.peer else message["sender_id"]
+        lists = pack_lists(self._encoded_list(with_tombstones=link.peer is not None))
+        for number, records in enumerate(lists, 1):
+            more = ',"more":true' if number < len(lists) else ""
+            answer = f'{{"peer_list":[{records}],"digest":"{digest}"{more}}}'
+            link.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, node.me.id, to, answer, **reference(message)))
+
+    def _encoded_list(self, with_tombstones: bool) -> Iterator[str]:
+        peers = self.node.peers
+        yield from (peer.encoded for peer in [self.node.me, *peers.shared()])
+        if with_tombstones:
+            now = self.node.loop.now()
+            yield from (_ENCODER.encode(peer.wire(now)) for peer in peers.tombstones()[-NEWS_BATCH:])
+
+    def handle_sync_response(self, link: Link, message: Message) -> None:
+        """The list that we asked for: merge it, and send back what it lacks."""
+        peers, listed = self.node.peers, message["content"]["peer_list"]
+        before = len(peers)
+        if listed:
+            self.merge_peer_lists(link, listed)
+            told = {record.get("instance", "") or record["id"] for record in listed}
+            now = self.node.loop.now()
+            lacking = [peer.wire(now) for peer in peers.shared() if peer.key not in told]
+            if len(listed) < MAX_PEERS:
+                self._send_news(link, lacking)
+        if link.peer is not None:
+            self._report(link.peer, len(peers) - before)
+        self._has_synced = True
+
+    def _report(self, peer: Contact, found: int) -> None:
+        by_user, peer.sync_by_user = peer.sync_by_user, None
+        level = logging.INFO if found or by_user or not self._has_synced else logging.DEBUG
+        log.log(level, "[Gossip] compared with %s: %d new", peer.id, found)
+        if by_user:
+            news = f"{found} new" if found else "nothing new"
+            self.node.emit({"event": "notice", "text": f"Compared lists with {self.node.peers.label(peer)}: {news}."})
+
+    # -- merging ---------------------------------------------------------------------------------------
+
+    def merge_peer_lists(self, link: Link, records: List[Dict[str, Any]]) -> None:
+        """Merge records that a peer sent into our list; tell it where we know better."""
+        if not link.take_traffic(len(records)):
+            return
+        before, new, answers = len(self.node.peers), [], []
+        for record in records:
+            verdict, peer = self._merge_record(link, record)
+            if verdict == NEW:
+                new.append(peer)
+            elif verdict == STALE:
+                answers.append(peer.wire(self.node.loop.now()))
+        if len(new) <= max(before, 1):  # a newcomer's first list is no news to anybody else
+            for peer in new:
+                self.node.spread(peer, ALIVE)
+        self._send_news(link, answers[:NEWS_BATCH])
+
+    def _merge_record(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Contact]:
+        node = self.node
+        if record.get("instance") == node.me.instance or record["id"] == node.me.id:
+            return self._merge_claim_about_me(record), node.me
+        if link.peer is not None and record.get("instance") == link.peer.instance:
+            return self._merge_own_claim(link, link.peer, record)
+        return self.merge_hearsay(record, link.connection.remote[0])
+
+    def merge_hearsay(self, record: Dict[str, Any], source_ip: str) -> Tuple[str, Contact]:
+        """Merge what somebody at an address says of a third peer."""
+        node, where = self.node, self.node.whereabouts
+        if (is_loopback(record["ip"]) and not where.is_own(source_ip)) or not where.may_reach(record["ip"]):
+            return IMPLAUSIBLE, node.me
+        known = node.peers.by_key(record.get("instance", ""))
+        if known is not None and known.link is not None and not known.gone and record["id"] != known.id:
+            return KNOWN, known  # a new name comes by its own word
+        verdict, peer, changes = node.peers.merge_claim(record, node.loop.now())
+        if verdict == NEW or (verdict == KNOWN and peer.unconfirmed_since is not None and not peer.gone):
+            node.detector.on_confirmed(peer)
+        elif verdict == ACCUSED:
+            node.detector.on_accusation(peer, record["status"])
+        elif verdict == CONFLICT:
+            node.links.verify_address((record["ip"], record["port"]))
+        node.publish(changes)
+        return verdict, peer
+
+    def _merge_claim_about_me(self, record: Dict[str, Any]) -> str:
+        me = self.node.me
+        if record.get("instance") != me.instance:
+            return KNOWN  # a peer that had our address before us, or is said to
+        incarnation = record.get("incarnation", 0)
+        if incarnation > me.incarnation + MAX_RAISE:
+            return IMPLAUSIBLE  # forged: we can't rise above it, and an answer would be answered for ever
+        differs = record.get("status", ALIVE) != ALIVE or record["id"] != me.id
+        if incarnation > me.incarnation or (incarnation == me.incarnation and differs):
+            self.node.refute(incarnation)
+            return STALE
+        return KNOWN
+
+    def _merge_own_claim(self, link: Link, peer: Contact, record: Dict[str, Any]) -> Tuple[str, Contact]:
+        """What the far end says of itself: another name, or that it is not gone."""
+        address = (record["ip"], record["port"])
+        is_elsewhere = address != peer.address and not self.node.links.is_seen_at(link, address)
+        if is_elsewhere or self.node.peers.get(record["id"]) not in (None, peer):  # or another peer has that id
+            self.node.links.verify_address(address)
+            return IMPLAUSIBLE, peer
+        if record.get("status", ALIVE) != ALIVE:
+            return KNOWN, peer
+        verdict, peer, changes = self.node.peers.merge_own_claim(record, self.node.loop.now())
+        if record["id"] not in link.ids:
+            link.ids = (*link.ids[-7:], record["id"])
+        self.node.detector.on_heard(peer)
+        self.node.publish(changes)
+        if any(change.kind == RENAMED for change in changes) and not link.renames.take(self.node.loop.now()):
+            self.node.links.ban(link)
+        return verdict, peer
+
+
+class Discovery(Endpoint):
+    """The client of the discovery server: registers, sends heartbeats, merges who is there. When the server
+    is gone it tries again, later each time, and any others that were found."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        super().__init__(node.loop, "Discovery", {
+            MSG_REGISTER_ACK: Discovery.handle_answer, MSG_HEARTBEAT: Discovery.handle_answer,
+            MSG_PEER_LIST_UPDATE: Discovery.handle_peer_list_update, MSG_ERROR: Discovery.handle_error})
+        self.node = node
+        self.is_online: Optional[bool] = None  # None until the listeners were told
+        self.since = node.loop.wall()  # since when it is, or is not, online
+        self.peer_id = ""  # what the server calls us: it may see another address than we do
+        self._registered_name = ""
+        self._reason = ""  # what the server said was wrong
+        first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
+        self._first, self._first_tried_at = first, float("-inf")
+        self.candidates: List[Address] = [first]  # the one that is used, or tried next, and further ones
+        self.connection = Connection(node.loop, first, CLOSED)
+        self._wait = 0.0
+        self._tried_at = float("-inf")
+        self._timer = Timer()  # of the next try
+        self._heartbeat = Timer()
+
+    @property
+    def address(self) -> Address:
+        """The server that is used, or tried next."""
+        return self.candidates[0]
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection to the server, or one is being opened."""
+        return self.connection.state != CLOSED
+
+    def names(self) -> Tuple[str, str]:
+        return self.peer_id or self.node.me.id, "server"
+
+    # -- registering -----------------------------------------------------------------------------------
+
+    def connect_to_discovery(self) -> None:
+        """Dial the first candidate."""
+        now = self.node.loop.now()
+        self._tried_at = now
+        if self.address == self._first:
+            self._first_tried_at = now
+        self.peer_id = ""
+        self.traffic = RateLimit(MAX_MESSAGES)
+        self.connection = self.node.loop.connect(self.address, self, self.node.settings.timeout)
+
+    def on_found(self, address: Address) -> None:
+        """A server was found on the network, or named with --join."""
+        if self.is_connected or self.node.stopping or not self.node.whereabouts.may_reach(address[0]):
+            return
+        if address not in self.candidates:
+            limited_log("server", logging.INFO, "[Discovery] found a server at %s:%d", *address)
+        now = self.node.loop.now()
+        is_overdue = now - self._first_tried_at > 2 * RETRY_SERVER_MAX  # however many others are found
+        first = [self._first, address] if is_overdue else [address, self._first]
+        self.candidates = list(dict.fromkeys(first + self.candidates))[:MAX_SERVERS]
+        if now - self._tried_at > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
+            self._timer.cancel()
+            self.connect_to_discovery()
+
+    def on_open(self) -> None:
+        self.register()
+
+    def register(self) -> None:
+        """Say who we are; again after a change of name or address."""
+        if self.connection.state != OPEN:
+            return
+        self.node.whereabouts.on_local_address(self.connection.local[0])
+        me = self.node.me
+        self.drop_questions(MSG_REGISTER_ACK)  # an earlier one that is under way has the same answer
+        self._registered_name = me.username
+        content = {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
+                   "incarnation": me.incarnation}
+        self.ask(MSG_REGISTER, content, self.handle_register_ack, self.node.settings.timeout,
+                 functools.partial(self.connection.abort, "what listens there does not answer as a server does"))
+
+    def handle_register_ack(self, message: Message) -> None:
+        """The server has registered us, and says who is there."""
+        node, content = self.node, message["content"]
+        parts = split_id(content["peer_id"])
+        assert parts is not None
+        self._wait, self._reason = 0.0, ""
+        self.peer_id = content["peer_id"]
+        node.whereabouts.on_seen(parts[1], self.address[0])
+        node.targets.note(self.address, "online", SERVER)
+        if not self.is_online:
+            log.info("[Discovery] registered as %s", content["peer_id"])
+            self._set_online(True, "")
+            self._send_heartbeat()
+        if self._registered_name != node.me.username:  # we were renamed since we registered
+            self.register()
+        self._merge(content["peer_list"])
+        node.on_settled()
+
+    def _send_heartbeat(self) -> None:
+        interval = self.node.settings.heartbeat_interval
+        self.check(1.5 * interval)
+        self._heartbeat = self.node.loop.call_later(interval, self._send_heartbeat)
+
+    def check(self, timeout: float) -> None:
+        """Send a heartbeat; a server that does not answer it in `timeout` s is given up."""
+        if self.is_online:
+            self.ask(MSG_HEARTBEAT, None, self._on_heartbeat_answered, timeout,
+                     functools.partial(self.connection.abort, "the server is silent"))
+
+    def _on_heartbeat_answered(self, message: Message) -> None:
+        self._reason = ""  # what it said before did not end the connection
+
+    # -- messages of the server ------------------------------------------------------------------------
+
+    def on_messages(self, messages: List[Message]) -> None:
+        if not self.traffic.take(self.node.loop.now(), len(messages)):
+            self.connection.abort("the server sends too much")
+            return
+        if not is_loopback(self.address[0]):
+            self.node.detector.on_heard(None)
+        super().on_messages(messages)
+
+    def on_bad_input(self, reason: str) -> None:
+        limited_log("bad input", logging.WARNING, "[Discovery] bad input from the server: %s", reason)
+
+    def handle_error(self, message: Message) -> None:
+        """The server says what was wrong."""
+        self._reason = clean(message["content"]["reason"])[:200]
+        limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self._reason)
+
+    def handle_peer_list_update(self, message: Message) -> None:
+        """The server says who came and who left."""
+        self._merge(message["content"]["joined"])
+        for gone in message["content"]["left"]:
+            peer = self.node.peers.get(gone["id"])
+            reason = clean(gone.get("reason", ""))[:100]
+            if peer is not None and gone.get("instance", peer.instance) == peer.instance and reason != "renamed":
+                self.node.detector.on_accusation(peer, LEFT if reason == "left" else SUSPECT, reason or "silent")
+
+    def _merge(self, records: List[Dict[str, Any]]) -> None:
+        if not self.traffic.take(self.node.loop.now(), len(records)):
+            self.connection.abort("the server sends too much")
+            return
+        for record in records:
+            if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
+                self.node.gossip.merge_hearsay(record, self.address[0])
+
+    # -- being without ---------------------------------------------------------------------------------
+
+    def on_close(self, reason: str) -> None:
+        """The connection is gone, or never was: go on without, and try again."""
+        self.drop_questions()
+        self._heartbeat.cancel()
+        if self.node.stopping:
+            return
+        reason, self._reason = self._reason or reason, ""
+        self.node.targets.note(self.address, reason, SERVER)
+        self._set_online(False, reason)
+        self.candidates.append(self.candidates.pop(0))
+        self._wait, delay = back_off(self._wait, RETRY_SERVER_MIN, RETRY_SERVER_MAX, self.node.loop.random)
+        self._timer = self.node.loop.call_later(delay, self.connect_to_discovery)
+        self.node.on_server_failed()
+
+    def _set_online(self, is_online: bool, reason: str) -> None:
+        if not is_loopback(self.address[0]) and (is_online or self.is_online):
+            self.node.detector.server_seen_at = float("inf") if is_online else self.node.loop.now()
+        if is_online != self.is_online:
+            self.is_online = is_online
+            self.since = self.node.loop.wall()
+            if not is_online:
+                log.info("[Discovery] no server: %s; going on in P2P mode", reason)
+            self.node.emit({"event": "server", "online": is_online, "address": format_address(self.address),
+                            "reason": reason})
+
+    def leave(self) -> None:
+        """Tell the server that we leave."""
+        self._timer.cancel()
+        self._heartbeat.cancel()
+        if self.is_online and self.is_connected:
+            self.send(MSG_UNREGISTER, None)
+        self.connection.close("leaving")
 
 
 class Pending(NamedTuple):
@@ -2749,25 +3756,55 @@ class Pending(NamedTuple):
     size: int  # of it encoded, bytes
 
 
-class Channel:
-    """What is on its way to one peer, and how far we got with what it sent."""
+class Outbox:
+    """What is on its way to one peer, in order."""
+
+    __slots__ = ("waiting", "size", "progress_at")
 
     def __init__(self, now: float) -> None:
         self.waiting: Deque[Pending] = collections.deque()
         self.size = 0  # bytes waiting
-        self.progress = now  # when the first of them began to wait, or an acknowledgement came
-        self.shown = 0  # the last of its messages that was handed over or refused
-        self.refused: Deque[Tuple[int, int]] = collections.deque(maxlen=1000)  # those refused: first, last
-        self.spent = 0.0  # bytes of its budget
-        self.since = now
-        self.excess = 0.0  # bytes refused
+        self.progress_at = now  # when the first of them began to wait, or an acknowledgement came
 
-    def take(self, upto: float = float("inf")) -> Iterator[Pending]:
+    def take(self, upto: float = float("inf")) -> List[Pending]:
         """Take messages out of what waits, those with numbers up to `upto`."""
+        taken: List[Pending] = []
         while self.waiting and self.waiting[0].sequence <= upto:
-            pending = self.waiting.popleft()
-            self.size -= pending.size
-            yield pending
+            taken.append(self.waiting.popleft())
+            self.size -= taken[-1].size
+        return taken
+
+
+class Inbox:
+    """How far we got with what one peer sent: every message up to `upto` was shown, or refused for good.
+
+    Neighbouring refusals are one range. While there are MAX_REFUSALS ranges, everything is refused, which makes
+    the last one longer: so the list has a bound, and no refusal is ever forgotten before its sender knows of it."""
+
+    __slots__ = ("upto", "refused", "budget")
+
+    def __init__(self, budget: RateLimit) -> None:
+        self.upto = 0
+        self.refused: List[Tuple[int, int, str]] = []  # first, last, why: those that the sender may not know of yet
+        self.budget = budget
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another range of refusals."""
+        return len(self.refused) >= MAX_REFUSALS
+
+    def refuse(self, sequence: int, why: str) -> None:
+        """Note that the next message will not be shown."""
+        first, last, reason = self.refused[-1] if self.refused else (0, -1, "")
+        if last == self.upto and (reason == why or self.is_full):
+            self.refused[-1] = (first, sequence, reason)
+        else:
+            self.refused.append((sequence, sequence, why))
+        self.upto = sequence
+
+    def settle(self, upto: int) -> None:
+        """The sender knows what became of all up to a number."""
+        self.refused = [each for each in self.refused if each[1] > upto]
 
 
 class Delivery:
@@ -2776,14 +3813,15 @@ class Delivery:
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
-        self._channels: Dict[str, Channel] = {}
+        self.in_flight = 0  # messages that wait for acknowledgements, each counted once a receiver
         self._sequence = 0
         self._unnumbered = itertools.count(1)  # messages that came without a number
+        self._unidentified: Dict[str, RateLimit] = {}  # budgets of programs that never said hello, by address
         self._timer = Timer()
 
     # -- out -------------------------------------------------------------------------------------------
 
-    def send(self, text: str, receivers: List[Peer], to: str) -> str:
+    def send(self, text: str, receivers: Sequence[Contact], to: str) -> str:
         """Send to all the receivers, encoded once; return the message's id."""
         node = self.node
         self._sequence += 1
@@ -2795,881 +3833,194 @@ class Delivery:
         node.emit({"event": "sent", "to": to, "text": text, "id": message_id,
                    "receivers": [peer.id for peer in receivers]})
         for peer in full:
-            self._failed(peer, pending, "too much is waiting for it already")
+            self._on_failed(peer, pending, "too much is waiting for it already")
         if not self._timer.active:
-            self._timer = node.loop.call_later(1.0, self._look_after)
+            self._timer = node.loop.call_later(1.0, self._check_progress)
         return message_id
 
-    def _enqueue(self, peer: Peer, pending: Pending, data: bytes) -> bool:
+    def _enqueue(self, peer: Contact, pending: Pending, data: bytes) -> bool:
         """Queue a message for a receiver, and send it if the receiver is linked; False if there is no room."""
-        channel = self._channel(peer.key)
-        if len(channel.waiting) >= OUTBOX_MESSAGES or channel.size + pending.size > OUTBOX_BYTES:
+        now = self.node.loop.now()
+        if peer.outbox is None:
+            peer.outbox = Outbox(now)
+        outbox, link = peer.outbox, peer.link
+        if len(outbox.waiting) >= OUTBOX_MESSAGES or outbox.size + pending.size > OUTBOX_BYTES:
             return False
-        if not channel.waiting:
-            channel.progress = self.node.loop.now()
-        channel.waiting.append(pending)
-        channel.size += pending.size
-        link = self.node.links.current.get(peer.key)
+        if not outbox.waiting:
+            outbox.progress_at = now
+        outbox.waiting.append(pending)
+        outbox.size += pending.size
+        self.in_flight += 1
         if link is None:
-            self.node.links.want(peer)
-        elif link.ready:
-            link.used = channel.progress
+            self.node.links.ensure_link(peer)
+        elif link.is_resumed:
+            link.used_at = now
             link.connection.send(data)
         return True
 
-    def resume(self, peer: Peer, link: Link) -> None:
+    def resume(self, peer: Contact, link: Link) -> None:
         """Send all that is unacknowledged over a new link, in order; only then may new messages follow.
 
         It is encoded anew: our name or address may have been another when it was sent first."""
-        link.ready = True
-        if peer.key in self._channels:
-            for pending in self._channels[peer.key].waiting:
+        link.is_resumed = True
+        if peer.outbox is not None:
+            for pending in peer.outbox.waiting:
                 link.connection.send(create_chat(self.node.me.id, pending.text, pending.to, pending.sequence))
 
-    def answered(self, link: Link, message: Message) -> None:
-        """The far end has handed over all messages up to a number, but refuses those from `id` on, if it names one."""
+    def handle_chat_ack(self, link: Link, message: Message) -> None:
+        """The far end says what became of all messages up to a number: refused where it says so, else shown."""
         peer, content = link.peer, message["content"]
-        assert peer is not None
-        if peer.key in self._channels:
-            channel = self._channels[peer.key]
-            for pending in channel.take(content["upto"]):
-                channel.progress = self.node.loop.now()
-                if message["type"] == MSG_CHAT_ACK or pending.sequence < content["id"]:
-                    self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
-                else:
-                    self._failed(peer, pending, clean(content["reason"])[:200])
-        self.node.proceed()
+        if peer is None or peer.outbox is None:
+            return
+        refused = collections.deque(content.get("refused", ()))
+        taken = peer.outbox.take(content["upto"])
+        if taken:
+            peer.outbox.progress_at = self.node.loop.now()
+        self.in_flight -= len(taken)
+        for pending in taken:
+            while refused and refused[0][1] < pending.sequence:
+                refused.popleft()
+            if refused and refused[0][0] <= pending.sequence:
+                self._on_failed(peer, pending, clean(refused[0][2])[:200])
+            else:
+                self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
+        if content.get("refused"):
+            link.send(MSG_CHAT_SETTLED, {"upto": content["upto"]})
+        self.node.maybe_depart()
 
-    def fail(self, peer: Peer, reason: str) -> None:
+    def fail(self, peer: Contact, reason: str) -> None:
         """Give up all that waits for a peer, and say so."""
-        if peer.key in self._channels:
-            for pending in list(self._channels[peer.key].take()):  # all at once: whoever hears of it may send anew
-                self._failed(peer, pending, reason)
+        if peer.outbox is not None:
+            taken = peer.outbox.take()
+            self.in_flight -= len(taken)
+            for pending in taken:
+                self._on_failed(peer, pending, reason)
 
     def fail_all(self, reason: str) -> None:
         """Give up everything that waits."""
-        for key in list(self._channels):
-            peer = self.node.peers.by_key(key)
-            if peer is not None:
-                self.fail(peer, reason)
+        for peer in self.node.peers.present():
+            self.fail(peer, reason)
 
-    def _failed(self, peer: Peer, pending: Pending, reason: str) -> None:
+    def _on_failed(self, peer: Contact, pending: Pending, reason: str) -> None:
         self.node.undelivered += 1
         limited_log("undelivered", logging.WARNING, "[Chat] not delivered to %s: %s", peer.id, reason)
         self.node.emit({"event": "failed", "id": pending.message_id, "to": peer.public, "reason": reason,
                         "text": pending.text})
 
-    def is_waiting(self, peer: Optional[Peer] = None) -> bool:
-        """Whether something waits for an acknowledgement, of one peer or of anybody."""
-        if peer is not None:
-            return peer.key in self._channels and bool(self._channels[peer.key].waiting)
-        return any(channel.waiting for channel in self._channels.values())
-
-    def _look_after(self) -> None:
-        """Once a second while anything waits: a receiver that does not answer is doubted, then given up."""
-        self.node.detector.check_clock()
-        now = self.node.loop.now()
-        for key, channel in list(self._channels.items()):
-            peer = self.node.peers.by_key(key)
-            if peer is None or not channel.waiting:
+    def _check_progress(self) -> None:
+        """Once a second while anything waits: a receiver that does not answer is suspected, then given up."""
+        node = self.node
+        node.check_clock()
+        now = node.loop.now()
+        for peer in node.peers.present():
+            if peer.outbox is None or not peer.outbox.waiting:
                 continue
-            if peer.route in self.node.links.waiting:
-                channel.progress = now  # it was not even tried yet
-            stalled = now - channel.progress
-            if stalled > UNREACHABLE_TIME and not self.node.detector.cut_off:
+            if peer.route in node.targets.queue:
+                peer.outbox.progress_at = now  # it was not even dialled yet
+            stalled = now - peer.outbox.progress_at
+            if stalled > UNREACHABLE_TIME and not node.detector.is_isolated:
                 self.fail(peer, "it can't be reached from here")
-                self.node.links.drop(peer, "it does not acknowledge what it is sent")
+                node.links.drop(peer, "it does not acknowledge what it is sent")
             elif stalled > QUIET_AFTER - 1:
-                self.node.detector.probe(peer)
-                self.node.detector.look_at(peer)
-        if self.is_waiting() and not self._timer.active:
-            self._timer = self.node.loop.call_later(1.0, self._look_after)
+                node.detector.probe(peer)
+                node.detector.check_silence(peer)
+        if self.in_flight and not self._timer.active:
+            self._timer = node.loop.call_later(1.0, self._check_progress)
 
     def start_over(self) -> None:
         """Our clock was wrong about how long anything has waited."""
         now = self.node.loop.now()
-        for channel in self._channels.values():
-            channel.progress = channel.since = now
-
-    def _channel(self, key: str) -> Channel:
-        """The channel of a peer, or a new one; those of forgotten peers make room."""
-        if key not in self._channels:
-            if len(self._channels) >= 2 * MAX_PEERS:
-                known = self.node.peers.by_key
-                self._channels = {each: channel for each, channel in self._channels.items() if known(each) is not None}
-            self._channels[key] = Channel(self.node.loop.now())
-        return self._channels[key]
+        for peer in self.node.peers.present():
+            if peer.outbox is not None:
+                peer.outbox.progress_at = now
 
     # -- in --------------------------------------------------------------------------------------------
 
-    def chat(self, link: Link, message: Message) -> None:
+    def handle_chat(self, link: Link, message: Message) -> None:
         """A chat message came: hand it over if it is new, for us, and within its sender's budget."""
-        peer = link.peer or self._stranger(link, message)
+        peer = link.peer or self._identify(link, message)
         if peer is None:
             return
-        # A stranger is counted with all others at its address, for it may call itself anything.
-        channel = self._channel(peer.key if link.peer is not None else f"strangers at {link.connection.remote[0]}")
-        sequence = message.get("id", 0)
-        if sequence:
-            if sequence <= (channel.shown if link.peer is not None else link.shown):
-                self._seen_before(link, channel, sequence)
-                return
-            channel.shown = link.shown = sequence
-        to = message["to"]
+        inbox, sequence = self._inbox(link), message.get("id", 0)
+        self.node.acknowledge_later(link)
+        if sequence and sequence <= inbox.upto:
+            return  # it came again because our acknowledgement was lost
+        refusal = self._refusal(link, inbox, message)
+        if refusal:
+            self._refuse(link, inbox, sequence, refusal)
+            return
+        inbox.upto = sequence or inbox.upto
+        me, to = self.node.me, message["to"]
+        message_id = f"{peer.key}-{sequence}" if sequence else f"{me.instance}-unnumbered-{next(self._unnumbered)}"
+        self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else me.id,
+                        "text": clean(message["content"], newlines=True), "id": message_id})
+
+    def _refusal(self, link: Link, inbox: Inbox, message: Message) -> str:
+        """Why a message is refused; empty if it is not."""
+        to, text, budget = message["to"], message["content"], self.node.settings.budget
+        if inbox.is_full:
+            return inbox.refused[-1][2]
         if to != EVERYONE and to not in self.node.my_ids and to != self.node.discovery.peer_id:
-            self._refuse(link, channel, sequence, "it is meant for somebody else")
-            return
-        text = message["content"]
-        size = 128 + (len(text) if text.isascii() else len(text.encode("utf-8", "replace")))  # 128: what is around it
-        channel.spent += size
-        if channel.spent > self.node.settings.budget > 0 and not self._within_budget(link, channel, size):
-            self._refuse(link, channel, sequence, "you send too much: slow down")
-            return
-        log.debug("[Chat] received from %s: %d characters", peer.id, len(text))
-        self._answer_shown(link, sequence)
-        message_id = f"{peer.key}-{sequence}"
-        if not sequence:
-            message_id = f"{self.node.me.instance}-unnumbered-{next(self._unnumbered)}"
-        self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else self.node.me.id,
-                        "text": clean(text, newlines=True), "id": message_id})
-
-    def _seen_before(self, link: Link, channel: Channel, sequence: int) -> None:
-        """It came again because our answer was lost: answer as before."""
-        if any(first <= sequence <= last for first, last in channel.refused):
-            self._answer_refused(link, sequence, "it was refused before")
-        else:
-            self._answer_shown(link, sequence)
-
-    def _within_budget(self, link: Link, channel: Channel, size: int) -> bool:
-        """Whether a sender that seems to have spent its budget has: it comes back at a steady rate."""
-        now, budget = self.node.loop.now(), self.node.settings.budget
-        channel.spent = max(0.0, channel.spent - budget * (now - channel.since) / 60)
-        channel.excess = max(0.0, channel.excess - budget * (now - channel.since) / 60)
-        channel.since = now
-        if channel.spent <= budget:
-            return True
-        channel.spent -= size
-        channel.excess += size
-        if channel.excess > CUT_OFF_FACTOR * budget:
-            channel.excess = 0.0
+            return "it is meant for somebody else"
+        size = CHAT_OVERHEAD + (len(text) if text.isascii() else len(text.encode("utf-8", "replace")))
+        if not budget or inbox.budget.take(self.node.loop.now(), size):
+            return ""
+        if inbox.budget.excess > CUT_OFF_FACTOR * budget:
             self.node.links.ban(link)
-        return False
+        return "you send too much: slow down"
 
-    def _refuse(self, link: Link, channel: Channel, sequence: int, reason: str) -> None:
-        """Refuse a message, for good. Refusals that follow each other are told as one."""
-        limited_log("refused chat", logging.WARNING, "[Chat] refused from %s: %s", link.connection.remote[0], reason)
-        if not sequence:
-            link.send(MSG_ERROR, {"reason": reason})
-            return
-        if link.refused is not None and channel.refused and channel.refused[-1][1] == link.refused[1]:
-            channel.refused[-1] = (channel.refused[-1][0], sequence)
+    def _refuse(self, link: Link, inbox: Inbox, sequence: int, why: str) -> None:
+        limited_log("refused chat", logging.WARNING, "[Chat] refused from %s: %s", link.connection.remote[0], why)
+        if sequence:
+            inbox.refuse(sequence, why)
         else:
-            channel.refused.append((sequence, sequence))
-        self._answer_refused(link, sequence, reason)
-
-    def _answer_refused(self, link: Link, sequence: int, reason: str) -> None:
-        if link.refused is None or link.refused[2] != reason:
-            self.acknowledge(link)
-            link.refused = (sequence, sequence, reason)
-        link.refused = (link.refused[0], sequence, reason)
-
-    def _answer_shown(self, link: Link, sequence: int) -> None:
-        if link.refused is not None:
-            self.acknowledge(link)  # so that a run of refusals holds nothing that was shown
-        link.acknowledge = max(link.acknowledge, sequence)
+            link.send(MSG_ERROR, {"reason": why})
 
     def acknowledge(self, link: Link) -> None:
-        """Tell the far end what became of its messages, in few messages of ours."""
-        if link.refused is not None:
-            first, last, reason = link.refused
-            link.refused = None
-            link.send(MSG_CHAT_REFUSED, {"id": first, "upto": last, "reason": reason})
-        if link.acknowledge:
-            upto, link.acknowledge = link.acknowledge, 0
+        """Tell the far end what became of all its messages so far. To tell it again changes nothing."""
+        inbox = link.peer.inbox if link.peer is not None else link.inbox
+        if inbox is None or not inbox.upto:
+            return
+        if inbox.refused:
+            link.send(MSG_CHAT_ACK, {"upto": inbox.upto, "refused": inbox.refused})
+        else:
             to = link.peer.id if link.peer else EVERYONE
-            link.connection.send(create_raw(MSG_CHAT_ACK, self.node.me.id, to, f'{{"upto":{upto}}}'))
+            link.connection.send(create_raw(MSG_CHAT_ACK, self.node.me.id, to, f'{{"upto":{inbox.upto}}}'))
 
-    def _stranger(self, link: Link, message: Message) -> Optional[Peer]:
-        """A program that chats without having said hello: who it says it is, if nobody else is that."""
+    def handle_chat_settled(self, link: Link, message: Message) -> None:
+        """The sender knows our refusals up to a number: they need not be told again."""
+        if link.peer is not None and link.peer.inbox is not None:
+            link.peer.inbox.settle(message["content"]["upto"])
+
+    def _inbox(self, link: Link) -> Inbox:
+        """The inbox of the peer at the far end; of a program that never said hello, one for the link, with a
+        budget that it shares with all others at its address: it may call itself anything."""
+        owner: Any = link.peer or link
+        if owner.inbox is None:
+            owner.inbox = Inbox(self._budget_of(link))
+        inbox: Inbox = owner.inbox
+        return inbox
+
+    def _budget_of(self, link: Link) -> RateLimit:
+        if link.peer is not None:
+            return RateLimit(self.node.settings.budget)
+        if len(self._unidentified) >= MAX_PEERS:
+            self._unidentified.clear()
+        return self._unidentified.setdefault(link.connection.remote[0], RateLimit(self.node.settings.budget))
+
+    def _identify(self, link: Link, message: Message) -> Optional[Contact]:
+        """Who a program that chats without having said hello is, if nobody else is that."""
         parts = split_id(message["sender_id"])
         if parts is None:
             link.refuse("sender_id must be username@ip:port")
             return None
         known = self.node.peers.get(message["sender_id"])
         link.ids = link.ids or (message["sender_id"],)  # one name a connection
-        taken = (known is not None and known.instance) or message["sender_id"] in self.node.my_ids
-        if taken or message["sender_id"] not in link.ids or parts[1] != link.connection.remote[0]:
+        is_taken = (known is not None and known.instance) or message["sender_id"] in self.node.my_ids
+        if is_taken or message["sender_id"] not in link.ids or parts[1] != link.connection.remote[0]:
             link.refuse("that sender_id is not yours; say MSG_HELLO first")
             return None
-        return known or Peer(*parts)
-
-
-class Doubt(NamedTuple):
-    """A peer may be gone: it has until `timer` to show that it lives."""
-
-    since: float
-    timer: Timer
-    reason: str
-    hearsay: bool  # there is nothing against it but what others say
-
-
-class Detector:
-    """Who is still there. Each peer probes its NEIGHBOURS on a ring, so each is watched by a few and the
-    cost does not grow with the number of peers. Silence makes a doubt: others are asked to try, the
-    accused hears of it and can deny it, and only when none of that helps in time is it removed."""
-
-    def __init__(self, node: "PeerNode") -> None:
-        self.node = node
-        self.contact = 0.0  # when anything was last heard from anybody
-        self.cut_off = False  # everybody fell silent at once: it is us
-        self._doubts: Dict[str, Doubt] = {}
-        self._askers: Dict[str, List[Link]] = {}  # who asked us to try a peer, by its key
-        self._last_tick = (0.0, 0.0)  # on the loop's clock and on the wall's
-
-    def start(self) -> None:
-        """Time begins."""
-        self.contact = self.node.loop.now()
-        self._last_tick = (self.contact, self.node.loop.wall())
-
-    # -- signs of life ---------------------------------------------------------------------------------
-
-    def heard(self, peer: Optional[Peer]) -> None:
-        """Something came from a peer itself; None for the server, or one that has not said who it is.
-
-        What comes from this very machine says nothing of the network."""
-        now = self.node.loop.now()
-        if peer is None or peer.ip != self.node.me.ip:
-            self.contact = now
-            if self.cut_off:
-                self._network_back()
-        if peer is not None:
-            peer.heard_at = now
-            self._clear(peer)
-
-    def vouched(self, peer: Peer) -> None:
-        """Somebody else heard a peer, or the peer denied that it is gone."""
-        peer.confirmed_at = self.node.loop.now()
-        self._clear(peer)
-
-    def _clear(self, peer: Peer) -> None:
-        doubt = self._doubts.pop(peer.key, None)
-        if doubt is not None:
-            doubt.timer.cancel()
-            self.node.gossip.news.drop(peer, SUSPECT)
-        peer.unconfirmed_since = None
-        self._set_quiet(peer, False)
-
-    def _set_quiet(self, peer: Peer, quiet: bool) -> None:
-        if peer.quiet != quiet and not peer.gone:
-            peer.quiet = quiet
-            self.node.emit({"event": "quiet", "peer": peer.public, "quiet": quiet})
-
-    # -- probing ---------------------------------------------------------------------------------------
-
-    def tick(self) -> None:
-        """Probe the neighbours, look for silence, and see to what else is to be done now and then."""
-        self.check_clock()
-        self.node.follow_address()
-        now = self.node.loop.now()
-        self._last_tick = (now, self.node.loop.wall())
-        ahead, behind = self.node.peers.neighbours(NEIGHBOURS)
-        for peer in ahead:
-            self.probe(peer)
-        for peer in ahead + behind:
-            self.look_at(peer)
-        self._try_lost()
-        if self.cut_off:
-            for peer in self.node.peers.sample(self.node.loop.random, MAX_DIALS // 2, self.node.peers.present()):
-                self.probe(peer)
-        self.node.links.keep_house()
-
-    def probe(self, peer: Peer, status: str = ALIVE) -> None:
-        """Ask a peer for a sign of life, and tell it what is said of it."""
-        link, now = self.node.links.current.get(peer.key), self.node.loop.now()
-        if link is None:
-            self.node.links.want(peer)
-        elif status == ALIVE or now - link.warned >= WARN_INTERVAL:
-            link.warned = link.warned if status == ALIVE else now
-            number = int(now * 1_000_000)
-            link.send(MSG_PROBE, {"number": number, "incarnation": peer.incarnation, "status": status})
-
-    def probed(self, link: Link, message: Message) -> None:
-        """We are asked for a sign of life."""
-        content = message["content"]
-        if content.get("status", ALIVE) != ALIVE:
-            self.node.deny(content.get("incarnation", 0))
-            link.send(MSG_PEER_NEWS, {"peers": [self.node.me.wire(self.node.loop.now())]})
-        link.send(MSG_PROBE_ACK, {"number": content["number"], "incarnation": self.node.me.incarnation})
-
-    def answered(self, link: Link, message: Message) -> None:
-        """The answer to a probe. The number is the time on our own clock at which we asked, in microseconds."""
-        assert link.peer is not None
-        rtt = self.node.loop.now() - message["content"]["number"] / 1_000_000
-        if 0 <= rtt < 60:
-            link.peer.rtt = rtt
-        self.proved(link.peer)
-
-    def look_at(self, peer: Peer) -> None:
-        """If nothing is heard of a peer that should be heard, first others are asked whether they hear it."""
-        silent = self.node.loop.now() - peer.last_sign_at() > QUIET_AFTER - 1
-        if silent and peer.key not in self._doubts and not self.cut_off:
-            self.node.links.drop(peer, "silent")  # perhaps only this connection is dead: another is tried
-            self.doubt(peer, SUSPICION, "silent", hearsay=False)
-            self.node.discovery.check()  # is it the network?
-            self.node.loop.call_later(1.5, self._still_silent, peer, self._doubts[peer.key])
-
-    def _still_silent(self, peer: Peer, doubt: Doubt) -> None:
-        """Nobody else heard it either: say so, which reaches the peer itself if anything does."""
-        if self._doubts.get(peer.key) is doubt:
-            self._set_quiet(peer, True)
-            self.node.gossip.spread(peer, SUSPECT)
-
-    def dial_failed(self, peer: Peer, reason: str) -> None:
-        """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
-        if reason == REFUSED and peer.ip != self.node.me.ip:
-            self.heard(None)  # somebody sent the refusal: our own network works
-        doubt = self._doubts.get(peer.key)
-        if doubt is not None and doubt.hearsay:
-            if reason == REFUSED:
-                self._doubts[peer.key] = doubt._replace(hearsay=False)  # its machine says so, too
-                if self.node.loop.now() - doubt.since > LEFT_SUSPICION:
-                    self._expired(peer)
-                else:
-                    self.doubt(peer, LEFT_SUSPICION / 2, doubt.reason, hearsay=False)
-            else:  # it may be leaving just now: look again
-                self.node.loop.call_later(0.3, self.node.links.want, peer)
-        elif (reason == REFUSED and peer.key not in self.node.links.current
-              and self.node.loop.now() - peer.confirmed_at > QUIET_AFTER
-              and self.doubt(peer, REFUSED_SUSPICION, "connection refused", hearsay=False)):
-            self.node.gossip.spread(peer, SUSPECT)
-
-    # -- doubting --------------------------------------------------------------------------------------
-
-    def accused(self, peer: Peer, status: str, reason: str = "") -> None:
-        """Somebody says that a peer is suspect or gone: let the peer itself answer."""
-        now = self.node.loop.now()
-        if status == SUSPECT and now - peer.heard_at < QUIET_AFTER:
-            self.probe(peer, SUSPECT)  # we hear it: it will deny that, and its word travels
-            return
-        known = self._doubts.get(peer.key)
-        if known is not None and status != SUSPECT and now - known.since > HEARSAY_SUSPICION:
-            self._expired(peer)  # it had its time to answer already
-            return
-        fuse = {SUSPECT: SUSPICION, LEFT: LEFT_SUSPICION}.get(status, HEARSAY_SUSPICION)
-        if status == SUSPECT and known is None:
-            self.node.gossip.spread(peer, SUSPECT)
-        self.doubt(peer, fuse, reason or ("left" if status == LEFT else "silent"), hearsay=status != SUSPECT)
-        self.probe(peer, status)
-
-    def doubt(self, peer: Peer, fuse: float, reason: str, hearsay: bool) -> bool:
-        """Give a peer `fuse` seconds to show that it lives, and ask others to try it; False if it has less already."""
-        now = self.node.loop.now()
-        doubt = self._doubts.get(peer.key)
-        if peer.gone or (doubt is not None and doubt.timer.when <= now + fuse):
-            return False
-        if doubt is not None:
-            doubt.timer.cancel()
-        timer = self.node.loop.call_later(fuse, self._expired, peer)
-        self._doubts[peer.key] = Doubt(now, timer, reason, hearsay)
-        self.probe(peer, SUSPECT)
-        for link in self.node.links.some(PROBE_HELPERS, but=peer):
-            link.send(MSG_PROBE_REQUEST, {"peer": peer.wire(now)})
-        return True
-
-    def help_probe(self, link: Link, message: Message) -> None:
-        """Somebody can't reach a peer and asks whether we can."""
-        peer = self.node.peers.by_key(message["content"]["peer"].get("instance", ""))
-        if peer is None or peer.gone:
-            return
-        askers = self._askers.setdefault(peer.key, [])
-        if len(askers) < IDLE_LINKS and link not in askers:
-            askers.append(link)
-        self.probe(peer, SUSPECT)
-
-    def proved(self, peer: Peer) -> None:
-        """A peer has answered just now: tell those who asked."""
-        for link in self._askers.pop(peer.key, ()):
-            link.send(MSG_PROBE_RESULT, {"peer": peer.wire(self.node.loop.now())})
-
-    def helped(self, link: Link, message: Message) -> None:
-        """Somebody whom we asked has heard the peer that we doubt."""
-        peer = self.node.peers.by_key(message["content"]["peer"].get("instance", ""))
-        if peer is not None and not peer.gone and peer.key in self._doubts:
-            self.vouched(peer)
-
-    def _expired(self, peer: Peer) -> None:
-        """Nothing showed that it lives."""
-        doubt = self._doubts.get(peer.key)
-        if self.check_clock() or doubt is None:
-            return
-        now = self.node.loop.now()
-        others = sum(1 for each in self.node.peers.present() if each.ip != self.node.me.ip)
-        others += self.node.discovery.was_online_after(self.contact)
-        if not self.cut_off and others > 1 and now - self.contact > QUIET_AFTER:
-            self._network_gone()
-        local = peer.ip == self.node.me.ip  # which a pulled cable does not hide
-        asked = (doubt.hearsay and now - doubt.since < HEARSAY_SUSPICION
-                 and self.node.links.is_asked(peer, doubt.since + LEFT_SUSPICION / 2))
-        if asked or (self.cut_off and not local and now - self.contact < TOMBSTONE_TIME):
-            doubt.timer.cancel()
-            again = self.node.loop.call_later(WARN_INTERVAL if asked else SUSPICION, self._expired, peer)
-            self._doubts[peer.key] = doubt._replace(timer=again)
-        else:
-            self.node.remove(peer, LEFT if doubt.reason == "left" else DEAD, doubt.reason)
-
-    def forget(self, peer: Peer) -> None:
-        """A peer is gone: there is nothing left to doubt."""
-        self._askers.pop(peer.key, None)
-        doubt = self._doubts.pop(peer.key, None)
-        if doubt is not None:
-            doubt.timer.cancel()
-
-    # -- oneself ---------------------------------------------------------------------------------------
-
-    def _network_gone(self) -> None:
-        """Everybody fell silent at once: that is more likely us than they. Keep the list, try them all."""
-        self.cut_off = True
-        log.warning("[P2P] nobody can be heard: this machine's own network seems to be gone")
-        for peer in self.node.peers.present():
-            self._set_quiet(peer, True)
-            peer.unconfirmed_since = peer.unconfirmed_since or self.contact
-        self.node.address_sure = self.node.settings.host != "0.0.0.0"  # it may come back with another address
-        self.node.emit({"event": "network", "gone": True})
-
-    def _network_back(self) -> None:
-        self.cut_off = False
-        log.info("[P2P] the network is back")
-        self.node.emit({"event": "network", "gone": False})
-        self._start_over()
-
-    def _start_over(self) -> None:
-        """Trust no silence from before now, and no list either: people may have gone meanwhile."""
-        now = self.node.loop.now()
-        self.node.delivery.start_over()
-        present = self.node.peers.present()
-        for peer in present:
-            peer.added_at = now
-            peer.unconfirmed_since = peer.unconfirmed_since or now
-            self.forget(peer)
-        for peer in self.node.peers.sample(self.node.loop.random, MAX_DIALS, present):
-            self.probe(peer)
-            self.node.gossip.ask(peer)
-        self.node.loop.call_later(QUIET_AFTER, self._doubt_unverified)
-
-    def _doubt_unverified(self) -> None:
-        """Those who neither answered nor are on anybody's list: look after each."""
-        for peer in self.node.peers.present():
-            if peer.unconfirmed_since is not None and not self.cut_off:
-                self.doubt(peer, SUSPICION, "silent", hearsay=False)
-
-    def check_clock(self) -> bool:
-        """Whether the machine slept, or the process was stopped: then the silence was ours, not the peers'."""
-        now, wall = self.node.loop.now(), self.node.loop.wall()
-        passed = now - self._last_tick[0]
-        late, jump = passed - PROBE_INTERVAL, abs(wall - self._last_tick[1] - passed)
-        if late < QUIET_AFTER - PROBE_INTERVAL and jump < CLOCK_JUMP:
-            return False
-        self._last_tick = (now, wall)
-        if max(late, jump) > CLOCK_JUMP:
-            log.warning("[P2P] the clock jumped by %d s: looking who is still there", max(late, jump))
-            self.node.discovery.check()
-        if late >= QUIET_AFTER - PROBE_INTERVAL:  # what was sent to us meanwhile may be given up already
-            self.node.links.abort_all("this process was stopped")
-        self._start_over()
-        return True
-
-    def _try_lost(self) -> None:
-        """Dial one of those who were lost: so the halves of a cut network find each other again."""
-        lost = [peer for peer in self.node.peers.tombstones()
-                if peer.status == DEAD and peer.heard_at and not peer.refused]
-        if lost:
-            peer = self.node.loop.random.choice(lost)
-            self.node.links.dial(peer.route, peer)
-
-
-class Gossip:
-    """What peers tell each other of third ones: news at once to a few, who pass it on; and each interval
-    one random peer is compared with, by a digest first, so that what news missed is found."""
-
-    def __init__(self, node: "PeerNode") -> None:
-        self.node = node
-        self.news = News()
-        self._timer = Timer()
-        self._synced = False  # whether anybody's list was taken in yet
-        self._asked: Dict[str, bool] = {}  # keys of peers to ask once they are linked: by the user's wish?
-
-    def spread(self, peer: Peer, status: str) -> None:
-        """Pass on what has become of a peer (oneself included)."""
-        self.news.add(peer, status, len(self.node.peers))
-        if not self._timer.active:
-            self._timer = self.node.loop.call_later(0, self._tell)
-
-    def _tell(self) -> None:
-        """Tell a few peers all that is news."""
-        chosen = self.node.links.some(NEWS_FANOUT)
-        if chosen:
-            records = self.news.take(len(chosen), self.node.loop.now())
-            data = create_message(MSG_PEER_NEWS, self.node.me.id, {"peers": records})
-            for link in chosen:
-                link.connection.send(data)
-        if self.news and chosen:  # with nobody to tell, it waits until somebody is met
-            self._timer = self.node.loop.call_later(NEWS_INTERVAL, self._tell)
-
-    def tick(self) -> None:
-        """Compare lists with one random peer."""
-        for peer in self.node.peers.sample(self.node.loop.random, 1, self.node.peers.present()):
-            self.ask(peer)
-
-    def ask(self, peer: Peer, by_user: bool = False) -> None:
-        """Compare lists with a peer, now or as soon as it is linked."""
-        link = self.node.links.current.get(peer.key)
-        if len(self._asked) >= MAX_DIALS:
-            self._asked.clear()
-        self._asked[peer.key] = by_user
-        if link is None:
-            self.node.links.want(peer)
-        else:
-            self._request(link)
-
-    def _request(self, link: Link) -> None:
-        link.asked = True
-        link.send(MSG_SYNC_PEERS_REQUEST, {"digest": self.node.peers.digest()})
-
-    def met(self, link: Link, peer: Peer, verdict: str, was_lost: bool, digest: Any) -> None:
-        """A link was bound: pass on that the peer is there, and compare lists if there is reason to."""
-        self.node.loop.call_later(SETTLE_TIME / 4, self.node.settle)
-        if self.news and not self._timer.active:
-            self._timer = self.node.loop.call_later(0, self._tell)
-        now = self.node.loop.now()
-        gone = [each.wire(now) for each in self.node.peers.tombstones() if now - each.removed_at < RECENT_TIME]
-        self._send_news(link, gone[-NEWS_BATCH:])  # what was news a moment ago has passed by one who has just come
-        if verdict == NEW:
-            self.spread(peer, ALIVE)
-        elif verdict == STALE:  # it is thought gone: it must know, to be able to deny it
-            status = peer.status if peer.gone else SUSPECT
-            link.send(MSG_PEER_NEWS, {"peers": [peer.wire(now, status)]})
-        wanted = peer.key in self._asked
-        if wanted or (link.dialled and digest != self.node.peers.digest() and (not self._synced or was_lost)):
-            self._request(link)
-
-    def requested(self, link: Link, message: Message) -> None:
-        """Somebody asks whom we know: everybody, unless its digest says that it knows them all."""
-        node, content = self.node, message["content"] or {}
-        digest = node.peers.digest()
-        now = node.loop.now()
-        if content.get("digest") == digest:
-            link.send(MSG_SYNC_PEERS_RESPONSE, {"peer_list": [], "digest": digest})
-            return
-        if now - link.synced < 0.5 and link.synced:
-            return  # it has our list already
-        link.synced = now
-        to = link.peer.id if link.peer else message["sender_id"]
-        lists = pack_lists(self._list(bool(link.peer)))
-        for number, records in enumerate(lists, 1):
-            more = ',"more":true' if number < len(lists) else ""
-            content = f'{{"peer_list":[{records}],"digest":"{digest}"{more}}}'
-            link.connection.send(create_raw(MSG_SYNC_PEERS_RESPONSE, node.me.id, to, content))
-
-    def _list(self, tombstones: bool) -> Iterator[str]:
-        """All that we know, encoded."""
-        peers = self.node.peers
-        yield from (peer.encoded for peer in [self.node.me, *peers.shared()])
-        if tombstones:
-            now = self.node.loop.now()
-            yield from (_ENCODER.encode(peer.wire(now)) for peer in peers.tombstones()[-NEWS_BATCH:])
-
-    def answered(self, link: Link, message: Message) -> None:
-        """Somebody's list: take it in, and send back what it lacks."""
-        content, peers = message["content"], self.node.peers
-        listed = content["peer_list"]
-        assert link.peer is not None
-        if not link.asked:
-            return  # a list that nobody asked for
-        before = len(peers)
-        if listed:
-            self.hear(link, listed)
-            told = {record.get("instance", "") or record["id"] for record in listed}
-            now = self.node.loop.now()
-            lacking = [peer.wire(now) for peer in peers.shared() if peer.key not in told]
-            if len(listed) < MAX_PEERS:
-                self._send_news(link, lacking)
-        link.asked = content.get("more") is True
-        self._report(link.peer, len(peers) - before)
-        self._synced = True
-
-    def _report(self, peer: Peer, found: int) -> None:
-        by_user = self._asked.pop(peer.key, False)
-        level = logging.INFO if found or by_user or not self._synced else logging.DEBUG
-        log.log(level, "[Gossip] compared with %s: %d new", peer.id, found)
-        if by_user:
-            news = f"{found} new" if found else "nothing new"
-            self.node.emit({"event": "notice", "text": f"Compared lists with {self.node.peers.label(peer)}: {news}."})
-
-    def _send_news(self, link: Link, records: List[Dict[str, Any]]) -> None:
-        for start in range(0, len(records), NEWS_BATCH):
-            link.send(MSG_PEER_NEWS, {"peers": records[start:start + NEWS_BATCH]})
-
-    def hear(self, link: Link, records: List[Dict[str, Any]]) -> None:
-        """Take in records that a peer sent; tell it where we know better."""
-        if not link.within_traffic(len(records)):
-            return
-        before, new, answers = len(self.node.peers), [], []
-        for record in records:
-            verdict, peer = self._hear_one(link, record)
-            if verdict == NEW:
-                new.append(peer)
-            elif verdict == STALE:
-                answers.append(peer.wire(self.node.loop.now()))
-        if len(new) <= max(before, 1):  # a newcomer's first list is no news to anybody else
-            for peer in new:
-                self.spread(peer, ALIVE)
-        self._send_news(link, answers[:NEWS_BATCH])
-
-    def _hear_one(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Peer]:
-        node = self.node
-        if record.get("instance") == node.me.instance or record["id"] == node.me.id:
-            return self._about_me(record), node.me
-        if link.peer is not None and record.get("instance") == link.peer.instance:
-            return self._own_word(link, link.peer, record)
-        return self.hear_of(record, link.connection.remote[0])
-
-    def hear_of(self, record: Dict[str, Any], source_ip: str) -> Tuple[str, Peer]:
-        """Hearsay about a third peer."""
-        node = self.node
-        if (is_loopback(record["ip"]) and not node.is_own(source_ip)) or not node.may_reach(record["ip"]):
-            return IMPLAUSIBLE, node.me
-        known = node.peers.by_key(record.get("instance", ""))
-        if known is not None and known.key in node.links.current and not known.gone and record["id"] != known.id:
-            return KNOWN, known  # a new name comes by its own word
-        verdict, peer, changes = node.peers.merge_claim(record, node.loop.now())
-        if verdict == NEW or (verdict == KNOWN and peer.unconfirmed_since is not None and not peer.gone):
-            node.detector.vouched(peer)
-        elif verdict == ACCUSED:
-            node.detector.accused(peer, record["status"])
-        elif verdict == CONFLICT:
-            node.links.look((record["ip"], record["port"]))
-        node.apply(changes)
-        return verdict, peer
-
-    def _about_me(self, record: Dict[str, Any]) -> str:
-        me = self.node.me
-        if record.get("instance") != me.instance:
-            return KNOWN  # somebody who had our address before us, or says so
-        incarnation = record.get("incarnation", 0)
-        if incarnation > me.incarnation + MAX_RAISE:
-            return IMPLAUSIBLE  # forged: we can't rise above it, and an answer would be answered for ever
-        differs = record.get("status", ALIVE) != ALIVE or record["id"] != me.id
-        if incarnation > me.incarnation or (incarnation == me.incarnation and differs):
-            self.node.deny(incarnation)
-            return STALE
-        return KNOWN
-
-    def _own_word(self, link: Link, peer: Peer, record: Dict[str, Any]) -> Tuple[str, Peer]:
-        """What the far end says of itself: another name, or that it is not gone."""
-        address = (record["ip"], record["port"])
-        elsewhere = address != peer.address and not self.node.links.seen_there(link, address)
-        if elsewhere or self.node.peers.get(record["id"]) not in (None, peer):  # or that is somebody else's place
-            self.node.links.look(address)
-            return IMPLAUSIBLE, peer
-        if record.get("status", ALIVE) != ALIVE:
-            return KNOWN, peer
-        verdict, peer, changes = self.node.peers.merge_own_claim(record, self.node.loop.now())
-        if record["id"] not in link.ids:
-            link.ids = (*link.ids[-7:], record["id"])
-        self.node.detector.heard(peer)
-        self.node.apply(changes)
-        if any(change.kind == RENAMED for change in changes) and not link.renames.take(self.node.loop.now()):
-            self.node.links.ban(link)
-        return verdict, peer
-
-
-class Discovery(Handler):
-    """The client of the discovery server: registers, sends heartbeats, takes in who is there. When the
-    server is gone it tries again, later each time, and any others that were found."""
-
-    def __init__(self, node: "PeerNode") -> None:
-        self.node = node
-        self.online: Optional[bool] = None  # None until the interface was told
-        self.since = node.loop.wall()  # since when it is, or is not, online
-        self.reason = ""
-        self.peer_id = ""  # what the server calls us: it may see another address than we do
-        self._said = ""  # the name under which we registered
-        self._last_seen = ("127.0.0.1", 0.0)  # the last server's address, and when it came or went
-        first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
-        self._first, self._first_tried = first, float("-inf")
-        self.candidates: List[Address] = [first]  # the one that is used, or tried next, and further ones
-        self._wait = RETRY_SERVER_MIN
-        self._tried = float("-inf")  # when
-        self.connection: Optional[Connection] = None
-        self._traffic = RateLimit(MAX_MESSAGES)  # messages, and records in lists
-        self._timer = Timer()  # of the next try, or of an answer that is due
-        self._heartbeat = Timer()
-
-    @property
-    def address(self) -> Address:
-        """The server that is used, or tried next."""
-        return self.candidates[0]
-
-    def was_online_after(self, when: float) -> bool:
-        """Whether a server on another machine was online until after a time on the loop's clock."""
-        return not is_loopback(self._last_seen[0]) and (self.online or self._last_seen[1] > when)
-
-    def start(self) -> None:
-        """Dial the first candidate."""
-        self._tried = self.node.loop.now()
-        if self.address == self._first:
-            self._first_tried = self._tried
-        self.peer_id = ""
-        self._traffic = RateLimit(MAX_MESSAGES)
-        self.connection = self.node.loop.connect(self.address, self, self.node.settings.timeout)
-
-    def found(self, address: Address) -> None:
-        """A server was found on the network, or named with --join."""
-        if self.connection is not None or self.node.stopping or not self.node.may_reach(address[0]):
-            return
-        if address not in self.candidates:
-            limited_log("server", logging.INFO, "[Discovery] found a server at %s:%d", *address)
-        overdue = self.node.loop.now() - self._first_tried > 2 * RETRY_SERVER_MAX  # however many others are found
-        first = [self._first, address] if overdue else [address, self._first]
-        self.candidates = list(dict.fromkeys(first + self.candidates))[:8]
-        if self.node.loop.now() - self._tried > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
-            self._timer.cancel()
-            self.start()
-
-    def on_open(self) -> None:
-        self.register()
-
-    def register(self) -> None:
-        """Say who we are; again after a change of name or address."""
-        if self.connection is None or self.connection.state != OPEN:
-            return
-        self.node.adopt_address(self.connection.local[0])
-        me = self.node.me
-        self._said = me.username
-        self._ask(MSG_REGISTER, {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
-                                 "incarnation": me.incarnation}, "what listens there does not answer as a server does")
-
-    def check(self) -> None:
-        """We may have slept: look at once whether the server still knows us."""
-        if self.online:
-            self._ask(MSG_HEARTBEAT, None, "the server is silent")
-
-    def _ask(self, msg_type: str, content: Any, otherwise: str) -> None:
-        """Send a message to which an answer is due."""
-        self._send(msg_type, content)
-        self._expect_answer(otherwise, self.node.settings.timeout)
-
-    def _send(self, msg_type: str, content: Any) -> None:
-        if self.connection is not None:
-            self.connection.send(create_message(msg_type, self.peer_id or self.node.me.id, content, "server"))
-
-    def _expect_answer(self, otherwise: str, within: float) -> None:
-        self._timer.cancel()
-        if self.connection is not None:
-            self._timer = self.node.loop.call_later(within, self.connection.abort, otherwise)
-
-    def on_messages(self, messages: List[Message]) -> None:
-        assert self.connection is not None
-        if not self._within_traffic(len(messages)):
-            return
-        if not is_loopback(self.address[0]):
-            self.node.detector.heard(None)
-        for message in messages:
-            if message["type"] == MSG_ERROR:
-                self.reason = clean(message["content"]["reason"])[:200]
-                limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self.reason)
-                continue
-            if message["type"] == MSG_REGISTER_ACK:
-                self._registered(message["content"])
-            elif message["type"] == MSG_PEER_LIST_UPDATE:
-                self._updated(message["content"])
-            self.reason = ""
-            if self.online:
-                self._expect_answer("the server is silent", 2.5 * self.node.settings.heartbeat_interval)
-
-    def on_bad_input(self, reason: str) -> None:
-        limited_log("bad input", logging.WARNING, "[Discovery] bad input from the server: %s", reason)
-
-    def _registered(self, content: Dict[str, Any]) -> None:
-        parts = split_id(content["peer_id"])
-        assert parts is not None
-        self._wait = RETRY_SERVER_MIN
-        self.peer_id = content["peer_id"]
-        self.node.confirm_address(parts[1], self.address[0])
-        self.node.finder.note(self.address, "online", "server ")
-        if not self.online:
-            log.info("[Discovery] registered as %s", content["peer_id"])
-            self._set_online(True, "")
-            self._beat()
-        if self._said != self.node.me.username:  # we were renamed since we registered
-            self.register()
-        self._hear(content["peer_list"])
-        self.node.settle()
-
-    def _updated(self, content: Dict[str, Any]) -> None:
-        self._hear(content["joined"])
-        for gone in content["left"]:
-            peer = self.node.peers.get(gone["id"])
-            reason = clean(gone.get("reason", ""))[:100]
-            if peer is not None and gone.get("instance", peer.instance) == peer.instance and reason != "renamed":
-                self.node.detector.accused(peer, LEFT if reason == "left" else SUSPECT, reason)
-
-    def _within_traffic(self, count: int) -> bool:
-        """Whether the server may send `count` more messages or records; else the connection ends."""
-        if self._traffic.take(self.node.loop.now(), count):
-            return True
-        if self.connection is not None:
-            self.connection.abort("the server sends too much")
-        return False
-
-    def _hear(self, records: List[Dict[str, Any]]) -> None:
-        if not self._within_traffic(len(records)):
-            return
-        for record in records:
-            if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
-                self.node.gossip.hear_of(record, self.address[0])
-
-    def _beat(self) -> None:
-        """A heartbeat now, and the next one later."""
-        self._send(MSG_HEARTBEAT, None)
-        self._heartbeat = self.node.loop.call_later(self.node.settings.heartbeat_interval, self._beat)
-
-    def on_close(self, reason: str) -> None:
-        """The connection is gone, or never was: go on without, and try again."""
-        self.connection = None
-        self._timer.cancel()
-        self._heartbeat.cancel()
-        if self.node.stopping:
-            return
-        reason = self.reason or reason
-        self.reason = ""
-        self.node.finder.note(self.address, reason, "server ")
-        self._set_online(False, reason)
-        self.candidates.append(self.candidates.pop(0))
-        delay = self._wait * (0.75 + self.node.loop.random.random() / 2)
-        self._wait = min(2 * self._wait, RETRY_SERVER_MAX)
-        self._timer = self.node.loop.call_later(delay, self.start)
-        self.node.finder.server_failed()
-
-    def _set_online(self, online: bool, reason: str) -> None:
-        if online or self.online:
-            self._last_seen = (self.address[0], self.node.loop.now())
-        if online != self.online:
-            self.online = online
-            self.since = self.node.loop.wall()
-            if not online:
-                log.info("[Discovery] no server: %s; going on in P2P mode", reason)
-            self.node.emit({"event": "server", "online": online, "address": format_address(self.address),
-                            "reason": reason})
-
-    def leave(self) -> None:
-        """Tell the server that we leave."""
-        self._timer.cancel()
-        self._heartbeat.cancel()
-        if self.connection is not None:
-            if self.online:
-                self._send(MSG_UNREGISTER, None)
-            self.connection.close("leaving")
+        return known or Contact(*parts)
 
 
 class Finder:
@@ -3678,114 +4029,91 @@ class Finder:
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
-        self.tried: Dict[str, str] = {}  # what was tried, and what came of it
-        self._reached: Dict[Address, str] = {}  # whom we met at an address named by hand: the peer's key
-        self._beacon_heard = float("-inf")  # when, the last one of somebody else
+        self._beacon_at = float("-inf")  # when the last one of another peer came
         self._lan: Optional[Lan] = None
         self._timer = Timer()
         self._answers = RateLimit(BEACON_ANSWERS, 1.0)
 
     def start(self) -> None:
         """Begin to look, at once."""
-        if self.node.settings.lan and self.node.settings.server is None:
-            self._lan = self.node.loop.lan(self.node.settings.host, DEFAULT_PORT, self._heard)
-        self._look()
+        settings, targets = self.node.settings, self.node.targets
+        for address in settings.join:
+            targets.enter(address, NAMED)
+        if settings.lan and settings.server is None:
+            self._lan = self.node.loop.lan(settings.host, DEFAULT_PORT, self.on_beacon)
+        self._look_around()
 
-    def _look(self) -> None:
-        """Try the addresses named by hand, and shout."""
-        alone = not len(self.node.peers)
+    def _look_around(self) -> None:
+        """Dial the addresses named by hand, and send a beacon."""
+        is_alone = not len(self.node.peers)
         if self._lan is not None or self.node.settings.join:
-            wait = BEACON_INTERVAL_ALONE if alone else BEACON_INTERVAL * (0.75 + self.node.loop.random.random() / 2)
-            self._timer = self.node.loop.call_later(wait, self._look)  # first: an error must not end it
+            wait = BEACON_INTERVAL_ALONE if is_alone else BEACON_INTERVAL * (0.75 + self.node.loop.random.random() / 2)
+            self._timer = self.node.loop.call_later(wait, self._look_around)  # first: an error must not end it
         known = {peer.address for peer in self.node.peers.present()}.union(self.node.discovery.candidates)
         for address in self.node.settings.join:
-            if address not in known and not self._is_met(address):
-                self.node.links.dial(address)
+            if address not in known and not self._has_met(address):
+                self.node.links.dial(address, NAMED)
         if self._lan is not None:
             self._lan.refresh()
-            self._lan.broadcast(self._beacon(answer=False, size=BEACON_SIZE))
+            self._lan.broadcast(self._beacon(is_answer=False, size=BEACON_SIZE))
 
-    def _is_met(self, address: Address) -> bool:
-        """Whether the peer at an address named by hand is there, by whatever address it is known."""
-        peer = self.node.peers.by_key(self._reached.get(address, ""))
-        return peer is not None and not peer.gone
+    def _has_met(self, address: Address) -> bool:
+        """Whether the peer at an address named by hand is present, by whatever address it is known."""
+        target = self.node.targets.get(address)
+        return target is not None and target.peer is not None and not target.peer.gone
 
-    def _beacon(self, answer: bool, size: int) -> bytes:
+    def _beacon(self, is_answer: bool, size: int) -> bytes:
         node = self.node
-        content = {"role": "peer", "port": node.me.port, "instance": node.me.instance, "answer": answer,
-                   "alone": not len(node.peers), "server_wanted": not node.discovery.online}
+        content = {"role": "peer", "port": node.me.port, "instance": node.me.instance, "answer": is_answer,
+                   "alone": not len(node.peers), "server_wanted": not node.discovery.is_online}
         return make_beacon(node.me.id, content, size)
 
-    def _heard(self, data: bytes, sender: Address) -> Optional[bytes]:
+    def on_beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
         """A datagram came: perhaps a peer that we do not know, or a server; perhaps one that seeks us."""
         message = parse_message(data)
         if message is None or message["type"] != MSG_BEACON:
             limited_log("beacon", logging.INFO, "[P2P] a datagram from %s that is no beacon", sender[0])
             return None
-        content = message["content"]
-        if content.get("instance") == self.node.me.instance or self.node.stopping:
+        node, content = self.node, message["content"]
+        if content.get("instance") == node.me.instance or node.stopping:
             return None
         address = (sender[0], content["port"])
         if content["role"] == "server":
-            self.node.discovery.found(address)
+            node.discovery.on_found(address)
             return None
-        known = self.node.peers.by_key(content.get("instance", ""))
-        few = self.node.loop.random.random() * len(self.node.peers) < 10  # a thousand need not all answer
-        self._beacon_heard = self.node.loop.now()
+        self._beacon_at = node.loop.now()
+        known = node.peers.by_key(content.get("instance", ""))
+        few = node.loop.random.random() * len(node.peers) < 10  # a thousand need not all answer
         if (known is None or known.gone) and few:
-            self.node.links.look(address)
-            if address in self.node.links.dialling:
-                self._hint(address)
-        wanted = content.get("alone") is True and content.get("answer") is not True and few
-        if not wanted or not self._answers.take(self.node.loop.now()):
+            node.links.verify_address(address, BEACON)
+            target = node.targets.get(address)
+            if target is not None and target.link is not None:  # the report says so, should it fail
+                target.result = target.result or "not met yet"
+        is_wanted = content.get("alone") is True and content.get("answer") is not True and few
+        if not is_wanted or not self._answers.take(node.loop.now()):
             return None
-        return self._beacon(answer=True, size=min(len(data), BEACON_SIZE)) or None
+        return self._beacon(is_answer=True, size=min(len(data), BEACON_SIZE)) or None
 
-    def dialled(self, link: Link, failure: str) -> None:
-        """A dial has ended: with a failure, or with the peer that answers there."""
-        key = format_address(link.address)
-        if link.peer is not None:
-            self.tried.pop(key, None)
-            if link.address in self.node.settings.join:
-                self._reached[link.address] = link.peer.key
-        elif link.address in self.node.settings.join:
-            self.note(link.address, failure)
-        elif key in self.tried:
-            self.note(link.address, f"heard on the local network, but {failure}")
-
-    def _hint(self, address: Address) -> None:
-        """A beacon led to a dial: if that fails, the report says so."""
-        if format_address(address) not in self.tried:
-            self.note(address, "heard on the local network, but not met yet")
-
-    def note(self, address: Address, result: str, what: str = "") -> None:
-        """Remember what came of trying an address, for the report; the last few are enough."""
-        key = what + format_address(address)
-        self.tried.pop(key, None)
-        self.tried[key] = result
-        if len(self.tried) > 16:
-            del self.tried[next(iter(self.tried))]
-
-    def error(self, link: Link, message: Message) -> None:
+    def handle_error(self, link: Link, message: Message) -> None:
         """The far end says what it did not like, or that it is a server."""
-        content = message["content"]
+        node, content = self.node, message["content"]
         reason = clean(content["reason"])[:200]
         limited_log("error", logging.INFO, "[P2P] %s:%d says: %s", *link.connection.remote, reason)
-        if content.get("role") == "server" and link.dialled and link.address in self.node.settings.join:
-            self.node.discovery.found(link.address)
+        if content.get("role") == "server" and link.dialled and link.address in node.settings.join:
+            node.discovery.on_found(link.address)
             link.connection.close("a discovery server")
             return
         if link.peer is None and link.dialled:
-            before = self.node.me.ip
-            self.node.confirm_address(content.get("you", {}).get("ip"), link.connection.remote[0])
-            if self.node.me.ip != before:  # it did not believe our address, and was right
-                self.node.loop.call_later(DRAIN_TIMEOUT, self.node.links.dial, link.address)
+            before = node.me.ip
+            node.whereabouts.on_seen(content.get("you", {}).get("ip"), link.connection.remote[0])
+            if node.me.ip != before:  # it did not believe our address, and was right
+                node.loop.call_later(DRAIN_TIMEOUT, node.links.dial, link.address, HEARSAY)
         link.failure = f"it says: {reason}"
 
-    def server_failed(self) -> None:
+    def on_server_failed(self) -> None:
         """With no server, and nothing else to look for, there is nothing to wait for."""
         if self._lan is None and not self.node.settings.join:
-            self.node.settle()
+            self.node.on_settled()
 
     def report(self) -> List[str]:
         """Why nobody is here, and what to do about it; empty if somebody is."""
@@ -3793,22 +4121,101 @@ class Finder:
         if len(node.peers):
             return []
         lines = ["Nobody else is here.", f"You are {node.me.id}."]
-        lines += [f"Tried {what}: {result}." for what, result in self.tried.items()]
-        if self._lan is not None and node.loop.now() - self._beacon_heard > 2 * BEACON_INTERVAL:
+        lines += [f"Tried {self._outcome(target)}." for target in node.targets.results()]
+        if self._lan is not None and node.loop.now() - self._beacon_at > 2 * BEACON_INTERVAL:
             result = f", but {self._lan.problem}" if self._lan.problem else f" (UDP port {DEFAULT_PORT}): no answer"
             lines.append(f"Looked on the local network{result}.")
-        if not node.has_network:
+        if not node.whereabouts.has_network:
             return [*lines, "This machine has no address on a network at the moment."]
         where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
         only = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
         lines.append(f"To connect {where}: python3 p2pchat.py peer{only} --join {node.me.ip}:{node.me.port}")
         return lines
 
+    def _outcome(self, target: Target) -> str:
+        """An address that was tried, and what came of it."""
+        address = format_address(target.address)
+        if target.why == SERVER:
+            return f"server {address}: {target.result}"
+        return f"{address}: {'heard on the local network, but ' if target.why == BEACON else ''}{target.result}"
+
     def stop(self) -> None:
         """Look no longer."""
         self._timer.cancel()
         if self._lan is not None:
             self._lan.close()
+
+
+def node_handlers(node: "PeerNode") -> Dict[str, Callable[[Link, Message], None]]:
+    """The methods that take in each type of message between peers."""
+    return {
+        MSG_CHAT: node.delivery.handle_chat,
+        MSG_CHAT_ACK: node.delivery.handle_chat_ack,
+        MSG_CHAT_SETTLED: node.delivery.handle_chat_settled,
+        MSG_HELLO: node.links.handle_hello,
+        MSG_UNREGISTER: node.handle_unregister,
+        MSG_PROBE: node.detector.handle_probe,
+        MSG_PROBE_ACK: Link.handle_answer,
+        MSG_PROBE_REQUEST: node.detector.handle_probe_request,
+        MSG_PROBE_RESULT: Link.handle_answer,
+        MSG_PEER_NEWS: node.gossip.handle_news,
+        MSG_SYNC_PEERS_REQUEST: node.gossip.handle_sync_request,
+        MSG_SYNC_PEERS_RESPONSE: Link.handle_answer,
+        MSG_ERROR: node.finder.handle_error,
+        MSG_REGISTER: lambda link, message: link.refuse("this is a peer, not a discovery server: say MSG_HELLO"),
+    }
+
+
+def check_text(text: str) -> str:
+    """The text as it is sent. Raises ChatError if it can't be."""
+    text = clean(text, newlines=True)
+    if not text.strip():
+        raise ChatError("There is nothing to send.")
+    size = len(text) if text.isascii() else len(text.encode("utf-8"))
+    if size > MAX_TEXT:
+        raise ChatError(f"The text has {size} bytes; at most {MAX_TEXT} can be sent at once.")
+    return text
+
+
+class Turn:
+    """What a turn of the loop brought: events for the listeners, and links over which chat came."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self._node = node
+        self._events: List[Event] = []
+        self._links: Dict[Link, None] = {}
+        self._is_due = False  # whether the loop will call `_end`
+
+    def emit(self, event: Event) -> None:
+        """Tell the listeners, at the end of this turn."""
+        self._events.append(event)
+        self._call_at_end()
+
+    def acknowledge_later(self, link: Link) -> None:
+        """Acknowledge what came over a link at the end of this turn, when the listeners have it."""
+        self._links[link] = None
+        self._call_at_end()
+
+    def acknowledge(self) -> None:
+        """Acknowledge it now."""
+        links, self._links = self._links, {}
+        for link in links:
+            self._node.delivery.acknowledge(link)
+
+    def _call_at_end(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            self._node.loop.at_turn_end(self._end)
+
+    def _end(self) -> None:
+        """Hand over the events; only then acknowledge what they hold. What a listener says in answer to a message
+        leaves before its acknowledgement: a peer that waits for that to leave still gets the answer."""
+        self._is_due = False
+        events, self._events = self._events, []
+        if events:
+            for listener in self._node.listeners:
+                listener(events)
+        self.acknowledge()
 
 
 class PeerNode:
@@ -3820,118 +4227,81 @@ class PeerNode:
         self.loop = loop
         self.settings = settings
         self.listeners = list(listeners)
-        self._events: List[Event] = []  # of this turn
-        self._unacknowledged: Dict[Link, None] = {}  # links over which chat came in this turn
-        self._turn_ends = False  # whether the loop will call at the end of this turn
-        self.me = Peer(settings.username or "anonymous", "127.0.0.1", 0, instance=f"{loop.random.getrandbits(64):016x}",
-                       incarnation=int(loop.wall() * 1000))
+        self.me = Contact(settings.username or "anonymous", "127.0.0.1", 0,
+                          instance=f"{loop.random.getrandbits(64):016x}", incarnation=int(loop.wall() * 1000))
         self.my_ids: Dict[str, None] = {}  # every id that we had, the last one last
-        self.peers = PeerList(self.me)
+        self.peers: PeerList[Contact] = PeerList(self.me)
+        self.news = News()
+        self.targets = Targets()
         self.undelivered = 0  # messages reported as failed
         self.leaving = False  # no new messages; what is under way may still arrive
         self.stopping = False  # saying goodbye
-        self._settled = False
-        self._stopped = False
-        self.address_sure = settings.host != "0.0.0.0"
-        self._had_address = True  # whether our address is, or was, one of the machine's own: not so behind NAT
-        self._own_addresses: Tuple[float, List[str]] = (-1e9, [])  # and when they were looked up
+        self._is_settled = False
+        self._has_stopped = False
+        self._turn = Turn(self)
+        self.emit = self._turn.emit
+        self.acknowledge_later = self._turn.acknowledge_later
         self._listener: Optional[SocketListener] = None
         self._tickers: List[Ticker] = []
-        self.finder = Finder(self)
+        self.handlers: Dict[str, Callable[[Link, Message], None]] = {}
+        self.whereabouts = Whereabouts(self)
         self.links = Links(self)
-        self.delivery = Delivery(self)
         self.detector = Detector(self)
         self.gossip = Gossip(self)
         self.discovery = Discovery(self)
-        self.present = self.peers.present  # these three are for interfaces: everybody else, by name;
-        self.find = self.peers.find  # those present whom a typed text names, more than one is ambiguous;
-        self.alone = self.finder.report  # why nobody is here
-        self.handlers = self._handlers()
-
-    def _handlers(self) -> Dict[str, Callable[[Link, Message], None]]:
-        """Who takes in which type of message."""
-        return {
-            MSG_CHAT: self.delivery.chat,
-            MSG_CHAT_ACK: self.delivery.answered,
-            MSG_CHAT_REFUSED: self.delivery.answered,
-            MSG_HELLO: self.links.hello,
-            MSG_UNREGISTER: self._unregistered,
-            MSG_PROBE: self.detector.probed,
-            MSG_PROBE_ACK: self.detector.answered,
-            MSG_PROBE_REQUEST: self.detector.help_probe,
-            MSG_PROBE_RESULT: self.detector.helped,
-            MSG_PEER_NEWS: lambda link, message: self.gossip.hear(link, message["content"]["peers"]),
-            MSG_SYNC_PEERS_REQUEST: self.gossip.requested,
-            MSG_SYNC_PEERS_RESPONSE: self.gossip.answered,
-            MSG_ERROR: self.finder.error,
-            MSG_REGISTER: lambda link, message: link.refuse("this is a peer, not a discovery server: say MSG_HELLO"),
-        }
+        self.delivery = Delivery(self)
+        self.finder = Finder(self)
+        self.handlers.update(node_handlers(self))
+        # For interfaces: everybody else, by name; the peers that a typed text names; why nobody is here.
+        self.present, self.find, self.alone = self.peers.present, self.peers.find, self.finder.report
+        self.sync = self.gossip.sync_for_user
 
     # -- starting and leaving --------------------------------------------------------------------------
 
     def start(self) -> None:
         """Listen, and look for others. Raises OSError when the port can't be had."""
-        settings = self.settings
-        self._listener = self.loop.listen(settings.host, settings.port, self.links.accept)
-        ip = settings.host if self.address_sure else self.loop.local_addresses()[0]
-        self._place(self.me.username, ip, self._listener.address[1])
-        log.info("[P2P] listening on %s:%d as %s", settings.host, self.me.port, self.me.id)
+        self.start_p2p_listener()
         self.emit({"event": "ready", "id": self.me.id, "ip": self.me.ip, "port": self.me.port})
         self.detector.start()
-        self._tickers = [Ticker(self.loop, PROBE_INTERVAL, self.detector.tick),
-                         Ticker(self.loop, settings.gossip_interval, self.gossip.tick)]
-        self.discovery.start()
+        self._tickers = [Ticker(self.loop, PROBE_INTERVAL, self._on_probe_interval),
+                         Ticker(self.loop, self.settings.gossip_interval, self.gossip.sync_with_random_peer)]
+        self.discovery.connect_to_discovery()
         self.finder.start()
-        named = settings.server is not None or settings.join
-        self.loop.call_later(settings.timeout if named else SETTLE_TIME, self.settle)
+        is_named = self.settings.server is not None or self.settings.join
+        self.loop.call_later(self.settings.timeout if is_named else SETTLE_TIME, self.on_settled)
 
-    def emit(self, event: Event) -> None:
-        """Tell the listeners, at the end of this turn."""
-        self._events.append(event)
-        self._do_at_turn_end()
+    def start_p2p_listener(self) -> None:
+        """Listen for other peers. Raises OSError when the port can't be had."""
+        settings = self.settings
+        self._listener = self.loop.listen(settings.host, settings.port, self.links.handle_p2p_connection)
+        self._set_identity(self.me.username, self.whereabouts.first_guess(), self._listener.address[1])
+        log.info("[P2P] listening on %s:%d as %s", settings.host, self.me.port, self.me.id)
 
-    def acknowledge_later(self, link: Link) -> None:
-        """Acknowledge what came over a link at the end of this turn, when the listeners have it."""
-        self._unacknowledged[link] = None
-        self._do_at_turn_end()
+    def _on_probe_interval(self) -> None:
+        self.check_clock()
+        self.whereabouts.follow_machine()
+        self.detector.probe_neighbours()
+        self.links.reconcile()
 
-    def _do_at_turn_end(self) -> None:
-        if not self._turn_ends:
-            self._turn_ends = True
-            self.loop.at_turn_end(self._end_turn)
-
-    def _end_turn(self) -> None:
-        """Hand over this turn's events; only then is acknowledged what they hold. What a listener says in answer
-        to a message leaves before its acknowledgement: who waits for that to leave still hears the answer."""
-        self._turn_ends = False
-        events, self._events = self._events, []
-        links, self._unacknowledged = self._unacknowledged, {}
-        if events:
-            for listener in self.listeners:
-                listener(events)
-        for link in links:
-            self.delivery.acknowledge(link)
-
-    def settle(self) -> None:
+    def on_settled(self) -> None:
         """The first look around is over: whoever could be found quickly is known. Said once."""
-        if not self._settled and not self.stopping:
-            self._settled = True
+        if not self._is_settled and not self.stopping:
+            self._is_settled = True
             self.emit({"event": "settled"})
 
     def leave(self) -> None:
         """Wait for what is under way, at most settings.timeout; tell everybody; then comes "stopped"."""
-        if self.leaving:
-            return
-        self.leaving = True
-        self.loop.call_later(self.settings.timeout, self.depart)
-        self.proceed()
+        if not self.leaving:
+            self.leaving = True
+            self.loop.call_later(self.settings.timeout, self.depart)
+            self.maybe_depart()
 
-    def proceed(self) -> None:
+    def maybe_depart(self) -> None:
         """Something has come to its end: leave, if that was the last thing to wait for."""
         if self.stopping:
             if not self.links.all:
                 self._stop()
-        elif self.leaving and not self.delivery.is_waiting():
+        elif self.leaving and not self.delivery.in_flight:
             self.depart()
 
     def depart(self) -> None:
@@ -3945,15 +4315,16 @@ class PeerNode:
             ticker.close()
         self.finder.stop()
         self.discovery.leave()
+        self._turn.acknowledge()
         self.links.close_all()
         if self._listener is not None:
             self._listener.close()
         self.loop.call_later(1.0, self._stop)
-        self.proceed()
+        self.maybe_depart()
 
     def _stop(self) -> None:
-        if not self._stopped:
-            self._stopped = True
+        if not self._has_stopped:
+            self._has_stopped = True
             log.info("[P2P] left")
             self.emit({"event": "stopped"})
 
@@ -3966,195 +4337,182 @@ class PeerNode:
             parts = split_id(peer_id)
             if parts is None:
                 return peer_id
-            peer = Peer(*parts)
+            peer = Contact(*parts)
         return self.peers.label(peer)
 
     def broadcast_chat_message(self, text: str) -> str:
         """Send a text to everybody; return the message's id. Raises ChatError."""
-        text = self._sendable(text)
         if not len(self.peers):
             raise ChatError("Not sent: nobody else is here. /who says why.")
-        return self.delivery.send(text, self.present(), EVERYONE)
+        return self._send(text, self.present(), EVERYONE)
 
     def send_chat_message(self, to: str, text: str) -> str:
         """Send a text to the peer with the id `to` alone; return the message's id. Raises ChatError."""
-        text = self._sendable(text)
         peer = self.peers.get(to)
         if peer is None:
             raise ChatError(f"Not sent: {to} is not here.")
-        return self.delivery.send(text, [peer], peer.id)
+        return self._send(text, [peer], peer.id)
 
-    def _sendable(self, text: str) -> str:
-        """A text as it is sent. Raises ChatError if it can't be."""
-        text = clean(text, newlines=True)
+    def _send(self, text: str, receivers: List[Contact], to: str) -> str:
         if self.leaving:
             raise ChatError("You are leaving: nothing more is sent.")
-        if not text.strip():
-            raise ChatError("There is nothing to send.")
-        size = len(text.encode("utf-8"))
-        if size > MAX_TEXT:
-            raise ChatError(f"The text has {size} bytes; at most {MAX_TEXT} can be sent at once.")
-        return text
+        return self.delivery.send(check_text(text), receivers, to)
 
     def rename(self, username: str) -> None:
         """Take another name. Raises ChatError."""
         try:
-            username = check_username(username)
+            self.change_identity(check_username(username), self.me.ip)
         except ValueError as error:
             raise ChatError(str(error)) from None
-        if username != self.me.username:
-            self._change(username, self.me.ip)
-
-    def sync(self) -> None:
-        """Compare lists with one random peer now."""
-        for peer in self.peers.sample(self.loop.random, 1, self.present()):
-            self.gossip.ask(peer, by_user=True)
-            self.emit({"event": "notice", "text": f"Comparing lists with {self.peers.label(peer)} ..."})
-        if not len(self.peers):
-            self.emit({"event": "notice", "text": "There is nobody to compare lists with."})
 
     def who(self) -> List[str]:
         """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
         rows = [("name", "address", "heard", "ago", "trip")]
         for peer in self.present():
-            rows.append((self.peers.label(peer), f"{peer.ip}:{peer.port}", *self._heard_how(peer)))
+            rows.append((self.peers.label(peer), format_address(peer.address), *peer.heard_how(self.loop.now())))
         widths = [max(width(row[column]) for row in rows) for column in range(5)]
         return ["  ".join(pad(cell, size) for cell, size in zip(row, widths)).rstrip() for row in rows]
 
-    def _heard_how(self, peer: Peer) -> Tuple[str, str, str]:
-        now = self.loop.now()
-        directly = peer.heard_at > 0 and peer.key in self.links.current
-        how = "quiet" if peer.quiet else "directly" if directly else "through others"
-        since = now - (peer.heard_at if directly else peer.last_sign_at())
-        trip = "" if peer.rtt is None else f"{peer.rtt * 1000:.1f} ms"
-        return how, f"{max(0, since):.0f} s", trip
-
     def server_status(self) -> Tuple[bool, str, float]:
         """(online, address, since when as Unix time)."""
-        return bool(self.discovery.online), format_address(self.discovery.address), self.discovery.since
+        return bool(self.discovery.is_online), format_address(self.discovery.address), self.discovery.since
 
     @property
     def network_gone(self) -> bool:
         """Whether everybody fell silent at once."""
-        return self.detector.cut_off
+        return self.detector.is_isolated
+
+    # -- upcalls: what the helpers tell each other -----------------------------------------------------
+
+    def check_clock(self) -> bool:
+        """Whether this process stood still for a while, or its clock was set."""
+        return self.detector.check_clock()
+
+    def on_heard(self, link: Link) -> None:
+        """Something came over a link."""
+        if link.peer is not None or not self.whereabouts.is_own(link.connection.remote[0]):
+            self.detector.on_heard(link.peer)
+
+    def linked(self, link: Link, peer: Contact, verdict: str, changes: List[Change], digest: Any,
+               was_lost: bool) -> None:
+        """A link was bound to a peer, which says hello."""
+        self.detector.on_heard(peer)
+        self.detector.answer_askers(peer)
+        self.publish(changes)
+        self.gossip.on_linked(link, peer, verdict, digest, was_lost)
+        if peer.rtt is None:
+            self.detector.probe(peer)  # for /who: on the ring only neighbours are probed
+        if not peer.gone and not link.is_resumed:
+            self.delivery.resume(peer, link)
+        self.loop.call_later(SETTLE_TIME / 4, self.on_settled)
+
+    def unlinked(self, link: Link, peer: Contact, why: str) -> None:
+        """The link over which we sent to a peer is gone; perhaps another took its place."""
+        if self.stopping:
+            return
+        if peer.link is not None:
+            self.delivery.resume(peer, peer.link)
+        elif not peer.gone:
+            log.debug("[P2P] link to %s lost: %s", peer.id, why)
+            if not self.links.was_idle(link, peer):
+                self.links.ensure_link(peer)  # links break among the living, too: does its program still answer?
+
+    def dial_failed(self, peer: Contact, why: str) -> None:
+        """A peer could not be reached at its address."""
+        if not peer.gone:
+            self.detector.on_dial_failed(peer, why)
+
+    def contested(self, peer: Contact) -> None:
+        """Somebody elsewhere claims to be a peer that we know: ask that whether it lives."""
+        self.detector.probe(peer)
+
+    def start_over(self) -> None:
+        """No silence from before now means anything, and no list either."""
+        self.delivery.start_over()
+        for peer in self.detector.start_over():
+            self.gossip.sync(peer)
+
+    def check_server(self) -> None:
+        """Peers fell silent, or we slept: see at once whether the server still answers."""
+        self.discovery.check(self.settings.timeout)
+
+    def on_server_failed(self) -> None:
+        """The server can't be reached."""
+        self.finder.on_server_failed()
+
+    def on_address_lost(self, own: List[str]) -> None:
+        """The machine has other addresses now: nothing comes through connections from the old ones any more."""
+        for connection in [self.discovery.connection, *(link.connection for link in self.links.all)]:
+            if connection.state == OPEN and connection.local[0] not in own:
+                connection.abort("our address is another now")
 
     # -- changes ---------------------------------------------------------------------------------------
 
-    def apply(self, changes: List[Change]) -> None:
-        """The list has changed: clean up behind those who left, and tell the interface."""
+    def publish(self, changes: List[Change]) -> None:
+        """The list has changed: clean up behind those that left, and tell the listeners."""
         for change in changes:
             peer = change.peer
             detail = change.reason or (f"formerly {change.old['id']}" if change.old else "")
             detail = f" ({detail})" if detail else ""
             limited_log(change.kind, logging.INFO, "[P2P] %s: %s%s", change.kind, peer.id, detail)
             if change.kind == GONE:
-                self.detector.forget(peer)
+                self.detector.clear(peer)
                 self.links.drop(peer, change.reason)
                 self.delivery.fail(peer, change.reason)
                 self.emit({"event": "left", "peer": peer.public, "reason": change.reason})
-                self.proceed()
+                self.maybe_depart()
             elif change.kind == JOINED:
-                link = self.links.current.get(peer.key)
-                if link is not None and not link.ready:  # it was thought gone when the link was made
-                    self.delivery.resume(peer, link)
+                if peer.link is not None and not peer.link.is_resumed:  # it was thought gone when it was linked
+                    self.delivery.resume(peer, peer.link)
                 self.emit({"event": "joined", "peer": peer.public})
             else:
                 self.emit({"event": "renamed", "peer": peer.public, "old": change.old})
 
-    def remove(self, peer: Peer, status: str, reason: str) -> None:
+    def remove_dead_peer(self, peer: Contact, status: str, reason: str) -> None:
         """A peer is gone."""
         changes = self.peers.remove(peer, status, reason, self.loop.now())
-        self.apply(changes)
+        self.publish(changes)
         if changes:
-            self.gossip.spread(peer, status)
+            self.spread(peer, status)
 
-    def _unregistered(self, link: Link, message: Message) -> None:
+    def handle_unregister(self, link: Link, message: Message) -> None:
         """The far end leaves, by its own word."""
         assert link.peer is not None
         peer = link.peer
         link.connection.close("it left")
         if any(each.peer is peer and each.connection.state == OPEN for each in self.links.all):
-            self.loop.call_later(GOODBYE_TIME, self.remove, peer, LEFT, "left")  # it says goodbye there as well
+            self.loop.call_later(GOODBYE_TIME, self.remove_dead_peer, peer, LEFT, "left")  # it says so there as well
         else:
-            self.remove(peer, LEFT, "left")
+            self.remove_dead_peer(peer, LEFT, "left")
 
-    # -- oneself ---------------------------------------------------------------------------------------
+    def spread(self, peer: Contact, status: str) -> None:
+        """Pass on what has become of a peer (oneself included)."""
+        self.news.add(peer, status, len(self.peers))
+        self.gossip.tell_soon()
 
-    def deny(self, incarnation: int) -> None:
+    def refute(self, incarnation: int) -> None:
         """Somebody holds us to be gone, or elsewhere: raise our incarnation above what it says, and tell."""
         me = self.me
         if me.incarnation <= incarnation <= me.incarnation + MAX_RAISE:
             me.incarnation = incarnation + 1
-        self.gossip.spread(me, ALIVE)
+        self.spread(me, ALIVE)
 
-    def own_addresses(self) -> List[str]:
-        """This machine's addresses, looked up at most every few seconds; the one towards the outside first."""
-        now = self.loop.now()
-        if now - self._own_addresses[0] > (60.0 if os.name == "nt" else QUIET_AFTER):  # there it may block
-            self._own_addresses = (now, self.loop.local_addresses())
-        return self._own_addresses[1]
-
-    def is_own(self, ip: str) -> bool:
-        """Whether an address is this machine's."""
-        return ip == self.me.ip or is_loopback(ip) or ip in self.own_addresses()
-
-    @property
-    def has_network(self) -> bool:
-        """Whether the address that we are known by is still this machine's; not asked behind NAT."""
-        return self.settings.host != "0.0.0.0" or self.me.ip in self.own_addresses() or not self._had_address
-
-    def may_reach(self, ip: str) -> bool:
-        """Whether to dial an address: one who listens on the loopback only stays on this machine."""
-        return not is_loopback(self.settings.host) or self.is_own(ip)
-
-    def adopt_address(self, local_ip: str) -> None:
-        """A connection left from this address of ours: better than a guess, until somebody confirms one."""
-        if not self.address_sure and not is_loopback(local_ip) and is_peer_ip(local_ip):
-            self._change(self.me.username, local_ip)
-
-    def confirm_address(self, seen_ip: Any, by_ip: str) -> None:
-        """The far side of a connection sees us at this address, which beats what we think.
-
-        One of this machine's own is believed at once; another one (there is NAT between us, or it lies) only
-        while none of our own was confirmed."""
-        if self.settings.host != "0.0.0.0" or not is_peer_ip(seen_ip) or is_loopback(seen_ip) or is_loopback(by_ip):
-            return
-        own = seen_ip in self.own_addresses()
-        if not self.address_sure or (own and self.me.ip not in self.own_addresses()):
-            self.address_sure, self._had_address = True, own
-            self._change(self.me.username, seen_ip)
-
-    def follow_address(self) -> None:
-        """The machine may have another address by now (a new lease, another network): go along."""
-        own = self.own_addresses()
-        settled = self.me.ip in own and not is_loopback(self.me.ip)  # loopback: there was no network at the start
-        if self.settings.host != "0.0.0.0" or settled or not self._had_address:
-            return
-        new = own[0]
-        if not is_loopback(new):
-            self.address_sure = False
-            for connection in [self.discovery.connection, *(link.connection for link in self.links.all)]:
-                if connection is not None and connection.state == OPEN and connection.local[0] not in own:
-                    connection.abort("our address is another now")  # nothing comes through it any more
-            self._change(self.me.username, new)
-
-    def _change(self, username: str, ip: str) -> None:
+    def change_identity(self, username: str, ip: str) -> None:
         """Take another name or address, and tell everybody: a change, not a leave and a join."""
         if (username, ip) == (self.me.username, self.me.ip):
             return
         old = self.me.public
         self.me.incarnation += 1
-        self._place(username, ip, self.me.port)
-        self.links.own.clear()  # somebody else may get the old one
-        self._own_addresses = (-1e9, [])  # which may be older than the new one
+        self._set_identity(username, ip, self.me.port)
+        self.links.own_addresses.clear()  # somebody else may get the old one
         log.info("[P2P] now known as %s", self.me.id)
         self.links.announce()
-        self.gossip.spread(self.me, ALIVE)
-        if self.discovery.online:
+        self.spread(self.me, ALIVE)
+        if self.discovery.is_online:
             self.discovery.register()
         self.emit({"event": "renamed", "peer": self.me.public, "old": old})
 
-    def _place(self, username: str, ip: str, port: int) -> None:
+    def _set_identity(self, username: str, ip: str, port: int) -> None:
         self.me.set_identity(username, ip, port)
         self.my_ids[self.me.id] = None
         self.peers.clear_caches()
@@ -4788,7 +5146,7 @@ class ChatView:
         peer, rest = self._peer(text)
         return self._only([], text) if rest else peer
 
-    def _only(self, found: List[Peer], name: str) -> Peer:
+    def _only(self, found: Sequence[Peer], name: str) -> Peer:
         if len(found) == 1:
             return found[0]
         labels = self._labels(found or self.node.present())
