@@ -170,6 +170,8 @@ Event = Dict[str, Any]  # what --json prints, without the time
 Listener = Callable[[List[Event]], None]  # gets the events of one turn
 Message = Dict[str, Any]  # one decoded JSON line
 
+DETAIL = 15  # level of the log's lines about single messages: a log file has them, /log has sums
+
 log = logging.getLogger("p2pchat")
 log.addHandler(logging.NullHandler())  # silent unless the program sets up a log
 
@@ -835,7 +837,7 @@ class Peer:
     """What we know of a peer. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added_at", "heard_at",
-                 "confirmed_at", "unconfirmed_since", "removed_at", "quiet", "rtt", "_encoded", "_weight")
+                 "confirmed_at", "unconfirmed_since", "removed_at", "quiet", "rtt", "public", "_encoded", "_weight")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -860,6 +862,7 @@ class Peer:
         """Set name and address, and with them the id."""
         self.username, self.ip, self.port = username, ip, port
         self.id = f"{username}@{ip}:{port}"
+        self.public = {"id": self.id, "ip": ip, "port": port, "username": username}  # for events: not to be changed
         self._encoded: Optional[Tuple[int, str]] = None
         self._weight = (-1, 0)
 
@@ -872,11 +875,6 @@ class Peer:
     def address(self) -> Address:
         """The address in its id, where it listens."""
         return self.ip, self.port
-
-    @property
-    def public(self) -> Dict[str, Any]:
-        """The part of its record that events contain."""
-        return {"id": self.id, "ip": self.ip, "port": self.port, "username": self.username}
 
     @property
     def weight(self) -> int:
@@ -3815,6 +3813,7 @@ class Delivery:
         self.node = node
         self.in_flight = 0  # messages that wait for acknowledgements, each counted once a receiver
         self._sequence = 0
+        self._sent = 0  # messages since the last line of the log that counts them
         self._unnumbered = itertools.count(1)  # messages that came without a number
         self._unidentified: Dict[str, RateLimit] = {}  # budgets of programs that never said hello, by address
         self._timer = Timer()
@@ -3828,7 +3827,8 @@ class Delivery:
         message_id = f"{node.me.instance}-{self._sequence}"
         data = create_chat(node.me.id, text, to, self._sequence)
         pending = Pending(self._sequence, to, text, message_id, len(data))
-        log.info("[Chat] sent %s to %d", message_id, len(receivers))
+        log.log(DETAIL, "[Chat] sent %s to %d", message_id, len(receivers))
+        self._sent += 1
         full = [peer for peer in receivers if not self._enqueue(peer, pending, data)]
         node.emit({"event": "sent", "to": to, "text": text, "id": message_id,
                    "receivers": [peer.id for peer in receivers]})
@@ -3911,6 +3911,9 @@ class Delivery:
         """Once a second while anything waits: a receiver that does not answer is suspected, then given up."""
         node = self.node
         node.check_clock()
+        if self._sent:
+            log.info("[Chat] sent %d to %d", self._sent, len(node.peers))
+            self._sent = 0
         now = node.loop.now()
         for peer in node.peers.present():
             if peer.outbox is None or not peer.outbox.waiting:
@@ -4189,12 +4192,14 @@ class Turn:
     def emit(self, event: Event) -> None:
         """Tell the listeners, at the end of this turn."""
         self._events.append(event)
-        self._call_at_end()
+        if not self._is_due:
+            self._call_at_end()
 
     def acknowledge_later(self, link: Link) -> None:
         """Acknowledge what came over a link at the end of this turn, when the listeners have it."""
         self._links[link] = None
-        self._call_at_end()
+        if not self._is_due:
+            self._call_at_end()
 
     def acknowledge(self) -> None:
         """Acknowledge it now."""
@@ -4203,9 +4208,8 @@ class Turn:
             self._node.delivery.acknowledge(link)
 
     def _call_at_end(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            self._node.loop.at_turn_end(self._end)
+        self._is_due = True
+        self._node.loop.at_turn_end(self._end)
 
     def _end(self) -> None:
         """Hand over the events; only then acknowledge what they hold. What a listener says in answer to a message
@@ -6550,7 +6554,7 @@ def start_logging(options: argparse.Namespace) -> str:
             return f"--log-file {clean(options.log_file)}: {error_text(error)}; name a file that can be written"
     log.propagate = False
     if handlers:
-        log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
+        log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else DETAIL)
     for handler in handlers:
         handler.setFormatter(LineFormatter("%(asctime)s %(levelname)-7s %(message)s"))
         log.addHandler(handler)
