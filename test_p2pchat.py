@@ -3196,6 +3196,24 @@ def test_loop_a_dial_without_a_descriptor_fails_like_any_other(wire):
     wire.loop._most = room
 
 
+def test_loop_a_turn_handles_no_more_sockets_than_there_is_time_for(monkeypatch):
+    """The others come first in the next turns, and what is due comes between."""
+    monkeypatch.setattr(p2pchat, "TURN_TIME", 0.0)
+    with LoopRig() as rig:
+        pairs, log = [socket.socketpair() for _ in range(4)], []
+        for number, (here, there) in enumerate(pairs):
+            rig.loop.watch(here, functools.partial(log.append, number))
+            there.send(b"x")
+        for turn in range(8):
+            rig.loop.call_later(0, log.append, "timer")
+            rig.loop.turn(1)
+        assert log[1::2] == ["timer"] * 8 and sorted(log[0:8:2]) == sorted(log[8::2]) == [0, 1, 2, 3]
+        for here, there in pairs:
+            rig.loop.unwatch(here)
+            here.close()
+            there.close()
+
+
 def loop_taker(accepted):
     """Accepts everybody, and keeps the connections in a list."""
     return lambda connection: accepted.append(connection) or p2pchat.Handler()
