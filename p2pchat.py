@@ -4294,7 +4294,7 @@ class LineEditor:
 class Entry:
     """One message or notice of the scrollback."""
 
-    __slots__ = ("seq", "time", "kind", "head", "text", "style", "who", "fates")
+    __slots__ = ("seq", "time", "kind", "head", "text", "style", "members", "receipts")
 
     def __init__(self, seq: int, when: float, kind: str, head: Line, text: str, style: str) -> None:
         self.seq = seq  # consecutive: its place in the scrollback is seq - the first one's
@@ -4303,13 +4303,13 @@ class Entry:
         self.head = head  # who speaks
         self.text = text
         self.style = style
-        self.who: List[Tuple[str, str]] = []  # joined, left, gone: ids, each with the reason
-        self.fates: Dict[str, Optional[str]] = {}  # own, by receiver: None under way, "" has it, else why not
+        self.members: List[Tuple[str, str]] = []  # joined, left, gone: ids, each with the reason
+        self.receipts: Dict[str, Optional[str]] = {}  # own, by receiver: None under way, "" has it, else why not
 
     @property
-    def under_way(self) -> bool:
+    def is_under_way(self) -> bool:
         """Whether somebody has yet to get it."""
-        return None in self.fates.values()
+        return None in self.receipts.values()
 
 
 Handle = Callable[["ChatView", str], None]  # of a command: gets the view and what stands behind the command
@@ -4369,9 +4369,9 @@ class ChatView:
         self.log: Deque[str] = collections.deque(maxlen=500)
         self.rung = False  # the bell is to be rung
         self._bell = True
-        self._bell_time = float("-inf")
+        self._rang_at = float("-inf")
         self._quiet = False
-        self._spoke: Dict[str, float] = {}  # id -> when, the latest last
+        self._spoke_at: Dict[str, float] = {}  # id -> when, the latest last
         self._private: Optional[str] = None  # id of who last wrote privately
         self.mine: Dict[str, Entry] = {}  # own messages under way, by message id
         self._last_mine: Optional[Entry] = None
@@ -4438,25 +4438,25 @@ class ChatView:
         if sender in self.ignored:
             return
         now = self.node.loop.wall()
-        self._spoke.pop(sender, None)
-        self._spoke[sender] = now
-        if len(self._spoke) > 2 * MAX_PEERS:
-            del self._spoke[next(iter(self._spoke))]
+        self._spoke_at.pop(sender, None)
+        self._spoke_at[sender] = now
+        if len(self._spoke_at) > 2 * MAX_PEERS:
+            del self._spoke_at[next(iter(self._spoke_at))]
         private = to != EVERYONE
         if private:
             self._private = sender
         called = private or _mentions(text, self.node.me.username)
         self._say(sender, to, text, "private" if private else "mention" if called else "")
-        if called and self._bell and now - self._bell_time >= BELL_INTERVAL:
-            self._bell_time = now
+        if called and self._bell and now - self._rang_at >= BELL_INTERVAL:
+            self._rang_at = now
             self.rung = True
 
     def _on_sent(self, event: Event) -> None:
         entry = self._say(self.node.me.id, event["to"], event["text"], "")
-        entry.fates = dict.fromkeys(event["receivers"])
+        entry.receipts = dict.fromkeys(event["receivers"])
         self._last_mine = entry
         self.found = None
-        if entry.under_way:
+        if entry.is_under_way:
             self.mine[event["id"]] = entry
 
     def _on_delivered(self, event: Event) -> None:
@@ -4468,13 +4468,13 @@ class ChatView:
             who = self.node.label(event["to"]["id"])
             self._notice(f"✗ not delivered to {who} ({event['reason']}): {_shortened(event['text'])}", "error")
 
-    def _settle(self, event: Event, fate: str) -> bool:
+    def _settle(self, event: Event, outcome: str) -> bool:
         """A message has come to its end at one receiver."""
         entry = self.mine.get(event["id"])
         if entry is None:
             return False
-        entry.fates[event["to"]["id"]] = fate
-        if not entry.under_way:
+        entry.receipts[event["to"]["id"]] = outcome
+        if not entry.is_under_way:
             del self.mine[event["id"]]
             failures = [f"{failure}: {_shortened(entry.text)}" for failure in _failures(self, entry)]
             self.lost += failures if self.node.leaving else []
@@ -4521,15 +4521,15 @@ class ChatView:
     def _came_or_went(self, kind: str, peer_id: str, reason: str) -> None:
         """Those who come or go one after the other share a line."""
         now = self.node.loop.wall()
-        if self._quiet and now - self._spoke.get(peer_id, float("-inf")) > LATELY:
+        if self._quiet and now - self._spoke_at.get(peer_id, float("-inf")) > LATELY:
             return
         last = self.entries[-1] if self.entries and self.on_screen else None
         if last is None or last.kind != kind or not 0 <= now - last.time < GATHER_TIME:
             last = self.add(kind, [Span("+ " if kind == "joined" else "- ", "dim")], "", "dim")
-        last.who.append((peer_id, reason))
-        more = len(last.who) - GATHER_NAMES
-        names = ", ".join(self.node.label(each) + why for each, why in last.who[:GATHER_NAMES])
-        verb = {"gone": "is gone" if len(last.who) == 1 else "are gone"}.get(kind, kind)
+        last.members.append((peer_id, reason))
+        more = len(last.members) - GATHER_NAMES
+        names = ", ".join(self.node.label(each) + why for each, why in last.members[:GATHER_NAMES])
+        verb = {"gone": "is gone" if len(last.members) == 1 else "are gone"}.get(kind, kind)
         last.text = names + (f", {more} more" if more > 0 else "") + f" {verb}"
 
     def _on_renamed(self, event: Event) -> None:
@@ -4553,8 +4553,8 @@ class ChatView:
 
     def _follow(self, old: str, new: str) -> None:
         """A peer has another id: what we hold under the old one goes over to it."""
-        tables: List[Dict[str, Any]] = [self.ignored, self._spoke]
-        tables += [entry.fates for entry in self.mine.values()]
+        tables: List[Dict[str, Any]] = [self.ignored, self._spoke_at]
+        tables += [entry.receipts for entry in self.mine.values()]
         for table in tables:
             if old in table:
                 table[new] = table.pop(old)
@@ -4630,7 +4630,7 @@ class ChatView:
         self.to_bottom()
         self.line.move(len(self.line.text))
 
-    def look(self, focused: bool) -> None:
+    def on_focus(self, focused: bool) -> None:
         """The terminal got or lost the focus."""
         if focused:
             self.fresh.clear()
@@ -4728,7 +4728,7 @@ class ChatView:
             return []
         at = "@" if word.startswith("@") else ""
         end = ": " if start == 0 else " "
-        peers = sorted(self.node.present(), key=lambda peer: -self._spoke.get(peer.id, float("-inf")))
+        peers = sorted(self.node.present(), key=lambda peer: -self._spoke_at.get(peer.id, float("-inf")))
         labels = self._labels(peers)
         return [at + label + end for label in labels if label.casefold().startswith(word[len(at):])]
 
@@ -4864,7 +4864,7 @@ class ChatView:
             if not self.node.find(rest):
                 return
         peer = self._one(rest)
-        said = self._spoke.get(peer.id)
+        said = self._spoke_at.get(peer.id)
         spoke = f"last spoke at {self.clock(said)}" if said is not None else "has not spoken yet"
         traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in self.ignored)
         self.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
@@ -4875,8 +4875,8 @@ class ChatView:
         if self._last_mine is None:
             raise ChatError("You have not sent a message yet.")
         lines = [_shortened(self._last_mine.text)]
-        for fate, what in (("", "delivered to"), (None, "under way to")):
-            who = [self.node.label(each) for each, came in self._last_mine.fates.items() if came == fate]
+        for outcome, what in (("", "delivered to"), (None, "under way to")):
+            who = [self.node.label(each) for each, came in self._last_mine.receipts.items() if came == outcome]
             lines += [f"{what}: {', '.join(who)}"] if who else []
         self.answer("\n".join(lines + _failures(self, self._last_mine)))
 
@@ -5012,8 +5012,8 @@ VIEW_KEYS: Tuple[Key, ...] = (
 )
 KEYS = EDIT_KEYS + VIEW_KEYS
 _KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
-_KEYS["focus-in"] = Key("", "", lambda view: view.look(True))
-_KEYS["focus-out"] = Key("", "", lambda view: view.look(False))
+_KEYS["focus-in"] = Key("", "", lambda view: view.on_focus(True))
+_KEYS["focus-out"] = Key("", "", lambda view: view.on_focus(False))
 
 
 def _first_word(text: str) -> int:
@@ -5051,9 +5051,9 @@ def _shortened(text: str) -> str:
 def _failures(view: ChatView, entry: Entry) -> List[str]:
     """To whom an own message was not delivered, a line for each reason."""
     by_reason: Dict[str, List[str]] = {}
-    for peer_id, fate in entry.fates.items():
-        if fate:
-            by_reason.setdefault(fate, []).append(view.node.label(peer_id))
+    for peer_id, outcome in entry.receipts.items():
+        if outcome:
+            by_reason.setdefault(outcome, []).append(view.node.label(peer_id))
     return [f"✗ not delivered to {', '.join(who)} ({reason})" for reason, who in by_reason.items()]
 
 
@@ -5091,13 +5091,13 @@ def layout(view: ChatView, rows: int, cols: int) -> Layout:
 def render(view: ChatView, rows: int, cols: int) -> Screen:
     """The screen: status bar, messages and peers, a rule that says what is below, the input line."""
     part = layout(view, rows, cols)
-    lines: List[Line] = [_bar(view, cols)] * part.bar
+    lines: List[Line] = [_status_bar(view, cols)] * part.bar
     messages = _message_rows(view, part.messages, cols - part.side)
     hint = _hint(view)
     if hint and not part.rule and messages:
         messages[-1] = [Span(hint, "rule")]
     if part.side:
-        messages = _beside(messages, _side_rows(view, part.messages, part.side - 2), cols - part.side)
+        messages = _side_by_side(messages, _side_rows(view, part.messages, part.side - 2), cols - part.side)
     lines += messages
     if part.rule:
         said = f"── {hint} " if hint else ""
@@ -5123,7 +5123,7 @@ def entry_rows(view: ChatView, entry: Entry, cols: int) -> List[Line]:
     """An entry as rows: the sender first, the text wrapped beside it."""
     head = ([Span(view.clock(entry.time) + " ", "dim")] if cols >= TIME_COLS else []) + entry.head
     indent = sum(width(span.text) for span in head)
-    style = "found" if entry.seq == view.found else "dim" if entry.under_way else entry.style
+    style = "found" if entry.seq == view.found else "dim" if entry.is_under_way else entry.style
     rows: List[Line] = []
     if entry.seq - 1 == view.unread:
         rows.append([Span("─── new " + "─" * (cols - 8), "rule")])
@@ -5167,7 +5167,7 @@ def _hint(view: ChatView) -> str:
     return f"{count} new below: End goes there." if count else "Scrolled back: End goes down."
 
 
-def _bar(view: ChatView, cols: int) -> Line:
+def _status_bar(view: ChatView, cols: int) -> Line:
     """The status bar: as much of it as there is room for."""
     online, address, since = view.node.server_status()
     number = len(view.node.present())
@@ -5208,7 +5208,7 @@ def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
     return rows
 
 
-def _beside(left: List[Line], right: List[Line], cols: int) -> List[Line]:
+def _side_by_side(left: List[Line], right: List[Line], cols: int) -> List[Line]:
     """Two blocks of rows side by side, parted by a line."""
     rows = []
     for at, line in enumerate(left):
@@ -5347,7 +5347,7 @@ class KeyReader:
         self.brackets = False  # the terminal says what was pasted
 
     @property
-    def waiting(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether it depends on what comes next what the last bytes were."""
         return bool(self._rest) and not self._rest.startswith(_PASTE_START)
 
@@ -5658,7 +5658,7 @@ class CursesInterface(Interface):
         self.form: Optional[StartForm] = None
         self._next: Optional[Settings] = None  # to be started with, when the node before has stopped
         self._frame = Timer()
-        self._drawn = 0.0
+        self._drawn_at = 0.0
         self._escape = Timer()
 
     def chat(self) -> None:
@@ -5702,7 +5702,7 @@ class CursesInterface(Interface):
     def changed(self) -> None:
         """Draw soon: at the end of this turn, or when the frame before has been seen."""
         if not self._frame.active:
-            wait = max(0.0, self._drawn + FRAME - self.loop.now())
+            wait = max(0.0, self._drawn_at + FRAME - self.loop.now())
             self._frame = self.loop.call_later(wait, self.guard, self._draw)
 
     def _draw(self) -> None:
@@ -5715,7 +5715,7 @@ class CursesInterface(Interface):
             if self.view.rung:
                 self.view.rung = False
                 self.terminal.beep()
-        self._drawn = self.loop.now()
+        self._drawn_at = self.loop.now()
 
     # -- in --------------------------------------------------------------------------------------------
 
@@ -5731,11 +5731,11 @@ class CursesInterface(Interface):
         self._escape.cancel()
         presses = self._keys.feed(data)
         self._press(presses if self._keys.brackets else without_burst(presses))
-        if self._keys.waiting:
+        if self._keys.is_waiting:
             self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._escaped)
 
     def _escaped(self) -> None:
-        if self._keys.waiting:
+        if self._keys.is_waiting:
             self._press(self._keys.flush())
 
     def _press(self, presses: List[Press]) -> None:

@@ -6278,13 +6278,13 @@ def test_keys_from_bytes(data, presses):
         if kind == "text" and joined and joined[-1][0] == "text":
             value = joined.pop()[1] + value
         joined.append((kind, value))
-    assert joined == expected and not reader.waiting
+    assert joined == expected and not reader.is_waiting
 
 
 def test_a_lone_escape():
     reader = p2pchat.KeyReader({"\x1bA": "up"})
-    assert reader.feed(b"\x1b") == [] and reader.waiting
-    assert reader.flush() == [("press", "esc")] and not reader.waiting
+    assert reader.feed(b"\x1b") == [] and reader.is_waiting
+    assert reader.flush() == [("press", "esc")] and not reader.is_waiting
     assert reader.feed(b"\x1bA") == [("press", "up")]
     assert reader.feed(b"\x1b[") == [] and reader.flush() == [("press", "esc"), ("text", "[")]
 
