@@ -4190,6 +4190,15 @@ class Span(NamedTuple):
 
 
 Line = List[Span]
+Place = Tuple[int, int]  # in a scrollback: the seq of an entry, and one of its rows
+Clock = Callable[[float], str]  # makes what is shown of a Unix time
+
+
+class Area(NamedTuple):
+    """The size of the part of the screen that shows messages."""
+
+    height: int
+    cols: int
 
 
 class Screen(NamedTuple):
@@ -4291,123 +4300,101 @@ class LineEditor:
             self.set((self._history + [self._draft])[place])
 
 
+def _first_word(text: str) -> int:
+    """Where the first word of a text ends."""
+    at = 0
+    while at < len(text) and not text[at].isalnum():
+        at += 1
+    while at < len(text) and (text[at].isalnum() or unicodedata.category(text[at])[0] == "M" or text[at] in _JOINERS):
+        at += 1
+    return at
+
+
+class Receipts:
+    """What became of an own message at each of its receivers."""
+
+    __slots__ = ("text", "outcomes", "waiting")
+
+    def __init__(self, text: str, receivers: Iterable[str]) -> None:
+        self.text = text
+        self.outcomes: Dict[str, Optional[str]] = dict.fromkeys(receivers)  # None under way, "" delivered, else why not
+        self.waiting = len(self.outcomes)  # receivers to whom it is under way
+
+    def settle(self, peer_id: str, outcome: str) -> None:
+        """Note what became of it at one receiver."""
+        if self.outcomes.get(peer_id, outcome) is None:
+            self.waiting -= 1
+        self.outcomes[peer_id] = outcome
+
+    def rename(self, old: str, new: str) -> None:
+        """A receiver has another id."""
+        if old in self.outcomes:
+            self.outcomes[new] = self.outcomes.pop(old)
+
+    def failures(self, label: Callable[[str], str]) -> List[str]:
+        """Say to whom it was not delivered, in a line for each reason."""
+        by_reason: Dict[str, List[str]] = {}
+        for peer_id, outcome in self.outcomes.items():
+            if outcome:
+                by_reason.setdefault(outcome, []).append(label(peer_id))
+        return [f"✗ not delivered to {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+
+
 class Entry:
     """One message or notice of the scrollback."""
 
-    __slots__ = ("seq", "time", "kind", "head", "text", "style", "members", "receipts")
+    __slots__ = ("seq", "added_at", "kind", "head", "text", "style", "members", "receipts")
 
-    def __init__(self, seq: int, when: float, kind: str, head: Line, text: str, style: str) -> None:
-        self.seq = seq  # consecutive: its place in the scrollback is seq - the first one's
-        self.time = when
+    def __init__(self, seq: int, now: float, kind: str, head: Line, text: str, style: str) -> None:
+        self.seq = seq  # consecutive: its index in the scrollback is seq minus the seq of the first entry
+        self.added_at = now  # Unix time
         self.kind = kind  # chat, notice, answer, error, joined, left, gone
-        self.head = head  # who speaks
+        self.head = head  # what stands before the text: who speaks
         self.text = text
         self.style = style
-        self.members: List[Tuple[str, str]] = []  # joined, left, gone: ids, each with the reason
-        self.receipts: Dict[str, Optional[str]] = {}  # own, by receiver: None under way, "" has it, else why not
+        self.members: List[Tuple[str, str]] = []  # joined, left, gone: the ids in this line, each with the reason
+        self.receipts: Optional[Receipts] = None  # of an own message
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether somebody has yet to get it."""
-        return None in self.receipts.values()
+    def plain(self) -> str:
+        """Its text behind its head, without styles."""
+        return "".join(span.text for span in self.head) + self.text
 
 
-Handle = Callable[["ChatView", str], None]  # of a command: gets the view and what stands behind the command
+class Scrollback:
+    """The messages of one window, oldest first, and where the reader is in them.
 
+    A place is an entry and one of its rows. The anchor is the place of the lowest row on screen, or None at the
+    bottom. What is added below the anchor moves nothing of what is being read."""
 
-class Command(NamedTuple):
-    """What can be typed after a slash."""
-
-    name: str
-    usage: str
-    help: str
-    run: Handle
-
-
-class Key(NamedTuple):
-    """What a key does. `run` gets the line editor or the view."""
-
-    names: str
-    help: str
-    run: Callable[[Any], None]
-
-
-COMMANDS: Dict[str, Command] = {}
-
-
-def command(usage: str) -> Callable[[Handle], Handle]:
-    """Enter a method in the table of commands; its docstring is the command's help."""
-    def enter(method: Handle) -> Handle:
-        name = usage.split()[0]
-        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method)
-        return method
-    return enter
-
-
-class ChatView:
-    """The model. It is told of events, keys and lines; `clock` turns Unix time into what is shown."""
-
-    def __init__(self, node: PeerNode, clock: Callable[[float], str], on_screen: bool = True) -> None:
-        self.node = node
-        self.clock = clock
-        self.on_screen = on_screen  # else every change becomes an entry, for whoever prints them
+    def __init__(self, clock: Clock, label: Callable[[str], str]) -> None:
+        self._clock = clock
+        self._label = label
         self.entries: List[Entry] = []
-        self._size = 0  # characters in them
-        self.next = 0  # seq of the next one
-        self.line = LineEditor()
-        self.anchor: Optional[Tuple[int, int]] = None  # scrolled back: (seq, row) of the lowest row on screen
-        self.away = -1  # seq of the last entry that was there when the reader scrolled away
-        self.unread: Optional[int] = None  # seq of the last entry that was read: what follows is marked as new
-        self._missed = False  # that mark is from a loss of focus, and has yet to be found
-        self.found: Optional[int] = None  # seq of what /search found
-        self.rows, self.cols = 24, 80
-        self.side = True
-        self.hint = ""  # said above the input line until the next key
-        self.target: Optional[str] = None  # /query: id of the peer whom what is typed goes to
-        self.ignored: Dict[str, None] = {}  # ids of peers
-        self.fresh: Set[str] = set()  # ids of those who came since the last key
-        self.log: Deque[str] = collections.deque(maxlen=500)
-        self.rung = False  # the bell is to be rung
-        self._bell = True
-        self._rang_at = float("-inf")
-        self._quiet = False
-        self._spoke_at: Dict[str, float] = {}  # id -> when, the latest last
-        self._private: Optional[str] = None  # id of who last wrote privately
-        self.mine: Dict[str, Entry] = {}  # own messages under way, by message id
-        self._last_mine: Optional[Entry] = None
-        self.lost: List[str] = []  # what could not be delivered any more while leaving
-        self._search = ""
-        self._key = self._before = ""  # the last one, and the one before it
-        self._asked = False  # Enter was pressed for a long text
-        self._namesake = ""  # one's own name, once it was said that another has it, too
-        self.refused = 0  # lines that could not be done
-        self._completion: Tuple[str, List[str], int] = ("", [], 0)  # what stands before, candidates, which one
-        self.on_answer: Callable[[str, str], None] = lambda text, kind: None
+        self.next = 0  # seq of the next entry
+        self._size = 0  # characters of all entries
+        self.anchor: Optional[Place] = None
+        self._newest_read = -1  # seq of the newest entry when the reader scrolled away from the bottom
+        self.unread: Optional[int] = None  # seq of the entry below which "new" is drawn
+        self._is_missed = False  # focus was lost there, and the reader has not been there since
+        self.found: Optional[int] = None  # seq of the entry that the last search found
+        self.wanted = ""  # what the last search looked for
 
-    # -- what was said ---------------------------------------------------------------------------------
-
-    def handle(self, event: Event) -> None:
-        """Take in an event of the node."""
-        method = getattr(self, "_on_" + event["event"], None)
-        if method is not None:
-            method(event)
-
-    def answer(self, text: str, kind: str = "answer") -> None:
-        """Say something in answer to the user."""
-        self._notice(text, kind)
-        if self.on_screen:  # what is longer than the screen: from its beginning
-            self._go((self.next - 1, self._height() - 1))
-        self.on_answer(text, kind)
-
-    def add(self, kind: str, head: Line, text: str, style: str = "") -> Entry:
-        """Append to the scrollback, within its bounds."""
-        entry = Entry(self.next, self.node.loop.wall(), kind, head, text, style)
+    def add(self, now: float, kind: str, head: Line, text: str, style: str = "") -> Entry:
+        """Append an entry. The oldest entries go when there are too many."""
+        entry = Entry(self.next, now, kind, head, text, style)
         self.next += 1
         self._size += len(text)
         self.entries.append(entry)
         if len(self.entries) > MAX_ENTRIES + 500 or self._size > MAX_SCROLLBACK:
             self._trim()
         return entry
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self.entries.clear()
+        self._size = 0
+        self.anchor = self.unread = self.found = None
 
     def _trim(self) -> None:
         """Forget the oldest, many at once: that is cheaper, and nobody is reading there."""
@@ -4417,269 +4404,89 @@ class ChatView:
         self._size -= sum(len(entry.text) for entry in self.entries[:drop])
         del self.entries[:drop]
 
-    def _notice(self, text: str, kind: str = "notice") -> None:
-        style = {"notice": "dim", "error": "error"}.get(kind, "")
-        self.add(kind, [Span("! ", "error") if kind == "error" else Span("- ", "dim")], text, style)
+    # -- rows ------------------------------------------------------------------------------------------
 
-    def name(self, peer_id: str) -> Span:
-        """A peer's label, in its colour. One's own name needs no address: it is the others' that have one."""
-        label = self.node.me.username if peer_id == self.node.me.id else self.node.label(peer_id)
-        return Span(label, f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}")
+    def rows(self, entry: Entry, cols: int) -> List[Line]:
+        """Draw an entry: the head first, the text wrapped beside it, then the failures."""
+        head = ([Span(self._clock(entry.added_at) + " ", "dim")] if cols >= TIME_COLS else []) + entry.head
+        indent = sum(width(span.text) for span in head)
+        under_way = entry.receipts is not None and entry.receipts.waiting
+        style = "found" if entry.seq == self.found else "dim" if under_way else entry.style
+        rows: List[Line] = []
+        if entry.seq - 1 == self.unread:
+            rows.append([Span("─── new " + "─" * (cols - 8), "rule")])
+        if indent > cols // 2:  # the text has no room beside the head
+            rows.append(head)
+            indent = min(2, cols // 4)
+            head = [Span(" " * indent)]
+        rest = [Span(" " * indent)]
+        texts = wrap(entry.text, max(1, cols - indent), table=entry.kind == "answer")
+        rows += [[*(rest if at else head), Span(text, style)] for at, text in enumerate(texts)]
+        for failure in entry.receipts.failures(self._label) if entry.receipts else []:
+            rows += [[*rest, Span(text, "error")] for text in wrap(failure, max(1, cols - indent))]
+        return rows
 
-    def _say(self, sender: str, to: str, text: str, style: str) -> Entry:
-        """Who speaks, to whom if not to all, and what."""
-        action = text.startswith("/me ")
-        aside = [Span(" → ", "private"), self.name(to)] if to != EVERYONE else []
-        head = [Span("* " if action else "", "dim"), self.name(sender), *aside, Span(" " if action else ": ")]
-        return self.add("chat", head, text[4:] if action else text, style)
+    def visible(self, area: Area) -> List[Line]:
+        """Draw as many rows as fit, the newest or the anchor at the bottom."""
+        height, cols = area
+        rows: List[Line] = []
+        if height > 0 and self.entries:
+            low = (self.entries[-1].seq, sys.maxsize)
+            if self.anchor is not None:
+                low = self._clamped(self.moved(self.anchor, 0, cols), area)
+            for index in range(low[0] - self.entries[0].seq, -1, -1):
+                block = self.rows(self.entries[index], cols)
+                rows += reversed(block[:low[1] + 1] if self.entries[index].seq == low[0] else block)
+                if len(rows) >= height:
+                    break
+        rows = rows[:height][::-1]
+        blank: Line = []
+        return [blank] * (height - len(rows)) + rows
 
-    def _on_chat(self, event: Event) -> None:
-        sender, to, text = event["from"]["id"], event["to"], event["text"]
-        if sender in self.ignored:
-            return
-        now = self.node.loop.wall()
-        self._spoke_at.pop(sender, None)
-        self._spoke_at[sender] = now
-        if len(self._spoke_at) > 2 * MAX_PEERS:
-            del self._spoke_at[next(iter(self._spoke_at))]
-        private = to != EVERYONE
-        if private:
-            self._private = sender
-        called = private or _mentions(text, self.node.me.username)
-        self._say(sender, to, text, "private" if private else "mention" if called else "")
-        if called and self._bell and now - self._rang_at >= BELL_INTERVAL:
-            self._rang_at = now
-            self.rung = True
+    # -- reading ---------------------------------------------------------------------------------------
 
-    def _on_sent(self, event: Event) -> None:
-        entry = self._say(self.node.me.id, event["to"], event["text"], "")
-        entry.receipts = dict.fromkeys(event["receivers"])
-        self._last_mine = entry
-        self.found = None
-        if entry.is_under_way:
-            self.mine[event["id"]] = entry
-
-    def _on_delivered(self, event: Event) -> None:
-        self._settle(event, "")
-
-    def _on_failed(self, event: Event) -> None:
-        known = self._settle(event, event["reason"] or "it failed")
-        if not known or not self.on_screen:
-            who = self.node.label(event["to"]["id"])
-            self._notice(f"✗ not delivered to {who} ({event['reason']}): {_shortened(event['text'])}", "error")
-
-    def _settle(self, event: Event, outcome: str) -> bool:
-        """A message has come to its end at one receiver."""
-        entry = self.mine.get(event["id"])
-        if entry is None:
-            return False
-        entry.receipts[event["to"]["id"]] = outcome
-        if not entry.is_under_way:
-            del self.mine[event["id"]]
-            failures = [f"{failure}: {_shortened(entry.text)}" for failure in _failures(self, entry)]
-            self.lost += failures if self.node.leaving else []
-            if self.on_screen and not self._is_seen(entry.seq):
-                for failure in failures:
-                    self._notice(failure, "error")
-        return True
-
-    def _on_ready(self, event: Event) -> None:
-        self._notice(f"You are {event['id']}. /help lists the commands.")
-
-    def _on_settled(self, event: Event) -> None:
-        self.fresh.clear()
-        alone = [line for line in self.node.alone() if line != f"You are {self.node.me.id}."]
-        if alone:
-            self._notice("\n".join(alone))
-
-    def _on_notice(self, event: Event) -> None:
-        self._notice(event["text"])
-
-    def _on_server(self, event: Event) -> None:
-        if event["online"]:
-            self._notice(f"Server {event['address']} is online.")
-        else:
-            self._notice(f"No server at {event['address']} ({event['reason']}). P2P mode: the chat goes on without it.")
-
-    def _on_network(self, event: Event) -> None:
-        if event["gone"]:
-            self._notice("Nobody answers: this machine seems to be cut off from the network.", "error")
-        else:
-            self._notice("The network is back.")
-
-    def _on_joined(self, event: Event) -> None:
-        self.fresh.add(event["peer"]["id"])
-        self._came_or_went("joined", event["peer"]["id"], "")
-        self._tell_of_namesake()
-
-    def _on_left(self, event: Event) -> None:
-        peer_id, reason = event["peer"]["id"], event["reason"]
-        self.fresh.discard(peer_id)
-        kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
-        self._came_or_went(kind, peer_id, why)
-
-    def _came_or_went(self, kind: str, peer_id: str, reason: str) -> None:
-        """Those who come or go one after the other share a line."""
-        now = self.node.loop.wall()
-        if self._quiet and now - self._spoke_at.get(peer_id, float("-inf")) > LATELY:
-            return
-        last = self.entries[-1] if self.entries and self.on_screen else None
-        if last is None or last.kind != kind or not 0 <= now - last.time < GATHER_TIME:
-            last = self.add(kind, [Span("+ " if kind == "joined" else "- ", "dim")], "", "dim")
-        last.members.append((peer_id, reason))
-        more = len(last.members) - GATHER_NAMES
-        names = ", ".join(self.node.label(each) + why for each, why in last.members[:GATHER_NAMES])
-        verb = {"gone": "is gone" if len(last.members) == 1 else "are gone"}.get(kind, kind)
-        last.text = names + (f", {more} more" if more > 0 else "") + f" {verb}"
-
-    def _on_renamed(self, event: Event) -> None:
-        old, new = event["old"], event["peer"]
-        self._follow(old["id"], new["id"])
-        me = new["id"] == self.node.me.id
-        who = "You are" if me else f"{old['username']} is"
-        if old["username"] != new["username"]:
-            self._notice(f"{who} now known as {self.name(new['id']).text}.")
-        else:
-            self._notice(f"{who} now at {new['ip']}:{new['port']}.")
-        self._tell_of_namesake()
-
-    def _tell_of_namesake(self) -> None:
-        """Say once that another one has the name, which the reader sees nowhere else."""
-        me = self.node.me
-        if self._namesake != me.username and self.node.find(me.username):
-            self._namesake = me.username
-            self._notice(f"There is another {me.username} here: the others see you as {self.node.label(me.id)}. "
-                         "/nick gives you another name.")
-
-    def _follow(self, old: str, new: str) -> None:
-        """A peer has another id: what we hold under the old one goes over to it."""
-        tables: List[Dict[str, Any]] = [self.ignored, self._spoke_at]
-        tables += [entry.receipts for entry in self.mine.values()]
-        for table in tables:
-            if old in table:
-                table[new] = table.pop(old)
-        self.target = new if self.target == old else self.target
-        self._private = new if self._private == old else self._private
-
-    # -- keys ------------------------------------------------------------------------------------------
-
-    def type(self, text: str) -> None:
-        """Text was typed."""
-        self._begin("")
-        self.line.insert(text)
-
-    def paste(self, text: str) -> None:
-        """Text was pasted: it is one message, however many lines it has."""
-        self._begin("")
-        text = clean(text, newlines=True).rstrip("\n")
-        lines = text.count("\n") + 1
-        if len(text.encode("utf-8")) > MAX_TEXT:
-            self.hint = f"Not pasted: it is more than the {MAX_TEXT} bytes that a message can hold."
-        else:
-            self.line.insert(text)
-            self.hint = f"{lines} lines were pasted: they are one message." if lines > 1 else ""
-
-    def key(self, name: str) -> None:
-        """A key was pressed."""
-        key = _KEYS.get(name)
-        if key is None:
-            return
-        self._begin(name)
-        key.run(self.line if key in EDIT_KEYS else self)
-
-    def _begin(self, name: str) -> None:
-        """Before each key: what was only said until then goes. Its handler sees in _before which came before."""
-        self._before, self._key = self._key, name
-        if name not in ("focus-in", "focus-out"):
-            self.hint = ""
-            self.fresh.clear()
-            self._asked = self._asked and name == "enter"
-
-    def press_enter(self) -> None:
-        """Send the line, or ask first if it is long."""
-        lines = self.line.text.count("\n") + 1
-        if lines > ASK_LINES and not self._asked:
-            self._asked = True
-            self.hint = f"{lines} lines: Enter sends, Ctrl-C drops them."
-            return
-        self._asked = False
-        self.anchor = None  # but /search goes on from what it found
-        if not self.enter(self.line.enter()):
-            self.hint = "Up brings the line back."
-
-    def press_interrupt(self) -> None:
-        """Ctrl-C: drop the line; the second one leaves."""
-        if self._before == "ctrl-c":
-            self.node.leave()
-        elif self.line.text:
-            self.line.move(len(self.line.text))
-            self.line.cut(0)
-            self.hint = "Ctrl-C again leaves. Ctrl-Y brings the line back."
-        else:
-            self.hint = "Ctrl-C again leaves."
-
-    def press_eof(self) -> None:
-        """Ctrl-D: leave if there is no line, else delete."""
-        if self.line.text:
-            self.line.delete(self.line.behind())
-        else:
-            self.node.leave()
-
-    def press_end(self) -> None:
-        """End: to the newest message, to the end of the line."""
-        self.to_bottom()
-        self.line.move(len(self.line.text))
-
-    def on_focus(self, focused: bool) -> None:
-        """The terminal got or lost the focus."""
-        if focused:
-            self.fresh.clear()
-        elif self.anchor is None:
-            self.unread, self._missed = self.next - 1, True
-
-    # -- scrolling -------------------------------------------------------------------------------------
-
-    def scroll(self, by: int) -> None:
-        """Go down, or up if negative, by rows. What comes in below moves nothing of what is being read."""
+    def scroll(self, by: int, area: Area) -> None:
+        """Go down by so many rows, or up if negative."""
         if self.entries:
-            self._go(self.moved(self.anchor or self.bottom(), by, self._cols()))
+            self.go_to(self.moved(self.anchor or self._bottom(area.cols), by, area.cols), area)
 
-    def _is_seen(self, seq: int) -> bool:
+    def go_to(self, place: Place, area: Area) -> None:
+        """Make a place the lowest on screen, as far as that is possible."""
+        place, bottom = self._clamped(place, area), self._bottom(area.cols)
+        if self.anchor is None and place < bottom:
+            self._newest_read = self.next - 1
+            if not self._is_missed or self.is_on_screen(self.unread or 0, area):  # else that mark is looked for
+                self.unread, self._is_missed = self._newest_read, False
+        self.anchor = place if place < bottom else None
+
+    def to_top(self, area: Area) -> None:
+        """Go to the oldest entry."""
+        if self.entries:
+            self.go_to((self.entries[0].seq, 0), area)
+
+    def to_bottom(self) -> None:
+        """Go back to the newest entry."""
+        self._is_missed = self._is_missed and self.anchor is None
+        self.anchor = self.found = None
+
+    def on_focus_lost(self) -> None:
+        """Mark what comes from now on as new, unless the reader is further up anyway."""
+        if self.anchor is None:
+            self.unread, self._is_missed = self.next - 1, True
+
+    def is_on_screen(self, seq: int, area: Area) -> bool:
         """Whether an entry is on screen, or at least its end."""
         if not self.entries:
             return False
-        low = self.anchor or self.bottom()
-        return self.moved(low, 1 - self._height(), self._cols())[0] <= seq <= low[0]
+        low = self.anchor or self._bottom(area.cols)
+        return self.moved(low, 1 - area.height, area.cols)[0] <= seq <= low[0]
 
-    def _go(self, place: Tuple[int, int]) -> None:
-        """Scroll so that a place is the lowest on screen, as far as that can be."""
-        place = self.clamped(place, self._height(), self._cols())
-        if self.anchor is None and place < self.bottom():
-            self.away = self.next - 1  # what comes from now on is new: a mark says so, unless
-            if not self._missed or self._is_seen(self.unread or 0):  # there is one further up that is looked for
-                self.unread, self._missed = self.away, False
-        self.anchor = place if place < self.bottom() else None
+    def count_below(self) -> int:
+        """Count the messages that came since the reader scrolled away from the bottom."""
+        first = self.entries[0].seq if self.entries else 0
+        return sum(entry.kind == "chat" for entry in self.entries[max(0, self._newest_read + 1 - first):])
 
-    def page(self, pages: int) -> None:
-        """Go by screenfuls, one row of which stays."""
-        self.scroll(pages * max(1, self._height() - 1))
-
-    def to_top(self) -> None:
-        """To the oldest."""
-        if self.entries:
-            self._go((self.entries[0].seq, 0))
-
-    def to_bottom(self) -> None:
-        """Back to the newest."""
-        self._missed = self._missed and self.anchor is None
-        self.anchor = self.found = None
-
-    def bottom(self) -> Tuple[int, int]:
-        """The lowest place."""
-        last = self.entries[-1]
-        return last.seq, len(entry_rows(self, last, self._cols())) - 1
-
-    def moved(self, place: Tuple[int, int], by: int, cols: int) -> Tuple[int, int]:
+    def moved(self, place: Place, by: int, cols: int) -> Place:
         """The place so many rows below another, within the scrollback."""
         first = self.entries[0].seq
         index, row = place[0] - first, place[1] + by
@@ -4687,343 +4494,66 @@ class ChatView:
             index, row = 0, 0
         while row < 0 and index > 0:
             index -= 1
-            row += len(entry_rows(self, self.entries[index], cols))
-        count = len(entry_rows(self, self.entries[index], cols))
+            row += len(self.rows(self.entries[index], cols))
+        count = len(self.rows(self.entries[index], cols))
         while row >= count and index < len(self.entries) - 1:
             index, row = index + 1, row - count
-            count = len(entry_rows(self, self.entries[index], cols))
+            count = len(self.rows(self.entries[index], cols))
         return first + index, max(0, min(row, count - 1))
 
-    def clamped(self, place: Tuple[int, int], height: int, cols: int) -> Tuple[int, int]:
-        """A place with as much above it as fills the screen."""
-        return max(place, self.moved((self.entries[0].seq, 0), height - 1, cols))
+    def _bottom(self, cols: int) -> Place:
+        """The lowest place."""
+        last = self.entries[-1]
+        return last.seq, len(self.rows(last, cols)) - 1
 
-    def _height(self) -> int:
-        return max(1, layout(self, self.rows, self.cols).messages)
+    def _clamped(self, place: Place, area: Area) -> Place:
+        """A place, or the highest one that has a screenful of rows above it."""
+        return max(place, self.moved((self.entries[0].seq, 0), area.height - 1, area.cols))
 
-    def _cols(self) -> int:
-        return self.cols - layout(self, self.rows, self.cols).side
+    # -- search ----------------------------------------------------------------------------------------
 
-    # -- completion ------------------------------------------------------------------------------------
-
-    def complete(self, step: int) -> None:
-        """Tab: complete the word before the cursor; again: the next candidate."""
-        base, candidates, at = self._completion
-        if self._before in ("tab", "shift-tab") and candidates:
-            at = (at + step) % len(candidates)
-        else:
-            start = self.line.blank_before() if self.line.left[-1:].strip() else len(self.line.left)
-            base, candidates, at = self.line.left[:start], self._candidates(start), 0
-        self._completion = base, candidates, at
-        if candidates:
-            self.line.left = base + candidates[at]
-
-    def _candidates(self, start: int) -> List[str]:
-        """What the word that begins at `start` can become: commands, or names, the latest speakers' first."""
-        word = self.line.left[start:].casefold()
-        before = self.line.left[:start].split()
-        if word.startswith("/") and (not before or before == ["/help"]):
-            return [name + " " for name in COMMANDS if name.startswith(word)]
-        if not word and not before:
-            return []
-        at = "@" if word.startswith("@") else ""
-        end = ": " if start == 0 else " "
-        peers = sorted(self.node.present(), key=lambda peer: -self._spoke_at.get(peer.id, float("-inf")))
-        labels = self._labels(peers)
-        return [at + label + end for label in labels if label.casefold().startswith(word[len(at):])]
-
-    # -- commands --------------------------------------------------------------------------------------
-
-    def enter(self, text: str) -> bool:
-        """A line was entered: chat, or a command. Return whether it could be done."""
-        try:
-            if text.startswith("//"):
-                self._send(text[1:])
-            elif text.startswith("/"):
-                self._command(text)
-            elif text.strip():
-                self._send(text)
-        except ChatError as error:
-            self.refused += 1
-            self.answer(str(error), "error")
-            return False
-        return True
-
-    def _send(self, text: str) -> None:
-        """Say a text to everybody, or to the one whom /query names."""
-        if self.target is None:
-            self.node.broadcast_chat_message(text)
-        else:
-            self.node.send_chat_message(self.target, text)
-
-    def _command(self, text: str) -> None:
-        name = text.split(None, 1)[0]
-        if name == "/":
-            raise ChatError("A command begins with a slash and a word; //TEXT says a text with a slash.")
-        found = COMMANDS.get(name.lower())
-        if found is None:
-            guess = _nearest(name.lower(), list(COMMANDS))
-            raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")
-        rest = text[len(name):].strip()
-        if rest and found.usage == found.name:
-            raise ChatError(f"{found.name} takes nothing behind it. /help lists the commands.")
-        found.run(self, rest)
-
-    def _peer(self, text: str) -> Tuple[Peer, str]:
-        """The peer whom the beginning of a text names, and what stands behind. The longest name counts."""
-        if not text:
-            raise ChatError("Whom? Say a name; /who lists them.")
-        if text.startswith('"') and '"' in text[1:]:
-            name, _, rest = text[1:].partition('"')
-            return self._only(self.node.find(name), name), rest.strip()
-        ends = [at for at in range(len(text[:MAX_ID]), 0, -1) if at == len(text) or text[at].isspace()]
-        for end in ends:
-            found = self.node.find(text[:end]) or self.node.find(text[:end].rstrip(":,"))
-            if found:
-                return self._only(found, text[:end]), text[end:].strip()
-        return self._only([], text.split()[0].rstrip(":,")), ""
-
-    def _one(self, text: str) -> Peer:
-        """The peer whom a text names, with nothing behind the name."""
-        peer, rest = self._peer(text)
-        return self._only([], text) if rest else peer
-
-    def _only(self, found: List[Peer], name: str) -> Peer:
-        if len(found) == 1:
-            return found[0]
-        labels = self._labels(found or self.node.present())
-        if found:
-            raise ChatError(f"There are {len(found)} called {name}: {', '.join(labels)}. Which one?")
-        if name.casefold().lstrip("@") in (self.node.me.username.casefold(), self.node.me.id.casefold()):
-            raise ChatError("That is you.")
-        raise ChatError(f"Nobody here is called {clean(name)[:40]}.{_nearest(name, labels)}")
-
-    def _labels(self, peers: Iterable[Peer]) -> List[str]:
-        return [self.node.label(peer.id) for peer in peers]
-
-    @command("/msg NAME TEXT")
-    def _msg(self, rest: str) -> None:
-        """send a private message."""
-        peer, text = self._peer(rest)
-        if not text:
-            raise ChatError("There is nothing to send: say the text behind the name.")
-        self.node.send_chat_message(peer.id, text)
-
-    @command("/reply TEXT")
-    def _reply(self, rest: str) -> None:
-        """answer whoever last wrote to you privately."""
-        if self._private is None:
-            raise ChatError("Nobody has written to you privately yet.")
-        if not rest:
-            raise ChatError("/reply wants a text, for example: /reply yes.")
-        self.node.send_chat_message(self._private, rest)
-
-    @command("/query [NAME [TEXT]]")
-    def _query(self, rest: str) -> None:
-        """send what is typed to NAME only, until /query alone."""
-        peer, text = self._peer(rest) if rest else (None, "")
-        self.target = peer.id if peer else None
-        whom = f"{self.node.label(self.target)} only" if self.target else "everyone"
-        self.answer(f"What you type goes to {whom}.")
-        if text:
-            self._send(text)
-
-    @command("/me TEXT")
-    def _me(self, rest: str) -> None:
-        """say what you do: * Alice waves."""
-        if not rest:
-            raise ChatError("/me wants a text, for example: /me waves.")
-        self._send(f"/me {rest}")
-
-    @command("/nick NAME")
-    def _nick(self, rest: str) -> None:
-        """take another name."""
-        self.node.rename(rest)
-
-    @command("/peers")
-    def _peers(self, rest: str) -> None:
-        """show or hide the list of peers."""
-        if self.on_screen and self.cols >= SIDE_COLS:
-            self.side = not self.side
-            return
-        labels = self._labels(self.node.present())
-        names = f": {', '.join(labels)}" if labels else ""
-        self.answer(f"{_count(len(labels), 'peer')}{names}.")
-
-    @command("/who")
-    def _who(self, rest: str) -> None:
-        """who is there, and how well they are heard."""
-        self.answer("\n".join(self.node.alone() or self.node.who()))
-
-    @command("/whois NAME")
-    def _whois(self, rest: str) -> None:
-        """name, address and state of one peer."""
-        me = self.node.me
-        if rest.casefold().lstrip("@") in (me.username.casefold(), me.id.casefold()):
-            self.answer(f"You are {me.id}.")
-            if not self.node.find(rest):
-                return
-        peer = self._one(rest)
-        said = self._spoke_at.get(peer.id)
-        spoke = f"last spoke at {self.clock(said)}" if said is not None else "has not spoken yet"
-        traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in self.ignored)
-        self.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
-
-    @command("/info")
-    def _info(self, rest: str) -> None:
-        """who has your last message."""
-        if self._last_mine is None:
-            raise ChatError("You have not sent a message yet.")
-        lines = [_shortened(self._last_mine.text)]
-        for outcome, what in (("", "delivered to"), (None, "under way to")):
-            who = [self.node.label(each) for each, came in self._last_mine.receipts.items() if came == outcome]
-            lines += [f"{what}: {', '.join(who)}"] if who else []
-        self.answer("\n".join(lines + _failures(self, self._last_mine)))
-
-    @command("/sync")
-    def _sync(self, rest: str) -> None:
-        """compare lists of peers with somebody now."""
-        self.node.sync()
-
-    @command("/log [LINES]")
-    def _log(self, rest: str) -> None:
-        """show the last lines of the log."""
-        count = (rest or "20")[:9]
-        if not count.isdecimal():
-            raise ChatError("/log wants a number of lines, for example: /log 50.")
-        self.answer("\n".join(list(self.log)[-max(1, int(count)):]) or "The log is empty.")
-
-    @command("/search [TEXT]")
-    def _find(self, rest: str) -> None:
-        """go to the last message with TEXT; again: to the one before."""
-        wanted = (rest or self._search).casefold()
-        if not wanted:
-            raise ChatError("/search wants a text to look for.")
-        before = self.found if wanted == self._search.casefold() and self.found is not None else self.next
-        self._search = rest or self._search
-        hits = [entry for entry in self.entries if entry.seq < before and entry.kind == "chat"
-                and wanted in ("".join(span.text for span in entry.head) + entry.text).casefold()]
-        if not hits:
-            raise ChatError(f"Nothing {'more ' if before != self.next else ''}was found for {self._search}.")
-        if not self.on_screen:
-            self.answer("\n".join(plain_text(self, entry) for entry in hits[-10:]))
-            return
-        self.found = hits[-1].seq
-        self._go(self.moved((self.found, 0), self._height() // 2, self._cols()))  # somewhat below the middle
-        self.hint = f"{len(hits) - 1} more above: /search goes on, End comes back."
-
-    @command("/ignore [NAME]")
-    def _ignore(self, rest: str) -> None:
-        """show nothing more from a peer; alone: who is ignored."""
-        if rest:
-            peer = self._one(rest)
-            self.ignored[peer.id] = None
-        self.answer(f"Ignored: {', '.join(map(self.node.label, self.ignored)) or 'nobody'}.")
-
-    @command("/unignore NAME")
-    def _unignore(self, rest: str) -> None:
-        """show what a peer says again."""
-        wanted = rest.strip('"').casefold()
-        found = [each for each in self.ignored
-                 if wanted in (each.casefold(), self.node.label(each).casefold(), each.rpartition("@")[0].casefold())]
-        if len(found) != 1:
-            who = f"Which one? Ignored: {', '.join(self.ignored)}." if self.ignored else "Nobody is ignored."
-            raise ChatError(who)
-        del self.ignored[found[0]]
-        self.answer(f"{self.node.label(found[0])} is heard again.")
-
-    @command("/quiet")
-    def _be_quiet(self, rest: str) -> None:
-        """hide or show joins and leaves of those who have not spoken lately."""
-        self._quiet = not self._quiet
-        self.answer(f"Joins and leaves of the silent are {'hidden' if self._quiet else 'shown'}.")
-
-    @command("/bell [on|off]")
-    def _set_bell(self, rest: str) -> None:
-        """ring when you are named or written to privately."""
-        if rest.lower() not in ("", "on", "off"):
-            raise ChatError("The bell can be on or off.")
-        self._bell = rest.lower() == "on" if rest else self._bell
-        self.answer(f"The bell is {'on' if self._bell else 'off'}.")
-
-    @command("/clear")
-    def _clear(self, rest: str) -> None:
-        """empty the screen."""
-        self.entries.clear()
-        self._size = 0
-        self.anchor = self.unread = self.found = None
-
-    @command("/help [COMMAND]")
-    def _help(self, rest: str) -> None:
-        """list the commands, or explain one; /help keys lists the keys."""
-        wanted = "/" + rest.lower().lstrip("/")
-        if wanted == "/keys":
-            rows = [(key.names, key.help) for key in KEYS]
-        elif wanted == "/":
-            rows = [(each.usage, each.help) for each in COMMANDS.values()]
-            rows.append(("//TEXT", "say a text that begins with a slash"))
-        elif wanted in COMMANDS:
-            rows = [(COMMANDS[wanted].usage, COMMANDS[wanted].help)]
-        else:
-            raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
-        first = max(len(left) for left, _ in rows)
-        self.answer("\n".join(f"{left.ljust(first)}  {right}" for left, right in rows))
-
-    @command("/quit")
-    def _quit(self, rest: str) -> None:
-        """leave the chat."""
-        self.node.leave()
+    def search(self, text: str) -> List[Entry]:
+        """Return the messages that hold a text; for the same text again, those above what was found last."""
+        if text.casefold() != self.wanted.casefold():
+            self.found = None
+        self.wanted = text
+        before = self.next if self.found is None else self.found
+        return [entry for entry in self.entries
+                if entry.seq < before and entry.kind == "chat" and text.casefold() in entry.plain.casefold()]
 
 
-EDIT_KEYS: Tuple[Key, ...] = (
-    Key("Left, Ctrl-B", "a character to the left", lambda line: line.move(line.before())),
-    Key("Right, Ctrl-F", "a character to the right", lambda line: line.move(line.behind())),
-    Key("Ctrl-Left, Alt-B", "a word to the left", lambda line: line.move(line.word_before())),
-    Key("Ctrl-Right, Alt-F", "a word to the right", lambda line: line.move(line.word_behind())),
-    Key("Home, Ctrl-A", "to the beginning of the line", lambda line: line.move(0)),
-    Key("Ctrl-E", "to the end of the line", lambda line: line.move(len(line.text))),
-    Key("Backspace", "delete the character to the left", lambda line: line.delete(line.before())),
-    Key("Delete", "delete the character to the right", lambda line: line.delete(line.behind())),
-    Key("Ctrl-W", "cut back to the space before", lambda line: line.cut(line.blank_before())),
-    Key("Alt-Backspace", "cut the word to the left", lambda line: line.cut(line.word_before())),
-    Key("Alt-D", "cut the word to the right", lambda line: line.cut(line.word_behind())),
-    Key("Ctrl-U", "cut back to the beginning", lambda line: line.cut(0)),
-    Key("Ctrl-K", "cut to the end", lambda line: line.cut(len(line.text))),
-    Key("Ctrl-Y", "insert what was cut", lambda line: line.yank()),
-    Key("Up, Ctrl-P", "the line entered before", lambda line: line.recall(-1)),
-    Key("Down, Ctrl-N", "the line entered after it", lambda line: line.recall(1)),
-    Key("Alt-Enter, Ctrl-J", "a line break in the message", lambda line: line.insert("\n")),
-)
-VIEW_KEYS: Tuple[Key, ...] = (
-    Key("Enter", "send", lambda view: view.press_enter()),
-    Key("Tab", "complete a name or a command; again: the next one", lambda view: view.complete(1)),
-    Key("Shift-Tab", "the completion before", lambda view: view.complete(-1)),
-    Key("PgUp", "scroll back", lambda view: view.page(-1)),
-    Key("PgDn", "scroll forth", lambda view: view.page(1)),
-    Key("Alt-Up", "scroll back by a line", lambda view: view.scroll(-1)),
-    Key("Alt-Down", "scroll forth by a line", lambda view: view.scroll(1)),
-    Key("Ctrl-Home", "to the oldest message", lambda view: view.to_top()),
-    Key("Esc, Ctrl-End", "to the newest message", lambda view: view.to_bottom()),
-    Key("End", "to the newest message, and to the end of the line", lambda view: view.press_end()),
-    Key("Ctrl-C", "drop the line; twice: leave", lambda view: view.press_interrupt()),
-    Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda view: view.press_eof()),
-    Key("Ctrl-L", "draw the screen anew", lambda view: None),  # the screen's own, like the next
-    Key("Ctrl-Z", "suspend; fg comes back", lambda view: None),
-)
-KEYS = EDIT_KEYS + VIEW_KEYS
-_KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
-_KEYS["focus-in"] = Key("", "", lambda view: view.on_focus(True))
-_KEYS["focus-out"] = Key("", "", lambda view: view.on_focus(False))
+class Window:
+    """One conversation as it is read and written."""
+
+    def __init__(self, scrollback: Scrollback) -> None:
+        self.scrollback = scrollback
+        self.line = LineEditor()
+        self.target: Optional[str] = None  # id of the only peer that what is typed goes to; None: everyone
 
 
-def _first_word(text: str) -> int:
-    """Where the first word of a text ends."""
-    at = 0
-    while at < len(text) and not text[at].isalnum():
-        at += 1
-    while at < len(text) and (text[at].isalnum() or unicodedata.category(text[at])[0] == "M" or text[at] in _JOINERS):
-        at += 1
-    return at
+class People:
+    """What is kept about other peers for the user: who spoke and when, who is ignored, who is new."""
+
+    def __init__(self) -> None:
+        self.ignored: Dict[str, None] = {}  # ids
+        self.fresh: Set[str] = set()  # ids of those who came since the last key
+        self.spoke_at: Dict[str, float] = {}  # Unix time by id; who spoke last stands last
+        self.private: Optional[str] = None  # id of the peer that last wrote privately
+
+    def on_spoke(self, peer_id: str, now: float) -> None:
+        """A peer said something."""
+        self.spoke_at.pop(peer_id, None)
+        self.spoke_at[peer_id] = now
+        if len(self.spoke_at) > 2 * MAX_PEERS:
+            del self.spoke_at[next(iter(self.spoke_at))]
+
+    def rename(self, old: str, new: str) -> None:
+        """A peer has another id: what is kept under the old one is kept under the new one."""
+        tables: Tuple[Dict[str, Any], ...] = (self.ignored, self.spoke_at)
+        for table in tables:
+            if old in table:
+                table[new] = table.pop(old)
+        self.private = new if self.private == old else self.private
 
 
 def _mentions(text: str, name: str) -> bool:
@@ -5048,22 +4578,14 @@ def _shortened(text: str) -> str:
     return cut(first, 60, "…") + (" …" if newline else "")
 
 
-def _failures(view: ChatView, entry: Entry) -> List[str]:
-    """To whom an own message was not delivered, a line for each reason."""
-    by_reason: Dict[str, List[str]] = {}
-    for peer_id, outcome in entry.receipts.items():
-        if outcome:
-            by_reason.setdefault(outcome, []).append(view.node.label(peer_id))
-    return [f"✗ not delivered to {', '.join(who)} ({reason})" for reason, who in by_reason.items()]
-
-
 def plain_text(view: ChatView, entry: Entry) -> str:
-    """An entry as lines of text."""
-    head = f"{view.clock(entry.time)} " + "".join(span.text for span in entry.head)
-    return head + entry.text.replace("\n", "\n      ")
+    """Return an entry as lines of text."""
+    return f"{view.clock(entry.added_at)} " + entry.plain.replace("\n", "\n      ")
 
 
-# How it looks. All sizes are those of the screen at hand; what has no room is left out, the input line last.
+# -- how it looks ----------------------------------------------------------------------------------------
+#
+# Pure functions from the view and a size to lines. What has no room is left out, the input line last.
 
 
 class Layout(NamedTuple):
@@ -5092,7 +4614,7 @@ def render(view: ChatView, rows: int, cols: int) -> Screen:
     """The screen: status bar, messages and peers, a rule that says what is below, the input line."""
     part = layout(view, rows, cols)
     lines: List[Line] = [_status_bar(view, cols)] * part.bar
-    messages = _message_rows(view, part.messages, cols - part.side)
+    messages = view.window.scrollback.visible(Area(part.messages, cols - part.side))
     hint = _hint(view)
     if hint and not part.rule and messages:
         messages[-1] = [Span(hint, "rule")]
@@ -5119,51 +4641,14 @@ def clip(line: Line, cols: int) -> Line:
     return clipped
 
 
-def entry_rows(view: ChatView, entry: Entry, cols: int) -> List[Line]:
-    """An entry as rows: the sender first, the text wrapped beside it."""
-    head = ([Span(view.clock(entry.time) + " ", "dim")] if cols >= TIME_COLS else []) + entry.head
-    indent = sum(width(span.text) for span in head)
-    style = "found" if entry.seq == view.found else "dim" if entry.is_under_way else entry.style
-    rows: List[Line] = []
-    if entry.seq - 1 == view.unread:
-        rows.append([Span("─── new " + "─" * (cols - 8), "rule")])
-    if indent > cols // 2:  # no room beside it
-        rows.append(head)
-        indent = min(2, cols // 4)
-        head = [Span(" " * indent)]
-    rest = [Span(" " * indent)]
-    texts = wrap(entry.text, max(1, cols - indent), table=entry.kind == "answer")
-    rows += [[*(rest if at else head), Span(text, style)] for at, text in enumerate(texts)]
-    for failure in _failures(view, entry):
-        rows += [[*rest, Span(text, "error")] for text in wrap(failure, max(1, cols - indent))]
-    return rows
-
-
-def _message_rows(view: ChatView, height: int, cols: int) -> List[Line]:
-    """So many rows of messages, the newest or what is scrolled to at the bottom."""
-    rows: List[Line] = []
-    if height > 0 and view.entries:
-        place = (view.entries[-1].seq, sys.maxsize)
-        if view.anchor is not None:
-            place = view.clamped(view.moved(view.anchor, 0, cols), height, cols)
-        for index in range(place[0] - view.entries[0].seq, -1, -1):
-            block = entry_rows(view, view.entries[index], cols)
-            rows += reversed(block[:place[1] + 1] if view.entries[index].seq == place[0] else block)
-            if len(rows) >= height:
-                break
-    rows = rows[:height][::-1]
-    blank: Line = []
-    return [blank] * (height - len(rows)) + rows
-
-
 def _hint(view: ChatView) -> str:
     """What is said above the input line."""
     if view.node.leaving:
         return "Leaving, once what is under way has arrived. Ctrl-C leaves at once."
-    if view.hint or view.anchor is None:
+    scrollback = view.window.scrollback
+    if view.hint or scrollback.anchor is None:
         return view.hint
-    since = view.entries[max(0, view.away + 1 - view.entries[0].seq):]
-    count = sum(entry.kind == "chat" for entry in since)
+    count = scrollback.count_below()
     return f"{count} new below: End goes there." if count else "Scrolled back: End goes down."
 
 
@@ -5197,7 +4682,7 @@ def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
     shown = peers if len(peers) <= height else peers[:height - 1]
     rows: List[Line] = []
     for peer in shown:
-        mark = "○ " if peer.quiet else "+ " if peer.id in view.fresh else "● "
+        mark = "○ " if peer.quiet else "+ " if peer.id in view.people.fresh else "● "
         label, address = _label_and_address(view, peer)
         room = width(label + address) <= cols - 2
         label = cut(label, cols - 2, "…")
@@ -5221,13 +4706,14 @@ def _side_by_side(left: List[Line], right: List[Line], cols: int) -> List[Line]:
 
 def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
     """The prompt, which says whom it goes to, and the line being written."""
-    prompt = f"[{view.node.label(view.target)}] {PROMPT}" if view.target else PROMPT
-    return flow(prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else "", view.line, cols)
+    window = view.window
+    prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target else PROMPT
+    return flow(prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else "", window.line, cols)
 
 
 def _prompted(view: ChatView, text: str, first: bool) -> Line:
     """A row of the input line; that it goes to one peer only is not to be overlooked."""
-    end = text.find(PROMPT) + len(PROMPT) if first and view.target and text.startswith("[") else 0
+    end = text.find(PROMPT) + len(PROMPT) if first and view.window.target and text.startswith("[") else 0
     return [Span(text[:end], "private"), Span(text[end:])]
 
 
@@ -5251,41 +4737,799 @@ def flow(prompt: str, line: LineEditor, cols: int) -> Tuple[List[str], Tuple[int
     return rows, cursor
 
 
+# -- events --------------------------------------------------------------------------------------------
+
+
+class Narrator:
+    """Tells the user what happened at the node: each event becomes an entry, or changes one."""
+
+    def __init__(self, view: ChatView) -> None:
+        self.view = view
+        self._rang_at = float("-inf")
+        self._namesake = ""  # our own name, once the user was told that somebody else has it, too
+        self._handlers: Dict[str, Callable[[Event], None]] = {
+            "ready": self.on_ready,
+            "settled": self.on_settled,
+            "server": self.on_server,
+            "joined": self.on_joined,
+            "left": self.on_left,
+            "renamed": self.on_renamed,
+            "network": self.on_network,
+            "chat": self.on_chat,
+            "sent": self.on_sent,
+            "delivered": self.on_delivered,
+            "failed": self.on_failed,
+            "notice": self.on_notice,
+        }
+
+    def handle(self, events: List[Event]) -> None:
+        """Take in the events of one turn."""
+        for event in events:
+            handler = self._handlers.get(event["event"])
+            if handler is not None:
+                handler(event)
+
+    # -- chat ------------------------------------------------------------------------------------------
+
+    def on_chat(self, event: Event) -> None:
+        """Show what a peer said, and ring if it is meant for the user."""
+        view, people = self.view, self.view.people
+        sender, to, text = event["from"]["id"], event["to"], event["text"]
+        if sender in people.ignored:
+            return
+        now = view.node.loop.wall()
+        people.on_spoke(sender, now)
+        private = to != EVERYONE
+        if private:
+            people.private = sender
+        called = private or _mentions(text, view.node.me.username)
+        self._say(sender, to, text, "private" if private else "mention" if called else "")
+        if called and view.may_ring and now - self._rang_at >= BELL_INTERVAL:
+            self._rang_at = now
+            view.is_rung = True
+
+    def on_sent(self, event: Event) -> None:
+        """Show what the user said, and wait for its receipts."""
+        view = self.view
+        entry = self._say(view.node.me.id, event["to"], event["text"], "")
+        entry.receipts = view.last_sent = Receipts(entry.text, event["receivers"])
+        view.window.scrollback.found = None
+        if entry.receipts.waiting:
+            view.under_way[event["id"]] = entry
+
+    def _say(self, sender: str, to: str, text: str, style: str) -> Entry:
+        """Add who speaks, to whom if not to all, and what."""
+        view = self.view
+        is_action = text.startswith("/me ")
+        aside = [Span(" → ", "private"), view.name(to)] if to != EVERYONE else []
+        head = [Span("* " if is_action else "", "dim"), view.name(sender), *aside, Span(" " if is_action else ": ")]
+        return view.add("chat", head, text[4:] if is_action else text, style)
+
+    def on_delivered(self, event: Event) -> None:
+        self._settle(event, "")
+
+    def on_failed(self, event: Event) -> None:
+        """Note that a receiver does not get an own message; say so where it can't be seen at the message."""
+        view = self.view
+        is_known = self._settle(event, event["reason"] or "it failed")
+        if not is_known or not view.on_screen:
+            name = view.node.label(event["to"]["id"])
+            view.notice(f"✗ not delivered to {name} ({event['reason']}): {_shortened(event['text'])}", "error")
+
+    def _settle(self, event: Event, outcome: str) -> bool:
+        """Note what became of an own message at one receiver; return whether the message is known."""
+        view = self.view
+        entry = view.under_way.get(event["id"])
+        if entry is None or entry.receipts is None:
+            return False
+        entry.receipts.settle(event["to"]["id"], outcome)
+        if not entry.receipts.waiting:
+            del view.under_way[event["id"]]
+            failures = [f"{failure}: {_shortened(entry.text)}" for failure in entry.receipts.failures(view.node.label)]
+            view.lost += failures if view.node.leaving else []
+            if view.on_screen and not view.window.scrollback.is_on_screen(entry.seq, view.area()):
+                for failure in failures:
+                    view.notice(failure, "error")
+        return True
+
+    # -- who is here -----------------------------------------------------------------------------------
+
+    def on_joined(self, event: Event) -> None:
+        """Say that a peer came."""
+        self.view.people.fresh.add(event["peer"]["id"])
+        self._gather("joined", event["peer"]["id"], "")
+        self._warn_of_namesake()
+
+    def on_left(self, event: Event) -> None:
+        """Say that a peer left, or is gone and why."""
+        peer_id, reason = event["peer"]["id"], event["reason"]
+        self.view.people.fresh.discard(peer_id)
+        kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
+        self._gather(kind, peer_id, why)
+
+    def _gather(self, kind: str, peer_id: str, reason: str) -> None:
+        """Say that a peer came or went; those who do so one after the other share a line."""
+        view = self.view
+        now = view.node.loop.wall()
+        if view.is_quiet and now - view.people.spoke_at.get(peer_id, float("-inf")) > LATELY:
+            return
+        entries = view.window.scrollback.entries
+        last = entries[-1] if entries and view.on_screen else None
+        if last is None or last.kind != kind or not 0 <= now - last.added_at < GATHER_TIME:
+            last = view.add(kind, [Span("+ " if kind == "joined" else "- ", "dim")], "", "dim")
+        last.members.append((peer_id, reason))
+        more = len(last.members) - GATHER_NAMES
+        names = ", ".join(view.node.label(each) + why for each, why in last.members[:GATHER_NAMES])
+        verb = {"gone": "is gone" if len(last.members) == 1 else "are gone"}.get(kind, kind)
+        last.text = names + (f", {more} more" if more > 0 else "") + f" {verb}"
+
+    def on_renamed(self, event: Event) -> None:
+        """Say that a peer, or the user, has another name or address."""
+        view, old, new = self.view, event["old"], event["peer"]
+        self._follow(old["id"], new["id"])
+        subject = "You are" if new["id"] == view.node.me.id else f"{old['username']} is"
+        if old["username"] != new["username"]:
+            view.notice(f"{subject} now known as {view.name(new['id']).text}.")
+        else:
+            view.notice(f"{subject} now at {new['ip']}:{new['port']}.")
+        self._warn_of_namesake()
+
+    def _follow(self, old: str, new: str) -> None:
+        """A peer has another id: what is held under the old one is held under the new one."""
+        view = self.view
+        view.people.rename(old, new)
+        view.window.target = new if view.window.target == old else view.window.target
+        for entry in view.under_way.values():
+            if entry.receipts is not None:
+                entry.receipts.rename(old, new)
+
+    def _warn_of_namesake(self) -> None:
+        """Say once that somebody else has the user's name: nothing else on the screen shows it."""
+        me = self.view.node.me
+        if self._namesake != me.username and self.view.node.find(me.username):
+            self._namesake = me.username
+            self.view.notice(f"There is another {me.username} here: the others see you as "
+                             f"{self.view.node.label(me.id)}. /nick gives you another name.")
+
+    # -- the network -----------------------------------------------------------------------------------
+
+    def on_ready(self, event: Event) -> None:
+        self.view.notice(f"You are {event['id']}. /help lists the commands.")
+
+    def on_settled(self, event: Event) -> None:
+        """The first look around is over: say why nobody is here, if so."""
+        self.view.people.fresh.clear()
+        alone = [line for line in self.view.node.alone() if line != f"You are {self.view.node.me.id}."]
+        if alone:
+            self.view.notice("\n".join(alone))
+
+    def on_server(self, event: Event) -> None:
+        address, reason = event["address"], event["reason"]
+        self.view.notice(f"Server {address} is online." if event["online"] else
+                         f"No server at {address} ({reason}). P2P mode: the chat goes on without it.")
+
+    def on_network(self, event: Event) -> None:
+        """Say that everybody fell silent at once, or is back."""
+        if event["gone"]:
+            self.view.notice("Nobody answers: this machine seems to be cut off from the network.", "error")
+        else:
+            self.view.notice("The network is back.")
+
+    def on_notice(self, event: Event) -> None:
+        self.view.notice(event["text"])
+
+
+# -- keys ----------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """What a key does. `run` gets the line editor or the keyboard."""
+
+    names: str
+    help: str
+    run: Callable[[Any], None]
+
+
+EDIT_KEYS: Tuple[Key, ...] = (
+    Key("Left, Ctrl-B", "a character to the left", lambda line: line.move(line.before())),
+    Key("Right, Ctrl-F", "a character to the right", lambda line: line.move(line.behind())),
+    Key("Ctrl-Left, Alt-B", "a word to the left", lambda line: line.move(line.word_before())),
+    Key("Ctrl-Right, Alt-F", "a word to the right", lambda line: line.move(line.word_behind())),
+    Key("Home, Ctrl-A", "to the beginning of the line", lambda line: line.move(0)),
+    Key("Ctrl-E", "to the end of the line", lambda line: line.move(len(line.text))),
+    Key("Backspace", "delete the character to the left", lambda line: line.delete(line.before())),
+    Key("Delete", "delete the character to the right", lambda line: line.delete(line.behind())),
+    Key("Ctrl-W", "cut back to the space before", lambda line: line.cut(line.blank_before())),
+    Key("Alt-Backspace", "cut the word to the left", lambda line: line.cut(line.word_before())),
+    Key("Alt-D", "cut the word to the right", lambda line: line.cut(line.word_behind())),
+    Key("Ctrl-U", "cut back to the beginning", lambda line: line.cut(0)),
+    Key("Ctrl-K", "cut to the end", lambda line: line.cut(len(line.text))),
+    Key("Ctrl-Y", "insert what was cut", lambda line: line.yank()),
+    Key("Up, Ctrl-P", "the line entered before", lambda line: line.recall(-1)),
+    Key("Down, Ctrl-N", "the line entered after it", lambda line: line.recall(1)),
+    Key("Alt-Enter, Ctrl-J", "a line break in the message", lambda line: line.insert("\n")),
+)
+VIEW_KEYS: Tuple[Key, ...] = (
+    Key("Enter", "send", lambda keys: keys.enter()),
+    Key("Tab", "complete a name or a command; again: the next one", lambda keys: keys.complete(1)),
+    Key("Shift-Tab", "the completion before", lambda keys: keys.complete(-1)),
+    Key("PgUp", "scroll back", lambda keys: keys.page(-1)),
+    Key("PgDn", "scroll forth", lambda keys: keys.page(1)),
+    Key("Alt-Up", "scroll back by a line", lambda keys: keys.scroll(-1)),
+    Key("Alt-Down", "scroll forth by a line", lambda keys: keys.scroll(1)),
+    Key("Ctrl-Home", "to the oldest message", lambda keys: keys.to_top()),
+    Key("Esc, Ctrl-End", "to the newest message", lambda keys: keys.to_bottom()),
+    Key("End", "to the newest message, and to the end of the line", lambda keys: keys.to_end()),
+    Key("Ctrl-C", "drop the line; twice: leave", lambda keys: keys.interrupt()),
+    Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda keys: keys.end_input()),
+    Key("Ctrl-L", "draw the screen anew", lambda keys: None),  # the screen's own, like the next
+    Key("Ctrl-Z", "suspend; fg comes back", lambda keys: None),
+)
+KEYS = EDIT_KEYS + VIEW_KEYS
+_KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
+_KEYS["focus-in"] = Key("", "", lambda keys: keys.on_focus(True))
+_KEYS["focus-out"] = Key("", "", lambda keys: keys.on_focus(False))
+
+
+# -- commands ------------------------------------------------------------------------------------------
+
+Handle = Callable[["Commands", str], None]  # gets what stands behind the command
+
+
+class Command(NamedTuple):
+    """What can be typed after a slash."""
+
+    name: str
+    usage: str
+    help: str
+    run: Handle
+
+
+COMMANDS: Dict[str, Command] = {}
+
+
+def command(usage: str) -> Callable[[Handle], Handle]:
+    """Enter a method in the table of commands; its docstring is the command's help."""
+    def enter(method: Handle) -> Handle:
+        name = usage.split()[0]
+        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method)
+        return method
+    return enter
+
+
+class Commands:
+    """Does what was entered: sends it, or runs a command. Raises ChatError, in `enter` only answers it."""
+
+    def __init__(self, view: ChatView) -> None:
+        self.view = view
+        self.node = view.node
+
+    def enter(self, text: str) -> bool:
+        """Do what a line says; return whether that was possible."""
+        try:
+            if text.startswith("//"):
+                self._send(text[1:])
+            elif text.startswith("/"):
+                self._run(text)
+            elif text.strip():
+                self._send(text)
+        except ChatError as error:
+            self.view.refused += 1
+            self.view.answer(str(error), "error")
+            return False
+        return True
+
+    def _send(self, text: str) -> None:
+        """Send a text to whom the window is for."""
+        target = self.view.window.target
+        if target is None:
+            self.node.broadcast_chat_message(text)
+        else:
+            self.node.send_chat_message(target, text)
+
+    def _run(self, text: str) -> None:
+        """Run the command that a line begins with."""
+        name = text.split(None, 1)[0]
+        if name == "/":
+            raise ChatError("A command begins with a slash and a word; //TEXT says a text with a slash.")
+        found = COMMANDS.get(name.lower())
+        if found is None:
+            guess = _nearest(name.lower(), list(COMMANDS))
+            raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")
+        rest = text[len(name):].strip()
+        if rest and found.usage == found.name:
+            raise ChatError(f"{found.name} takes nothing behind it. /help lists the commands.")
+        found.run(self, rest)
+
+    # -- names in what was typed -----------------------------------------------------------------------
+
+    def _split_name(self, text: str) -> Tuple[Peer, str]:
+        """Return the peer whom the beginning of a text names, and what stands behind. The longest name counts."""
+        if not text:
+            raise ChatError("Whom? Say a name; /who lists them.")
+        if text.startswith('"') and '"' in text[1:]:
+            name, _, rest = text[1:].partition('"')
+            return self._only(self.node.find(name), name), rest.strip()
+        ends = [at for at in range(len(text[:MAX_ID]), 0, -1) if at == len(text) or text[at].isspace()]
+        for end in ends:
+            found = self.node.find(text[:end]) or self.node.find(text[:end].rstrip(":,"))
+            if found:
+                return self._only(found, text[:end]), text[end:].strip()
+        return self._only([], text.split()[0].rstrip(":,")), ""
+
+    def _peer(self, text: str) -> Peer:
+        """Return the peer whom a text names, with nothing behind the name."""
+        peer, rest = self._split_name(text)
+        return self._only([], text) if rest else peer
+
+    def _only(self, found: List[Peer], name: str) -> Peer:
+        """Return the one peer that was found; else say what is wrong with the name."""
+        if len(found) == 1:
+            return found[0]
+        labels = self.view.labels(found or self.node.present())
+        if found:
+            raise ChatError(f"There are {len(found)} called {name}: {', '.join(labels)}. Which one?")
+        if self._is_me(name):
+            raise ChatError("That is you.")
+        raise ChatError(f"Nobody here is called {clean(name)[:40]}.{_nearest(name, labels)}")
+
+    def _is_me(self, name: str) -> bool:
+        return name.casefold().lstrip("@") in (self.node.me.username.casefold(), self.node.me.id.casefold())
+
+    # -- talk ------------------------------------------------------------------------------------------
+
+    @command("/msg NAME TEXT")
+    def _msg(self, rest: str) -> None:
+        """send a private message."""
+        peer, text = self._split_name(rest)
+        if not text:
+            raise ChatError("There is nothing to send: say the text behind the name.")
+        self.node.send_chat_message(peer.id, text)
+
+    @command("/reply TEXT")
+    def _reply(self, rest: str) -> None:
+        """answer whoever last wrote to you privately."""
+        if self.view.people.private is None:
+            raise ChatError("Nobody has written to you privately yet.")
+        if not rest:
+            raise ChatError("/reply wants a text, for example: /reply yes.")
+        self.node.send_chat_message(self.view.people.private, rest)
+
+    @command("/query [NAME [TEXT]]")
+    def _query(self, rest: str) -> None:
+        """send what is typed to NAME only, until /query alone."""
+        peer, text = self._split_name(rest) if rest else (None, "")
+        self.view.window.target = peer.id if peer else None
+        receiver = f"{self.node.label(peer.id)} only" if peer else "everyone"
+        self.view.answer(f"What you type goes to {receiver}.")
+        if text:
+            self._send(text)
+
+    @command("/me TEXT")
+    def _me(self, rest: str) -> None:
+        """say what you do: * Alice waves."""
+        if not rest:
+            raise ChatError("/me wants a text, for example: /me waves.")
+        self._send(f"/me {rest}")
+
+    # -- people ----------------------------------------------------------------------------------------
+
+    @command("/nick NAME")
+    def _nick(self, rest: str) -> None:
+        """take another name."""
+        self.node.rename(rest)
+
+    @command("/peers")
+    def _peers(self, rest: str) -> None:
+        """show or hide the list of peers."""
+        if self.view.on_screen and self.view.cols >= SIDE_COLS:
+            self.view.side = not self.view.side
+            return
+        labels = self.view.labels(self.node.present())
+        names = f": {', '.join(labels)}" if labels else ""
+        self.view.answer(f"{_count(len(labels), 'peer')}{names}.")
+
+    @command("/who")
+    def _who(self, rest: str) -> None:
+        """who is there, and how well they are heard."""
+        self.view.answer("\n".join(self.node.alone() or self.node.who()))
+
+    @command("/whois NAME")
+    def _whois(self, rest: str) -> None:
+        """name, address and state of one peer."""
+        people = self.view.people
+        if self._is_me(rest):
+            self.view.answer(f"You are {self.node.me.id}.")
+            if not self.node.find(rest):
+                return
+        peer = self._peer(rest)
+        spoke_at = people.spoke_at.get(peer.id)
+        spoke = f"last spoke at {self.view.clock(spoke_at)}" if spoke_at is not None else "has not spoken yet"
+        traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
+        self.view.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
+
+    @command("/info")
+    def _info(self, rest: str) -> None:
+        """who has your last message."""
+        receipts = self.view.last_sent
+        if receipts is None:
+            raise ChatError("You have not sent a message yet.")
+        lines = [_shortened(receipts.text)]
+        for outcome, what in (("", "delivered to"), (None, "under way to")):
+            names = [self.node.label(each) for each, became in receipts.outcomes.items() if became == outcome]
+            lines += [f"{what}: {', '.join(names)}"] if names else []
+        self.view.answer("\n".join(lines + receipts.failures(self.node.label)))
+
+    # -- the network, the screen -----------------------------------------------------------------------
+
+    @command("/sync")
+    def _sync(self, rest: str) -> None:
+        """compare lists of peers with somebody now."""
+        self.node.sync()
+
+    @command("/log [LINES]")
+    def _log(self, rest: str) -> None:
+        """show the last lines of the log."""
+        count = (rest or "20")[:9]
+        if not count.isdecimal():
+            raise ChatError("/log wants a number of lines, for example: /log 50.")
+        self.view.answer("\n".join(list(self.view.log)[-max(1, int(count)):]) or "The log is empty.")
+
+    @command("/search [TEXT]")
+    def _search(self, rest: str) -> None:
+        """go to the last message with TEXT; again: to the one before."""
+        view, scrollback = self.view, self.view.window.scrollback
+        wanted = rest or scrollback.wanted
+        if not wanted:
+            raise ChatError("/search wants a text to look for.")
+        hits = scrollback.search(wanted)
+        if not hits:
+            more = "more " if scrollback.found is not None else ""
+            raise ChatError(f"Nothing {more}was found for {wanted}.")
+        if not view.on_screen:
+            view.answer("\n".join(plain_text(view, entry) for entry in hits[-10:]))
+            return
+        scrollback.found = hits[-1].seq
+        area = view.area()
+        scrollback.go_to(scrollback.moved((scrollback.found, 0), area.height // 2, area.cols), area)  # below the middle
+        view.hint = f"{len(hits) - 1} more above: /search goes on, End comes back."
+
+    @command("/ignore [NAME]")
+    def _ignore(self, rest: str) -> None:
+        """show nothing more from a peer; alone: who is ignored."""
+        ignored = self.view.people.ignored
+        if rest:
+            ignored[self._peer(rest).id] = None
+        self.view.answer(f"Ignored: {', '.join(map(self.node.label, ignored)) or 'nobody'}.")
+
+    @command("/unignore NAME")
+    def _unignore(self, rest: str) -> None:
+        """show what a peer says again."""
+        ignored, wanted = self.view.people.ignored, rest.strip('"').casefold()
+        found = [each for each in ignored
+                 if wanted in (each.casefold(), self.node.label(each).casefold(), each.rpartition("@")[0].casefold())]
+        if len(found) != 1:
+            raise ChatError(f"Which one? Ignored: {', '.join(ignored)}." if ignored else "Nobody is ignored.")
+        del ignored[found[0]]
+        self.view.answer(f"{self.node.label(found[0])} is heard again.")
+
+    @command("/quiet")
+    def _quiet(self, rest: str) -> None:
+        """hide or show joins and leaves of those who have not spoken lately."""
+        self.view.is_quiet = not self.view.is_quiet
+        self.view.answer(f"Joins and leaves of the silent are {'hidden' if self.view.is_quiet else 'shown'}.")
+
+    @command("/bell [on|off]")
+    def _bell(self, rest: str) -> None:
+        """ring when you are named or written to privately."""
+        if rest.lower() not in ("", "on", "off"):
+            raise ChatError("The bell can be on or off.")
+        self.view.may_ring = rest.lower() == "on" if rest else self.view.may_ring
+        self.view.answer(f"The bell is {'on' if self.view.may_ring else 'off'}.")
+
+    @command("/clear")
+    def _clear(self, rest: str) -> None:
+        """empty the screen."""
+        self.view.window.scrollback.clear()
+
+    @command("/help [COMMAND]")
+    def _help(self, rest: str) -> None:
+        """list the commands, or explain one; /help keys lists the keys."""
+        wanted = "/" + rest.lower().lstrip("/")
+        if wanted == "/keys":
+            rows = [(key.names, key.help) for key in KEYS]
+        elif wanted == "/":
+            rows = [(each.usage, each.help) for each in COMMANDS.values()]
+            rows.append(("//TEXT", "say a text that begins with a slash"))
+        elif wanted in COMMANDS:
+            rows = [(COMMANDS[wanted].usage, COMMANDS[wanted].help)]
+        else:
+            raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
+        first = max(len(left) for left, _ in rows)
+        self.view.answer("\n".join(f"{left.ljust(first)}  {right}" for left, right in rows))
+
+    @command("/quit")
+    def _quit(self, rest: str) -> None:
+        """leave the chat."""
+        self.node.leave()
+
+
+class Completion:
+    """Tab: completes the word before the cursor; pressed again, it takes the next candidate."""
+
+    def __init__(self, view: ChatView) -> None:
+        self.view = view
+        self._before = ""  # what stands before the word
+        self._candidates: List[str] = []
+        self._at = 0  # the candidate that is shown
+
+    def complete(self, step: int, again: bool) -> None:
+        """Put a candidate in the place of the word, or the next one."""
+        line = self.view.window.line
+        if again and self._candidates:
+            self._at = (self._at + step) % len(self._candidates)
+        else:
+            start = line.blank_before() if line.left[-1:].strip() else len(line.left)
+            self._before, self._candidates, self._at = line.left[:start], self._find(line.left, start), 0
+        if self._candidates:
+            line.left = self._before + self._candidates[self._at]
+
+    def _find(self, text: str, start: int) -> List[str]:
+        """What the word that begins at `start` can become: commands, or names, the latest speakers' first."""
+        view, word, before = self.view, text[start:].casefold(), text[:start].split()
+        if word.startswith("/") and (not before or before == ["/help"]):
+            return [name + " " for name in COMMANDS if name.startswith(word)]
+        if not word and not before:
+            return []
+        at = "@" if word.startswith("@") else ""
+        end = ": " if start == 0 else " "
+        spoke_at = view.people.spoke_at
+        peers = sorted(view.node.present(), key=lambda peer: -spoke_at.get(peer.id, float("-inf")))
+        return [at + label + end for label in view.labels(peers) if label.casefold().startswith(word[len(at):])]
+
+
+class Keyboard:
+    """What keys, typed text and pastes do."""
+
+    def __init__(self, view: ChatView) -> None:
+        self.view = view
+        self._completion = Completion(view)
+        self._key = self._key_before = ""
+        self._has_asked = False  # whether Enter sends a long text now
+
+    def press(self, name: str) -> None:
+        """A key was pressed."""
+        key = _KEYS.get(name)
+        if key is not None:
+            self._begin(name)
+            key.run(self.view.window.line if key in EDIT_KEYS else self)
+
+    def type(self, text: str) -> None:
+        """Text was typed."""
+        self._begin("")
+        self.view.window.line.insert(text)
+
+    def paste(self, text: str) -> None:
+        """Text was pasted: it is one message, however many lines it has."""
+        self._begin("")
+        text = clean(text, newlines=True).rstrip("\n")
+        lines = text.count("\n") + 1
+        if len(text.encode("utf-8")) > MAX_TEXT:
+            self.view.hint = f"Not pasted: it is more than the {MAX_TEXT} bytes that a message can hold."
+        else:
+            self.view.window.line.insert(text)
+            self.view.hint = f"{lines} lines were pasted: they are one message." if lines > 1 else ""
+
+    def _begin(self, name: str) -> None:
+        """Before each key: clear what was only shown until the next one."""
+        self._key_before, self._key = self._key, name
+        if name not in ("focus-in", "focus-out"):
+            self.view.hint = ""
+            self.view.people.fresh.clear()
+            self._has_asked = self._has_asked and name == "enter"
+
+    # -- what they do ----------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Enter the line; if it is long, ask first."""
+        view, line = self.view, self.view.window.line
+        lines = line.text.count("\n") + 1
+        if lines > ASK_LINES and not self._has_asked:
+            self._has_asked = True
+            view.hint = f"{lines} lines: Enter sends, Ctrl-C drops them."
+            return
+        self._has_asked = False
+        view.window.scrollback.anchor = None  # what the last search found stays: /search goes on from there
+        if not view.enter(line.enter()):
+            view.hint = "Up brings the line back."
+
+    def interrupt(self) -> None:
+        """Drop the line; the second time, leave."""
+        view, line = self.view, self.view.window.line
+        if self._key_before == "ctrl-c":
+            view.node.leave()
+        elif line.text:
+            line.move(len(line.text))
+            line.cut(0)
+            view.hint = "Ctrl-C again leaves. Ctrl-Y brings the line back."
+        else:
+            view.hint = "Ctrl-C again leaves."
+
+    def end_input(self) -> None:
+        """Leave if the line is empty, else delete a character."""
+        line = self.view.window.line
+        if line.text:
+            line.delete(line.behind())
+        else:
+            self.view.node.leave()
+
+    def complete(self, step: int) -> None:
+        """Complete the word before the cursor."""
+        self._completion.complete(step, again=self._key_before in ("tab", "shift-tab"))
+
+    def scroll(self, rows: int) -> None:
+        """Scroll by rows, up if negative."""
+        self.view.window.scrollback.scroll(rows, self.view.area())
+
+    def page(self, pages: int) -> None:
+        """Scroll by screenfuls, one row of which stays."""
+        area = self.view.area()
+        self.view.window.scrollback.scroll(pages * max(1, area.height - 1), area)
+
+    def to_top(self) -> None:
+        self.view.window.scrollback.to_top(self.view.area())
+
+    def to_bottom(self) -> None:
+        self.view.window.scrollback.to_bottom()
+
+    def to_end(self) -> None:
+        """Go to the newest message, and to the end of the line."""
+        self.to_bottom()
+        self.view.window.line.move(len(self.view.window.line.text))
+
+    def on_focus(self, has_focus: bool) -> None:
+        """The terminal got or lost the focus."""
+        if has_focus:
+            self.view.people.fresh.clear()
+        else:
+            self.view.window.scrollback.on_focus_lost()
+
+
+class ChatView:
+    """What the user sees, in parts, and what they share. It is told of events, keys and lines."""
+
+    def __init__(self, node: PeerNode, clock: Clock, on_screen: bool = True) -> None:
+        self.node = node
+        self.clock = clock
+        self.on_screen = on_screen  # else every change becomes an entry, for whoever prints them
+        self.rows, self.cols = 24, 80
+        self.people = People()
+        self.window = Window(Scrollback(clock, node.label))
+        self.under_way: Dict[str, Entry] = {}  # own messages that somebody has yet to get, by message id
+        self.last_sent: Optional[Receipts] = None
+        self.lost: List[str] = []  # what could not be delivered any more while leaving
+        self.log: Deque[str] = collections.deque(maxlen=500)
+        self.refused = 0  # lines that could not be done
+        self.hint = ""  # shown above the input line until the next key
+        self.side = True  # the list of peers is shown
+        self.is_quiet = False  # joins and leaves of those who have not spoken lately are hidden
+        self.may_ring = True
+        self.is_rung = False  # the bell is to be rung
+        self.on_answer: Callable[[str, str], None] = lambda text, kind: None
+        self._narrator = Narrator(self)
+        self._commands = Commands(self)
+        self._keyboard = Keyboard(self)
+
+    def handle(self, events: List[Event]) -> None:
+        """Take in the events of one turn."""
+        self._narrator.handle(events)
+
+    def enter(self, text: str) -> bool:
+        """Do what an entered line says; return whether that was possible."""
+        return self._commands.enter(text)
+
+    def key(self, name: str) -> None:
+        """A key was pressed."""
+        self._keyboard.press(name)
+
+    def type(self, text: str) -> None:
+        """Text was typed."""
+        self._keyboard.type(text)
+
+    def paste(self, text: str) -> None:
+        """Text was pasted."""
+        self._keyboard.paste(text)
+
+    def add(self, kind: str, head: Line, text: str, style: str = "") -> Entry:
+        """Append to the scrollback."""
+        return self.window.scrollback.add(self.node.loop.wall(), kind, head, text, style)
+
+    def notice(self, text: str, kind: str = "notice") -> None:
+        """Say something that nobody said."""
+        style = {"notice": "dim", "error": "error"}.get(kind, "")
+        self.add(kind, [Span("! ", "error") if kind == "error" else Span("- ", "dim")], text, style)
+
+    def answer(self, text: str, kind: str = "answer") -> None:
+        """Say something in answer to the user; what is longer than the screen is shown from its beginning."""
+        self.notice(text, kind)
+        scrollback, area = self.window.scrollback, self.area()
+        if self.on_screen:
+            scrollback.go_to((scrollback.next - 1, area.height - 1), area)
+        self.on_answer(text, kind)
+
+    def name(self, peer_id: str) -> Span:
+        """A peer's label, in its colour. The user's own name needs no address: namesakes have one."""
+        label = self.node.me.username if peer_id == self.node.me.id else self.node.label(peer_id)
+        return Span(label, f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}")
+
+    def labels(self, peers: Iterable[Peer]) -> List[str]:
+        """The labels of some peers."""
+        return [self.node.label(peer.id) for peer in peers]
+
+    def area(self) -> Area:
+        """The size of the part of the screen that shows messages."""
+        part = layout(self, self.rows, self.cols)
+        return Area(max(1, part.messages), self.cols - part.side)
+
+
+# -- the start form ------------------------------------------------------------------------------------
+
+
+class Field(NamedTuple):
+    """A row of the form."""
+
+    label: str
+    line: LineEditor
+    placeholder: str = ""  # shown while the line is empty
+
+
 class StartForm:
-    """What is asked before the chat begins: the name, the server. The keys are those of the chat's line."""
+    """What is asked before the chat begins: the name, the server. Each row is edited as the chat's input line is."""
 
     def __init__(self, name: str, server: str, port: str) -> None:
-        self.server, self.name = LineEditor(server), LineEditor(name)
+        self.name, self.server = LineEditor(name), LineEditor(server)
+        none = "(none: whoever is found on this network)"
+        self.fields = [Field("Name", self.name), Field("Server", self.server, none)]
         self.port = port
-        self.fields = [("Name", self.name), ("Server", self.server)]
-        self.at = 0
+        self.at = 0  # the field being written
         self.message = ""
-        self.busy = False  # a server is being tried
+        self.is_busy = False  # a server is being tried: nothing is typed meanwhile
 
     @property
     def line(self) -> LineEditor:
-        """The field being written."""
-        return self.fields[self.at][1]
+        """The line being written."""
+        return self.fields[self.at].line
 
     def key(self, name: str) -> None:
-        """A key that moves or edits."""
+        """A key was pressed: it goes to another field, or edits this one."""
         key = _KEYS.get(name)
-        if name in ("tab", "down", "up", "shift-tab"):
-            self.at = 1 - self.at
+        if self.is_busy:
+            return
+        if name in ("tab", "down"):
+            self.at = (self.at + 1) % len(self.fields)
+        elif name in ("shift-tab", "up"):
+            self.at = (self.at - 1) % len(self.fields)
         elif name == "end":
             self.line.move(len(self.line.text))
         elif key in EDIT_KEYS and name not in ("alt-enter", "ctrl-j"):
             key.run(self.line)
 
+    def type(self, text: str) -> None:
+        """Text was typed, or pasted."""
+        if not self.is_busy:
+            self.line.insert(clean(text.strip("\r\n")))
+
+    paste = type
+
 
 def render_form(form: StartForm, rows: int, cols: int) -> Screen:
-    """The form; on a small screen the field being written, then the message, then the rest."""
+    """Draw the form; on a small screen the field being written, then the message, then the rest."""
     ranked: List[Tuple[int, Line]] = [(6, [Span(" p2pchat: chat for everyone on this network", "bold")]), (6, [])]
     column = 0
-    for at, (label, line) in enumerate(form.fields):
-        typed, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line, cols)
-        none = "" if line.text or line is form.name else "(none: whoever is found on this network)"
-        ranked.append((0 if at == form.at else 2, [Span(typed[row if at == form.at else 0]), Span(none, "dim")]))
+    for at, (label, line, placeholder) in enumerate(form.fields):
+        texts, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line, cols)
+        text = Span(texts[row if at == form.at else 0])
+        ranked.append((0 if at == form.at else 2, [text, Span("" if line.text else placeholder, "dim")]))
         column = place if at == form.at else column
     keys = "Enter starts, Ctrl-C leaves, Esc goes on without a server, Tab goes to the other field."
     ranked += [(5, [Span(f" Port    {form.port}", "dim")]), (5, [])]
@@ -5685,19 +5929,17 @@ class CursesInterface(Interface):
     # -- out -------------------------------------------------------------------------------------------
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
+        if node is not self.node:
+            return  # the user has taken another name or server meanwhile, and so another node
+        self.view.handle(events)
         for event in events:
-            if node is self.node:  # else it has made room for another one
-                self._on_event(event)
+            if event["event"] == "server" and self.form is not None and self.form.is_busy:
+                self._on_server_tried(self.form, event)
+            elif event["event"] == "stopped" and self._next is None:
+                self.loop.stop()
+            elif event["event"] == "stopped":
+                self._launch()
         self.changed()
-
-    def _on_event(self, event: Event) -> None:
-        self.view.handle(event)
-        if event["event"] == "server" and self.form is not None and self.form.busy:
-            self._server_tried(self.form, event)
-        elif event["event"] == "stopped" and self._next is None:
-            self.loop.stop()
-        elif event["event"] == "stopped":
-            self._launch()
 
     def changed(self) -> None:
         """Draw soon: at the end of this turn, or when the frame before has been seen."""
@@ -5712,8 +5954,8 @@ class CursesInterface(Interface):
         else:
             self.view.rows, self.view.cols = rows, cols
             self.terminal.draw(render(self.view, rows, cols))
-            if self.view.rung:
-                self.view.rung = False
+            if self.view.is_rung:
+                self.view.is_rung = False
                 self.terminal.beep()
         self._drawn_at = self.loop.now()
 
@@ -5744,12 +5986,13 @@ class CursesInterface(Interface):
                 self.terminal.resize()
             elif kind == PRESS and value == "ctrl-z":
                 self._suspend()
-            elif self.form is not None:
-                self._press_in_form(self.form, kind, value)
+            elif self.form is not None and kind == PRESS and value in ("ctrl-c", "ctrl-d", "esc", "enter"):
+                self._press_in_form(self.form, value)
             elif kind == PRESS and value == "ctrl-c" and self.node is not None and self.node.leaving:
                 self.interrupt()
             else:
-                {PRESS: self.view.key, TEXT: self.view.type, PASTE: self.view.paste}[kind](value)
+                shown = self.form or self.view
+                {PRESS: shown.key, TEXT: shown.type, PASTE: shown.paste}[kind](value)
         self.changed()
 
     def _resized(self) -> None:
@@ -5770,19 +6013,14 @@ class CursesInterface(Interface):
 
     # -- the form --------------------------------------------------------------------------------------
 
-    def _press_in_form(self, form: StartForm, kind: str, value: str) -> None:
-        if kind == PRESS and value in ("ctrl-c", "ctrl-d"):
+    def _press_in_form(self, form: StartForm, key: str) -> None:
+        """A key that starts the chat or leaves; Enter waits until a server that is tried has answered."""
+        if key in ("ctrl-c", "ctrl-d"):
             self.leave()
-        elif kind == PRESS and value == "esc":
+        elif key == "esc":
             self._submit(form, wait=False)
-        elif form.busy:
-            pass  # until the server has answered
-        elif kind != PRESS:
-            form.line.insert(clean(value.strip("\r\n")))
-        elif value == "enter":
+        elif not form.is_busy:
             self._submit(form, wait=True)
-        else:
-            form.key(value)
 
     def _submit(self, form: StartForm, wait: bool) -> None:
         """Start with what the form says; with `wait` it stays until the server has answered."""
@@ -5798,10 +6036,10 @@ class CursesInterface(Interface):
         except ValueError as error:
             form.message = f"{str(error).rstrip('.')}."
             return
-        form.busy = wait and server is not None
-        form.message = f"Trying the server at {form.server.text.strip()} ..." if form.busy else ""
+        form.is_busy = wait and server is not None
+        form.message = f"Trying the server at {form.server.text.strip()} ..." if form.is_busy else ""
         settings = self.settings._replace(username=name, server=server)
-        if self.node is not None and self.node.settings == settings and not form.busy:
+        if self.node is not None and self.node.settings == settings and not form.is_busy:
             self.form = None
             return
         self._next = settings
@@ -5818,18 +6056,18 @@ class CursesInterface(Interface):
             self.start_node(settings)
         except OSError as error:
             self.form.message = f"{port_problem(settings.host, settings.port, error)}."
-            self.node, self.form.busy = None, False
+            self.node, self.form.is_busy = None, False
             return
         assert self.node is not None
         self.form.port = str(self.node.me.port)
-        if not self.form.busy:
+        if not self.form.is_busy:
             self.form = None
 
-    def _server_tried(self, form: StartForm, event: Event) -> None:
+    def _on_server_tried(self, form: StartForm, event: Event) -> None:
         if event["online"]:
             self.form = None
         else:
-            form.busy = False
+            form.is_busy = False
             form.message = (f"No server at {event['address']}: {event['reason']}. Enter tries again, "
                             "Esc goes on without it.")
 
@@ -5997,7 +6235,7 @@ class PlainInterface(Interface):
             self._on_event(event)
 
     def _on_event(self, event: Event) -> None:
-        self.view.handle(event)
+        self.view.handle([event])
         self.show(event)
         kind = event["event"]
         if kind == "settled":  # what is piped in goes to those who are there, not to nobody
@@ -6005,22 +6243,23 @@ class PlainInterface(Interface):
         elif kind == "stopped":
             self.loop.call_later(self.settings.timeout, self.loop.stop)
             self._writer.when_empty(self.loop.stop)
-        elif self._busy and len(self.view.mine) < MAX_MINE // 2:
+        elif self._busy and len(self.view.under_way) < MAX_MINE // 2:
             self._busy = False
             self._reader.resume()
 
     def show(self, event: Optional[Event] = None) -> None:
         """Print what an event, or else a line that was entered, led to."""
-        unprinted = min(self.view.next - self._printed, len(self.view.entries))
+        scrollback = self.view.window.scrollback
+        unprinted = min(scrollback.next - self._printed, len(scrollback.entries))
         if not (event is not None and event["event"] == "sent" and self._by_hand):
-            for entry in self.view.entries[len(self.view.entries) - unprinted:]:
+            for entry in scrollback.entries[len(scrollback.entries) - unprinted:]:
                 self._writer.write(plain_text(self.view, entry))
-        self._printed = self.view.next
+        self._printed = scrollback.next
 
     def _typed(self, line: str) -> None:
         self.view.enter(line)
         self.show()
-        if len(self.view.mine) >= MAX_MINE:
+        if len(self.view.under_way) >= MAX_MINE:
             self._busy = True
             self._reader.pause()
 
@@ -6037,7 +6276,7 @@ class JsonInterface(PlainInterface):
         self.show({"event": "notice", "text": text, **({"error": True} if kind == "error" else {})})
 
     def show(self, event: Optional[Event] = None) -> None:
-        if event is None or event["event"] == "chat" and event["from"]["id"] in self.view.ignored:
+        if event is None or event["event"] == "chat" and event["from"]["id"] in self.view.people.ignored:
             return  # what was entered led to events, or to an answer
         self._writer.write(json.dumps({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
 

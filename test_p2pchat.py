@@ -134,7 +134,7 @@ def view_make(*names, on_screen=True, me="Alice"):
     """A view of a room in which some are already."""
     node = ViewNode(*names, me=me)
     view = p2pchat.ChatView(node, lambda when: time.strftime("%H:%M", time.gmtime(when)), on_screen)
-    node.emit = view.handle
+    node.emit = lambda event: view.handle([event])
     return view
 
 
@@ -142,9 +142,13 @@ def view_peer(view, name):
     return view.node.find(name)[0].public
 
 
+def view_event(view, event):
+    view.handle([event])
+
+
 def view_chat(view, name, text, private=False):
     to = view.node.me.id if private else "*"
-    view.handle({"event": "chat", "from": view_peer(view, name), "to": to, "text": text, "id": "x-1"})
+    view_event(view, {"event": "chat", "from": view_peer(view, name), "to": to, "text": text, "id": "x-1"})
 
 
 def view_keys(view, *keys):
@@ -315,13 +319,13 @@ def test_wrap(text, cols, lines):
 def test_editing(keys, left, right):
     view = view_make("Bob")
     view_keys(view, *keys)
-    assert (view.line.left, view.line.right) == (left, right)
+    assert (view.window.line.left, view.window.line.right) == (left, right)
 
 
 def test_leaving_keys():
     view = view_make("Bob")
     view_keys(view, "half a line", "<ctrl-c>")
-    assert view.line.text == "" and not view.node.leaving and "again leaves" in view_screen(view)[-2]
+    assert view.window.line.text == "" and not view.node.leaving and "again leaves" in view_screen(view)[-2]
     view_keys(view, "x", "<backspace>", "<ctrl-c>")
     assert not view.node.leaving
     view_keys(view, "<ctrl-c>")
@@ -356,7 +360,7 @@ def test_long_input_grows_and_follows_the_cursor():
 def test_pasted_lines_are_one_message():
     view = view_make("Bob")
     view.paste("def f():\r\n\treturn 1\r\n")
-    assert view.line.text == "def f():\n\treturn 1" and view.node.sent == []
+    assert view.window.line.text == "def f():\n\treturn 1" and view.node.sent == []
     assert any("return 1" in row for row in view_screen(view)[-3:]) and "2 lines were pasted" in view.hint
     view_keys(view, "<enter>")
     assert view.node.sent == [("def f():\n\treturn 1", None)]
@@ -381,9 +385,9 @@ def test_a_paste_that_is_too_long_is_refused_and_never_cut():
     view = view_make("Bob")
     for text in ("y" * (p2pchat.MAX_TEXT + 1), "日" * (p2pchat.MAX_TEXT // 3 + 1)):
         view.paste(text)
-        assert view.line.text == "" and "Not pasted" in view_screen(view)[-2]
+        assert view.window.line.text == "" and "Not pasted" in view_screen(view)[-2]
     view.paste("\x1b[201~\x1b]0;title\x07 \u202e" + "日" * 5000)
-    assert "\x1b" not in view.line.text and view.line.text.count("日") == 5000
+    assert "\x1b" not in view.window.line.text and view.window.line.text.count("日") == 5000
 
 
 # -- completion ----------------------------------------------------------------------------------------
@@ -393,36 +397,36 @@ def test_completion_of_names():
     view = view_make("Bob", "Bobby", "Carol")
     view_chat(view, "Bobby", "hi")
     view_keys(view, "bo", "<tab>")
-    assert view.line.text == "Bobby: "  # the latest speaker first
+    assert view.window.line.text == "Bobby: "  # the latest speaker first
     view_keys(view, "<tab>")
-    assert view.line.text == "Bob: "
+    assert view.window.line.text == "Bob: "
     view_keys(view, "<shift-tab>")
-    assert view.line.text == "Bobby: "
+    assert view.window.line.text == "Bobby: "
     view_keys(view, "and ca", "<tab>", "x", "<tab>")
-    assert view.line.text == "Bobby: and Carol x"
+    assert view.window.line.text == "Bobby: and Carol x"
     view_keys(view, "<ctrl-u>", "/msg @ca", "<tab>")
-    assert view.line.text == "/msg @Carol "
+    assert view.window.line.text == "/msg @Carol "
     view_keys(view, "<ctrl-u>", "zzz", "<tab>")
-    assert view.line.text == "zzz"
+    assert view.window.line.text == "zzz"
 
 
 def test_completion_tells_namesakes_apart():
     view = view_make("Bob")
     view.node.join("Bob", "10.0.0.7")
     view_keys(view, "/msg Bo", "<tab>")
-    assert view.line.text == "/msg Bob@10.0.0.2 "
+    assert view.window.line.text == "/msg Bob@10.0.0.2 "
     view_keys(view, "<tab>")
-    assert view.line.text == "/msg Bob@10.0.0.7 "
+    assert view.window.line.text == "/msg Bob@10.0.0.7 "
 
 
 def test_completion_of_commands():
     view = view_make("Bob")
     view_keys(view, "/wh", "<tab>")
-    assert view.line.text == "/who "
+    assert view.window.line.text == "/who "
     view_keys(view, "<tab>")
-    assert view.line.text == "/whois "
+    assert view.window.line.text == "/whois "
     view_keys(view, "<ctrl-u>", "/help /se", "<tab>")
-    assert view.line.text == "/help /search "
+    assert view.window.line.text == "/help /search "
 
 
 # -- commands ------------------------------------------------------------------------------------------
@@ -476,7 +480,7 @@ def test_whois_knows_oneself():
     assert view_answer(view, "/whois alice") == "You are Alice@10.0.0.1:10001." and not view.refused
     view = view_make("Alice")
     view.enter("/whois alice")
-    answers = [entry.text for entry in view.entries][-2:]
+    answers = [entry.text for entry in view.window.scrollback.entries][-2:]
     assert answers[0] == "You are Alice@10.0.0.1:10001." and answers[1].startswith("Alice is Alice@10.0.0.2")
 
 
@@ -487,7 +491,7 @@ def test_nothing_that_was_typed_is_dropped():
             assert "nothing behind it" in view_answer(view, f"{command.name} x"), command
     assert view.node.calls == [] and view.side
     view.enter("/query Bob what about this")
-    assert view.node.sent == [("what about this", view.target)] and view.target == view_peer(view, "Bob")["id"]
+    assert view.node.sent == [("what about this", view.window.target)] and view.window.target == view_peer(view, "Bob")["id"]
 
 
 def test_ambiguous_names_are_refused_with_the_choice():
@@ -511,7 +515,7 @@ def test_reply_query_and_renaming():
     peer = view.node.peers.get(bob["id"])
     record = dict(peer.wire(0.0), username="Rob", id="Rob@10.0.0.2:10001", incarnation=5)
     view.node.peers.merge_own_claim(record, 1.0)
-    view.handle({"event": "renamed", "peer": view_peer(view, "Rob"), "old": bob})
+    view_event(view, {"event": "renamed", "peer": view_peer(view, "Rob"), "old": bob})
     view.enter("still you")
     assert view_style(view, "[Rob] >") == "private"
     view.enter("/query")
@@ -524,18 +528,18 @@ def test_ignoring_is_by_peer():
     view = view_make("Bob", "Carol")
     view.node.join("Bob", "10.0.0.7")
     view.enter("/ignore Bob@10.0.0.7")
-    view.handle({"event": "chat", "from": view_peer(view, "Bob@10.0.0.7"), "to": "*", "text": "SPAM", "id": "x"})
-    view.handle({"event": "chat", "from": view_peer(view, "Bob@10.0.0.2"), "to": "*", "text": "fine", "id": "x"})
+    view_event(view, {"event": "chat", "from": view_peer(view, "Bob@10.0.0.7"), "to": "*", "text": "SPAM", "id": "x"})
+    view_event(view, {"event": "chat", "from": view_peer(view, "Bob@10.0.0.2"), "to": "*", "text": "fine", "id": "x"})
     screen = "".join(view_screen(view))
     assert "SPAM" not in screen and "fine" in screen
     old = view_peer(view, "Bob@10.0.0.7")
     peer = view.node.peers.get(old["id"])
     view.node.peers.merge_own_claim(dict(peer.wire(0.0), username="Rob", id="Rob@10.0.0.7:10001", incarnation=5), 1.0)
-    view.handle({"event": "renamed", "peer": view_peer(view, "Rob"), "old": old})
+    view_event(view, {"event": "renamed", "peer": view_peer(view, "Rob"), "old": old})
     assert view_answer(view, "/ignore") == "Ignored: Rob."
-    assert view_answer(view, "/unignore rob") == "Rob is heard again." and not view.ignored
+    assert view_answer(view, "/unignore rob") == "Rob is heard again." and not view.people.ignored
     view.node.peers.merge_own_claim(dict(peer.wire(0.0), username="Bob", id="Bob@10.0.0.7:10001", incarnation=6), 2.0)
-    view.handle({"event": "chat", "from": view_peer(view, "Bob@10.0.0.7"), "to": "*", "text": "SPAM", "id": "x"})
+    view_event(view, {"event": "chat", "from": view_peer(view, "Bob@10.0.0.7"), "to": "*", "text": "SPAM", "id": "x"})
     assert "SPAM" in "".join(view_screen(view))
 
 
@@ -552,7 +556,7 @@ def test_the_other_commands():
     view_chat(view, "Bob", "needle in hay")
     assert "needle in hay" in view_answer(view, "/search needle")
     view.enter("/clear")
-    assert view.entries == []
+    assert view.window.scrollback.entries == []
     view.enter("/quit")
     assert view.node.leaving
 
@@ -583,7 +587,7 @@ def test_styles_tell_messages_apart():
     view_chat(view, "Bob", "for you", private=True)
     view_chat(view, "Bob", "hey alice, there")
     view_chat(view, "Bob", "malice")
-    view.handle({"event": "notice", "text": "a notice"})
+    view_event(view, {"event": "notice", "text": "a notice"})
     view.enter("/msg Bob mine")
     styles = {text: view_style(view, text) for text in ("for all", "for you", "hey alice", "malice", "a notice", "mine")}
     assert styles == {"for all": "", "for you": "private", "hey alice": "mention", "malice": "", "a notice": "dim", "mine": "dim"}
@@ -595,19 +599,19 @@ def test_styles_tell_messages_apart():
 def test_the_bell_rings_rarely():
     view = view_make("Bob")
     view_chat(view, "Bob", "nothing")
-    assert not view.rung
+    assert not view.is_rung
     view_chat(view, "Bob", "Alice!")
-    assert view.rung
-    view.rung = False
+    assert view.is_rung
+    view.is_rung = False
     view_chat(view, "Bob", "Alice!")
-    assert not view.rung
+    assert not view.is_rung
     view.node.loop.seconds += 10
     view.enter("/bell off")
     view_chat(view, "Bob", "private", private=True)
-    assert not view.rung
+    assert not view.is_rung
     view.enter("/bell on")
     view_chat(view, "Bob", "private", private=True)
-    assert view.rung
+    assert view.is_rung
 
 
 def test_scrolling_is_anchored():
@@ -639,11 +643,11 @@ def test_scrolling_by_lines_and_to_both_ends():
     view_keys(view, "<alt-down>")
     assert "message 0 " not in view_screen(view)[1]
     view_keys(view, "<esc>")
-    assert view.anchor is None
+    assert view.window.scrollback.anchor is None
     view_keys(view, "<alt-up>", "<alt-down>")
-    assert view.anchor is None
+    assert view.window.scrollback.anchor is None
     view_keys(view, "<pgup>", "<ctrl-end>")
-    assert view.anchor is None
+    assert view.window.scrollback.anchor is None
 
 
 def test_the_mark_of_what_was_missed_stays_until_it_is_found():
@@ -672,14 +676,14 @@ def test_a_long_answer_is_shown_from_its_beginning():
     view_keys(view, "/help", "<enter>")
     assert "/msg NAME TEXT" in view_screen(view, 12, 80)[1]
     view_keys(view, "hi", "<enter>")
-    assert view.anchor is None
+    assert view.window.scrollback.anchor is None
 
 
 def test_a_few_messages_cannot_be_scrolled():
     view = view_make("Bob")
     view_chat(view, "Bob", "one")
     view_keys(view, "<pgup>", "<alt-up>", "<pgdn>")
-    assert view.anchor is None and any("one" in row for row in view_screen(view))
+    assert view.window.scrollback.anchor is None and any("one" in row for row in view_screen(view))
 
 
 def test_the_line_where_reading_stopped():
@@ -702,7 +706,7 @@ def test_what_is_said_at_the_start():
     view.node.alone = lambda: ["Nobody else is here.", "You are Alice@10.0.0.1:10001.", "Tried x: refused."]
     for event in ({"event": "ready", "id": view.node.me.id}, {"event": "server", "online": True, "address": "h:1", "reason": ""},
                   {"event": "server", "online": False, "address": "h:1", "reason": "refused"}, {"event": "settled"}):
-        view.handle(event)
+        view_event(view, event)
     screen = "\n".join(view_screen(view))
     assert screen.count("You are Alice@") == 1 and "Tried x" in screen
     assert "Server h:1 is online." in screen and "No server at h:1 (refused). P2P mode: the chat goes on" in screen
@@ -711,16 +715,16 @@ def test_what_is_said_at_the_start():
 def test_a_namesake_is_told_of_once():
     view = view_make("Carol")
     view.node.join("bob", tell=True)
-    assert not [entry for entry in view.entries if "another" in entry.text]
+    assert not [entry for entry in view.window.scrollback.entries if "another" in entry.text]
     for ip in ("10.0.0.8", "10.0.0.9"):
         view.node.join("Alice", ip, tell=True)
-    told = [entry.text for entry in view.entries if "another" in entry.text]
+    told = [entry.text for entry in view.window.scrollback.entries if "another" in entry.text]
     assert len(told) == 1 and "another Alice" in told[0] and f"see you as {view.node.label(view.node.me.id)}." in told[0]
     old = view.node.me.public
     view.node.me.set_identity("Bob", "10.0.0.1", 10001)
     view.node.peers.clear_caches()
-    view.handle({"event": "renamed", "old": old, "peer": view.node.me.public})
-    assert "another Bob here" in view.entries[-1].text
+    view_event(view, {"event": "renamed", "old": old, "peer": view.node.me.public})
+    assert "another Bob here" in view.window.scrollback.entries[-1].text
 
 
 def test_joins_and_leaves_are_gathered():
@@ -757,10 +761,10 @@ def test_delivery_is_visible():
     view.enter("hello")
     assert view_style(view, "hello") == "dim"
     bob, carol = view_peer(view, "Bob"), view_peer(view, "Carol")
-    view.handle({"event": "delivered", "id": "me-1", "to": bob})
+    view_event(view, {"event": "delivered", "id": "me-1", "to": bob})
     assert view_style(view, "hello") == "dim" and "under way to: Carol" in view_answer(view, "/info")
-    view.handle({"event": "failed", "id": "me-1", "to": carol, "reason": "silent", "text": "hello"})
-    assert view_style(view, "hello") == "" and view.mine == {}
+    view_event(view, {"event": "failed", "id": "me-1", "to": carol, "reason": "silent", "text": "hello"})
+    assert view_style(view, "hello") == "" and view.under_way == {}
     assert any("✗ not delivered to Carol (silent)" in row for row in view_screen(view))
     assert view_answer(view, "/info") == "hello\ndelivered to: Bob\n✗ not delivered to Carol (silent)"
 
@@ -774,18 +778,18 @@ def test_a_failure_that_is_out_of_sight_is_said_again():
     bob, carol = view_peer(view, "Bob"), view_peer(view, "Carol")
     for peer in (bob, carol):
         assert not any("not delivered" in row for row in view_screen(view))
-        view.handle({"event": "failed", "id": "me-1", "to": peer, "reason": "silent", "text": "important"})
+        view_event(view, {"event": "failed", "id": "me-1", "to": peer, "reason": "silent", "text": "important"})
     assert len([row for row in view_screen(view, 24, 120) if "✗ not delivered to Bob, Carol (silent): important" in row]) == 1
     view.enter("/clear")
     view.enter("and this")
     view.enter("/clear")
     for peer in (bob, carol):
-        view.handle({"event": "failed", "id": "me-2", "to": peer, "reason": "silent", "text": "and this"})
-    assert "✗ not delivered to Bob, Carol (silent): and this" in view.entries[-1].text and not view.lost
+        view_event(view, {"event": "failed", "id": "me-2", "to": peer, "reason": "silent", "text": "and this"})
+    assert "✗ not delivered to Bob, Carol (silent): and this" in view.window.scrollback.entries[-1].text and not view.lost
     view.enter("last words")
     view.node.leaving = True
     for peer in (bob, carol):
-        view.handle({"event": "failed", "id": "me-3", "to": peer, "reason": "you left", "text": "last words"})
+        view_event(view, {"event": "failed", "id": "me-3", "to": peer, "reason": "you left", "text": "last words"})
     assert view.lost == ["✗ not delivered to Bob, Carol (you left): last words"]
 
 
@@ -836,7 +840,7 @@ def test_search():
 def test_names_that_need_care():
     view = view_make("日本太郎", "محمد", "👩\u200d🚀 Zoë", "W" * 32, "e\u0301\u0302x")
     for peer in view.node.present():
-        view.handle({"event": "chat", "from": peer.public, "to": "*", "text": "日本語 text 🧑\u200d🚀 " * 5, "id": "x"})
+        view_event(view, {"event": "chat", "from": peer.public, "to": "*", "text": "日本語 text 🧑\u200d🚀 " * 5, "id": "x"})
     for rows, cols in ((24, 80), (40, 120), (12, 40), (5, 20)):
         view_screen(view, rows, cols)
 
@@ -847,16 +851,16 @@ def test_every_size():
     for number in range(30):
         view_chat(view, "日本太郎", "日本語のテキスト\ntext 👩\u200d👩\u200d👧 e\u0301 " * (number % 5 + 1), private=number % 3 == 0)
     view.enter("mine")
-    view.handle({"event": "failed", "id": "me-1", "to": view_peer(view, "Bob"), "reason": "left", "text": "mine"})
+    view_event(view, {"event": "failed", "id": "me-1", "to": view_peer(view, "Bob"), "reason": "left", "text": "mine"})
     view_keys(view, "日本語 🧑\u200d🚀 line\nbreak " * 3, "<left>")
     form = p2pchat.StartForm("日本太郎", "127.0.0.1:9999", "chosen by the system")
     form.message = "No server at 127.0.0.1:9999: refused"
     for turn, rows in enumerate([*range(1, 26), 30, 40, 60, 100]):
         for cols in [*range(1, 13), *range(13, 100, 7), 59, 60, 61, 80, 120, 200, 300]:
             if (turn + cols) % 3 == 0:
-                view.scroll(-3)
+                view_keys(view, *["<alt-up>"] * 3)
             if (turn + cols) % 7 == 0:
-                view.to_bottom()
+                view_keys(view, "<esc>")
             view_screen(view, rows, cols)
             screen = p2pchat.render_form(form, rows, cols)
             assert len(screen.lines) == rows and 0 <= screen.cursor[0] < rows and 0 <= screen.cursor[1] < max(cols, 1)
@@ -869,13 +873,13 @@ def test_a_hundred_thousand_messages():
     bob = view_peer(view, "Bob")
     tracemalloc.start()
     for number in range(100_000):
-        view.handle({"event": "chat", "from": bob, "to": "*", "text": f"message {number} " + "x" * 60, "id": "b-1"})
+        view_event(view, {"event": "chat", "from": bob, "to": "*", "text": f"message {number} " + "x" * 60, "id": "b-1"})
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert len(view.entries) <= p2pchat.MAX_ENTRIES + 500 and used < 16e6
+    assert len(view.window.scrollback.entries) <= p2pchat.MAX_ENTRIES + 500 and used < 16e6
     for _ in range(1000):
-        view.handle({"event": "chat", "from": bob, "to": "*", "text": "y" * p2pchat.MAX_TEXT, "id": "b-1"})
-    assert sum(len(entry.text) for entry in view.entries) <= p2pchat.MAX_SCROLLBACK
+        view_event(view, {"event": "chat", "from": bob, "to": "*", "text": "y" * p2pchat.MAX_TEXT, "id": "b-1"})
+    assert sum(len(entry.text) for entry in view.window.scrollback.entries) <= p2pchat.MAX_SCROLLBACK
 
 
 def test_a_key_is_answered_at_once_under_load():
@@ -883,21 +887,21 @@ def test_a_key_is_answered_at_once_under_load():
     view = view_make("Bob")
     bob = view_peer(view, "Bob")
     for number in range(6000):
-        view.handle({"event": "chat", "from": bob, "to": "*", "text": f"message {number} " + "word " * 20, "id": "b-1"})
+        view_event(view, {"event": "chat", "from": bob, "to": "*", "text": f"message {number} " + "word " * 20, "id": "b-1"})
     times = []
     for _ in range(20):
         start = time.thread_time()
         for _ in range(67):
-            view.handle({"event": "chat", "from": bob, "to": "*", "text": "word " * 40, "id": "b-1"})
+            view_event(view, {"event": "chat", "from": bob, "to": "*", "text": "word " * 40, "id": "b-1"})
         view_keys(view, "x")
         p2pchat.render(view, 50, 150)
         times.append(time.thread_time() - start)
     assert sorted(times)[10] < 0.05, times
     for _ in range(400):
-        view.handle({"event": "chat", "from": bob, "to": "*", "text": "word " * 3000, "id": "b-1"})
+        view_event(view, {"event": "chat", "from": bob, "to": "*", "text": "word " * 3000, "id": "b-1"})
     start = time.thread_time()
     view_keys(view, "<ctrl-home>")
-    assert time.thread_time() - start < 0.05 and view.anchor is not None
+    assert time.thread_time() - start < 0.05 and view.window.scrollback.anchor is not None
 
 
 def test_the_start_form():
@@ -6343,7 +6347,7 @@ def test_the_script_in_process():
         for kind, value in reader.feed(typed.encode()):
             {"press": view.key, "text": view.type, "paste": view.paste}[kind](value)
         for number in range(len(view.node.sent)):
-            view.handle({"event": "delivered", "id": f"me-{number + 1}", "to": view_peer(view, "Bob")})
+            view_event(view, {"event": "delivered", "id": f"me-{number + 1}", "to": view_peer(view, "Bob")})
         assert expected in "\n".join(view_screen(view)), (typed, view_screen(view))
 
 
