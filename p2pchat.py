@@ -49,6 +49,7 @@ import re
 import selectors
 import signal
 import socket
+import stat
 import sys
 import time
 import unicodedata
@@ -4180,6 +4181,12 @@ SIDE_COLS = 60  # a narrower screen has no list of peers
 TIME_COLS = 32  # a narrower screen has no times
 NICK_STYLES = 8  # colours for names, "nick0" and on
 PROMPT = "> "
+CHAT_KINDS = ("chat", "action")  # kinds of entries that somebody said
+ACTION = "/me "  # what a text begins with that says what its sender does
+MAX_DELIVERIES = 10_000  # awaited at a time while a file is sent: enough that the links never run dry
+MAX_SENDING = 1024 * 1024  # characters of texts under way meanwhile: a quarter of what may wait for one receiver
+DRAW_PORTION = 32 * 1024  # characters that are wrapped for one drawing: some 25 ms; the rest follows in the next
+MAX_DRAWN = 50_000  # rows kept as they were drawn: more than the largest screen and the longest texts on it have
 
 
 class Span(NamedTuple):
@@ -4190,6 +4197,7 @@ class Span(NamedTuple):
 
 
 Line = List[Span]
+_MARKS = {"error": Span("! ", "error"), "joined": Span("+ ", "dim")}  # before what nobody said; else "- "
 Place = Tuple[int, int]  # in a scrollback: the seq of an entry, and one of its rows
 Clock = Callable[[float], str]  # makes what is shown of a Unix time
 
@@ -4206,6 +4214,7 @@ class Screen(NamedTuple):
 
     lines: List[Line]
     cursor: Tuple[int, int]
+    is_complete: bool = True  # else something is cut short: draw again soon
 
 
 class LineEditor:
@@ -4313,18 +4322,26 @@ def _first_word(text: str) -> int:
 class Receipts:
     """What became of an own message at each of its receivers."""
 
-    __slots__ = ("text", "outcomes", "waiting")
+    __slots__ = ("text", "seq", "outcomes", "waiting", "failed")
 
     def __init__(self, text: str, receivers: Iterable[str]) -> None:
         self.text = text
+        self.seq = -1  # of its entry, where there is a scrollback
         self.outcomes: Dict[str, Optional[str]] = dict.fromkeys(receivers)  # None under way, "" delivered, else why not
-        self.waiting = len(self.outcomes)  # receivers to whom it is under way
+        self.waiting = len(self.outcomes)  # receivers that it is under way to
+        self.failed = 0  # receivers that do not get it
 
-    def settle(self, peer_id: str, outcome: str) -> None:
-        """Note what became of it at one receiver."""
-        if self.outcomes.get(peer_id, outcome) is None:
-            self.waiting -= 1
+    def settle(self, peer_id: str, outcome: str) -> bool:
+        """Note what became of it at one receiver; return whether that was open."""
+        was_open = self.outcomes.get(peer_id, outcome) is None
         self.outcomes[peer_id] = outcome
+        self.waiting -= was_open
+        self.failed += outcome != ""
+        return was_open
+
+    def forget_delivered(self) -> None:
+        """Keep only what can still be shown."""
+        self.outcomes = {each: outcome for each, outcome in self.outcomes.items() if outcome} if self.failed else {}
 
     def rename(self, old: str, new: str) -> None:
         """A receiver has another id."""
@@ -4340,25 +4357,86 @@ class Receipts:
         return [f"✗ not delivered to {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
 
 
+class Outgoing:
+    """The user's own messages: those that are under way, and the last one."""
+
+    def __init__(self) -> None:
+        self.under_way: Dict[str, Receipts] = {}  # by message id
+        self.last: Optional[Receipts] = None
+        self._deliveries = 0  # that are awaited
+        self._size = 0  # characters of the texts under way
+
+    @property
+    def is_full(self) -> bool:
+        """Whether whoever sends from a file should wait."""
+        return self._deliveries >= MAX_DELIVERIES or self._size >= MAX_SENDING
+
+    def add(self, message_id: str, text: str, receivers: List[str]) -> Receipts:
+        """A message was sent."""
+        if self.last is not None and not self.last.waiting:
+            self.last.forget_delivered()
+        receipts = self.last = Receipts(text, receivers)
+        if receipts.waiting:
+            self.under_way[message_id] = receipts
+            self._deliveries += receipts.waiting
+            self._size += len(text)
+        return receipts
+
+    def settle(self, message_id: str, peer_id: str, outcome: str) -> Optional[Receipts]:
+        """Note what became of a message at one receiver; return its receipts, if it was under way."""
+        receipts = self.under_way.get(message_id)
+        if receipts is None:
+            return None
+        self._deliveries -= receipts.settle(peer_id, outcome)
+        if not receipts.waiting:
+            del self.under_way[message_id]
+            self._size -= len(receipts.text)
+            if receipts is not self.last:  # of the last one, /info tells all
+                receipts.forget_delivered()
+        return receipts
+
+    def rename(self, old: str, new: str) -> None:
+        """A receiver has another id."""
+        for receipts in self.under_way.values():
+            receipts.rename(old, new)
+
+
+@functools.lru_cache(maxsize=1024)
+def head(kind: str, sender: str, to: str) -> Tuple[Span, ...]:
+    """What stands before a text: for chat the labels of who speaks and to whom, if not to all; else a mark."""
+    if kind not in CHAT_KINDS:
+        return (_MARKS.get(kind, Span("- ", "dim")),)
+    aside = (Span(" → ", "private"), Span(to, nick_style(to))) if to else ()
+    before, behind = ("* ", " ") if kind == "action" else ("", ": ")
+    return (Span(before, "dim"), Span(sender, nick_style(sender)), *aside, Span(behind))
+
+
+@functools.lru_cache(maxsize=1024)
+def head_text(kind: str, sender: str, to: str) -> str:
+    """The same without styles."""
+    return "".join(span.text for span in head(kind, sender, to))
+
+
+def nick_style(label: str) -> str:
+    """The colour of a name, which its label begins with."""
+    return f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}"
+
+
 class Entry:
     """One message or notice of the scrollback."""
 
-    __slots__ = ("seq", "added_at", "kind", "head", "text", "style", "members", "receipts")
+    __slots__ = ("seq", "added_at", "kind", "sender", "to", "text", "style", "members", "receipts")
 
-    def __init__(self, seq: int, now: float, kind: str, head: Line, text: str, style: str) -> None:
+    def __init__(self, seq: int, now: float, kind: str, text: str, style: str, sender: str, to: str) -> None:
         self.seq = seq  # consecutive: its index in the scrollback is seq minus the seq of the first entry
         self.added_at = now  # Unix time
-        self.kind = kind  # chat, notice, answer, error, joined, left, gone
-        self.head = head  # what stands before the text: who speaks
+        self.kind = kind  # one of CHAT_KINDS, or notice, answer, error, joined, left, gone
+        self.sender = sender  # label of who speaks; empty for what nobody said
+        self.to = to  # label of the only receiver; empty for everyone
         self.text = text
         self.style = style
         self.members: List[Tuple[str, str]] = []  # joined, left, gone: the ids in this line, each with the reason
         self.receipts: Optional[Receipts] = None  # of an own message
-
-    @property
-    def plain(self) -> str:
-        """Its text behind its head, without styles."""
-        return "".join(span.text for span in self.head) + self.text
 
 
 class Scrollback:
@@ -4373,6 +4451,9 @@ class Scrollback:
         self.entries: List[Entry] = []
         self.next = 0  # seq of the next entry
         self._size = 0  # characters of all entries
+        self._drawn: Dict[int, Tuple[Tuple[Any, ...], List[Line]]] = {}  # by seq: rows, and the state that they show
+        self._drawn_rows = 0
+        self._portion = DRAW_PORTION  # characters that may yet be wrapped for this drawing
         self.anchor: Optional[Place] = None
         self._newest_read = -1  # seq of the newest entry when the reader scrolled away from the bottom
         self.unread: Optional[int] = None  # seq of the entry below which "new" is drawn
@@ -4380,9 +4461,9 @@ class Scrollback:
         self.found: Optional[int] = None  # seq of the entry that the last search found
         self.wanted = ""  # what the last search looked for
 
-    def add(self, now: float, kind: str, head: Line, text: str, style: str = "") -> Entry:
+    def add(self, now: float, kind: str, text: str, style: str = "", sender: str = "", to: str = "") -> Entry:
         """Append an entry. The oldest entries go when there are too many."""
-        entry = Entry(self.next, now, kind, head, text, style)
+        entry = Entry(self.next, now, kind, text, style, sender, to)
         self.next += 1
         self._size += len(text)
         self.entries.append(entry)
@@ -4390,10 +4471,17 @@ class Scrollback:
             self._trim()
         return entry
 
+    def change(self, entry: Entry, text: str) -> None:
+        """Give an entry another text."""
+        self._size += len(text) - len(entry.text)
+        entry.text = text
+        self._drawn.pop(entry.seq, None)
+
     def clear(self) -> None:
         """Forget all entries."""
         self.entries.clear()
-        self._size = 0
+        self._drawn.clear()
+        self._size = self._drawn_rows = 0
         self.anchor = self.unread = self.found = None
 
     def _trim(self) -> None:
@@ -4401,30 +4489,59 @@ class Scrollback:
         drop = max(len(self.entries) - MAX_ENTRIES, 1)
         while self._size - sum(len(entry.text) for entry in self.entries[:drop]) > MAX_SCROLLBACK * 0.9:
             drop *= 2
-        self._size -= sum(len(entry.text) for entry in self.entries[:drop])
+        for entry in self.entries[:drop]:
+            self._size -= len(entry.text)
+            self._drawn.pop(entry.seq, None)
         del self.entries[:drop]
 
     # -- rows ------------------------------------------------------------------------------------------
 
     def rows(self, entry: Entry, cols: int) -> List[Line]:
+        """Return an entry as rows of exactly `cols` columns. When this drawing has wrapped enough, a new one is cut."""
+        receipts = entry.receipts
+        style = "found" if entry.seq == self.found else "dim" if receipts and receipts.waiting else entry.style
+        state = (cols, style, entry.seq - 1 == self.unread, receipts.failed if receipts else 0)
+        known = self._drawn.get(entry.seq)
+        if known is not None and known[0] == state:
+            return known[1]
+        if self._portion <= 0:
+            return self._draw(entry, cols, style, cut(entry.text[:cols].partition("\n")[0], cols - 1) + "…")
+        self._portion -= len(entry.text)
+        if self._drawn_rows > MAX_DRAWN:
+            self._drawn.clear()
+            self._drawn_rows = 0
+        rows = self._draw(entry, cols, style, entry.text)
+        self._drawn[entry.seq] = (state, rows)
+        self._drawn_rows += len(rows)
+        return rows
+
+    def start_drawing(self) -> None:
+        """Allow another portion of texts to be wrapped."""
+        self._portion = DRAW_PORTION
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the last drawing was complete."""
+        return self._portion > 0
+
+    def _draw(self, entry: Entry, cols: int, style: str, text: str) -> List[Line]:
         """Draw an entry: the head first, the text wrapped beside it, then the failures."""
-        head = ([Span(self._clock(entry.added_at) + " ", "dim")] if cols >= TIME_COLS else []) + entry.head
-        indent = sum(width(span.text) for span in head)
-        under_way = entry.receipts is not None and entry.receipts.waiting
-        style = "found" if entry.seq == self.found else "dim" if under_way else entry.style
+        when = [Span(self._clock(entry.added_at) + " ", "dim")] if cols >= TIME_COLS else []
+        first: Line = [*when, *head(entry.kind, entry.sender, entry.to)]
+        indent = sum(width(span.text) for span in first)
         rows: List[Line] = []
         if entry.seq - 1 == self.unread:
             rows.append([Span("─── new " + "─" * (cols - 8), "rule")])
         if indent > cols // 2:  # the text has no room beside the head
-            rows.append(head)
+            rows.append(first)
             indent = min(2, cols // 4)
-            head = [Span(" " * indent)]
+            first = [Span(" " * indent)]
         rest = [Span(" " * indent)]
-        texts = wrap(entry.text, max(1, cols - indent), table=entry.kind == "answer")
-        rows += [[*(rest if at else head), Span(text, style)] for at, text in enumerate(texts)]
+        texts = wrap(text, max(1, cols - indent), table=entry.kind == "answer")
+        rows += [[*(rest if at else first), Span(text, style)] for at, text in enumerate(texts)]
         for failure in entry.receipts.failures(self._label) if entry.receipts else []:
             rows += [[*rest, Span(text, "error")] for text in wrap(failure, max(1, cols - indent))]
-        return rows
+        return [fill(row, cols) for row in rows]
 
     def visible(self, area: Area) -> List[Line]:
         """Draw as many rows as fit, the newest or the anchor at the bottom."""
@@ -4479,12 +4596,14 @@ class Scrollback:
         if not self.entries:
             return False
         low = self.anchor or self._bottom(area.cols)
-        return self.moved(low, 1 - area.height, area.cols)[0] <= seq <= low[0]
+        if not low[0] - area.height < seq <= low[0]:
+            return False  # an entry has a row at least
+        return self.moved(low, 1 - area.height, area.cols)[0] <= seq
 
     def count_below(self) -> int:
         """Count the messages that came since the reader scrolled away from the bottom."""
         first = self.entries[0].seq if self.entries else 0
-        return sum(entry.kind == "chat" for entry in self.entries[max(0, self._newest_read + 1 - first):])
+        return sum(entry.kind in CHAT_KINDS for entry in self.entries[max(0, self._newest_read + 1 - first):])
 
     def moved(self, place: Place, by: int, cols: int) -> Place:
         """The place so many rows below another, within the scrollback."""
@@ -4517,9 +4636,46 @@ class Scrollback:
         if text.casefold() != self.wanted.casefold():
             self.found = None
         self.wanted = text
-        before = self.next if self.found is None else self.found
-        return [entry for entry in self.entries
-                if entry.seq < before and entry.kind == "chat" and text.casefold() in entry.plain.casefold()]
+        before, folded = self.next if self.found is None else self.found, text.casefold()
+        return [each for each in self.entries if each.seq < before and each.kind in CHAT_KINDS
+                and folded in (head_text(each.kind, each.sender, each.to) + each.text).casefold()]
+
+
+class Transcript:
+    """What stands in the place of scrollbacks where there is no screen: lines that are printed as they come.
+
+    The last messages are kept as they are, for /search."""
+
+    def __init__(self, clock: Clock, show: Optional[Callable[[str], None]] = None, echo: bool = True) -> None:
+        self._clock = clock
+        self._show = show  # is given each line; None: nobody reads them
+        self._echo = echo  # whether the user's own messages are shown, too
+        self._kept: Deque[Tuple[float, str, str]] = collections.deque()
+        self._size = 0  # characters in them
+
+    def add(self, now: float, kind: str, text: str, sender: str = "", to: str = "", own: bool = False) -> None:
+        """Show a message or a notice, and keep it if it is a message."""
+        start = head_text(kind, sender, to)
+        if kind in CHAT_KINDS:
+            self._kept.append((now, start, text))
+            self._size += len(text)
+            if len(self._kept) > MAX_ENTRIES or self._size > MAX_SCROLLBACK:
+                self._size -= len(self._kept.popleft()[2])
+        if self._show is not None and (self._echo or not own):
+            self._show(self._line(now, start, text))
+
+    def _line(self, now: float, start: str, text: str) -> str:
+        return f"{self._clock(now)} {start}" + (text.replace("\n", "\n      ") if "\n" in text else text)
+
+    def search(self, text: str) -> List[str]:
+        """Return the messages that hold a text, as lines."""
+        wanted = text.casefold()
+        return [self._line(*each) for each in self._kept if wanted in (each[1] + each[2]).casefold()]
+
+    def clear(self) -> None:
+        """Forget all messages."""
+        self._kept.clear()
+        self._size = 0
 
 
 class Window:
@@ -4578,11 +4734,6 @@ def _shortened(text: str) -> str:
     return cut(first, 60, "…") + (" …" if newline else "")
 
 
-def plain_text(view: ChatView, entry: Entry) -> str:
-    """Return an entry as lines of text."""
-    return f"{view.clock(entry.added_at)} " + entry.plain.replace("\n", "\n      ")
-
-
 # -- how it looks ----------------------------------------------------------------------------------------
 #
 # Pure functions from the view and a size to lines. What has no room is left out, the input line last.
@@ -4611,23 +4762,22 @@ def layout(view: ChatView, rows: int, cols: int) -> Layout:
 
 
 def render(view: ChatView, rows: int, cols: int) -> Screen:
-    """The screen: status bar, messages and peers, a rule that says what is below, the input line."""
-    part = layout(view, rows, cols)
-    lines: List[Line] = [_status_bar(view, cols)] * part.bar
-    messages = view.window.scrollback.visible(Area(part.messages, cols - part.side))
+    """Draw the screen: status bar, messages and peers, a rule that says what is below, the input line."""
+    part, scrollback = layout(view, rows, cols), view.window.scrollback
+    scrollback.start_drawing()
+    messages = scrollback.visible(Area(part.messages, cols - part.side))
     hint = _hint(view)
     if hint and not part.rule and messages:
-        messages[-1] = [Span(hint, "rule")]
+        messages[-1] = fill([Span(hint, "rule")], cols - part.side)
     if part.side:
-        messages = _side_by_side(messages, _side_rows(view, part.messages, part.side - 2), cols - part.side)
-    lines += messages
-    if part.rule:
-        said = f"── {hint} " if hint else ""
-        lines.append([Span(said, "rule"), Span("─" * (cols - width(said)), "dim")])
+        messages = _side_by_side(messages, _side_rows(view, part.messages, part.side - 2))
+    start = f"── {hint} " if hint else ""
+    rule = [Span(start, "rule"), Span("─" * (cols - width(start)), "dim")]
     typed, (row, column) = _input_rows(view, cols)
     top = max(0, row - part.input + 1)
-    lines += [_prompted(view, text, top + at == 0) for at, text in enumerate(typed[top:top + part.input])]
-    return Screen([clip(line, cols) for line in lines], (rows - part.input + row - top, column))
+    below = [_prompted(view, text, top + at == 0) for at, text in enumerate(typed[top:top + part.input])]
+    lines = [*[_status_bar(view, cols)] * part.bar, *messages, *[clip(rule, cols)] * part.rule, *below]
+    return Screen(lines, (rows - part.input + row - top, column), scrollback.is_drawn)
 
 
 def clip(line: Line, cols: int) -> Line:
@@ -4639,6 +4789,12 @@ def clip(line: Line, cols: int) -> Line:
         if text:
             clipped.append(Span(text, style))
     return clipped
+
+
+def fill(line: Line, cols: int) -> Line:
+    """The same, filled with blanks to the width of the screen."""
+    line = clip(line, cols)
+    return [*line, Span(" " * (cols - sum(width(span.text) for span in line)))]
 
 
 def _hint(view: ChatView) -> str:
@@ -4685,23 +4841,17 @@ def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
         mark = "○ " if peer.quiet else "+ " if peer.id in view.people.fresh else "● "
         label, address = _label_and_address(view, peer)
         room = width(label + address) <= cols - 2
-        label = cut(label, cols - 2, "…")
-        style = "dim" if peer.quiet else view.name(peer.id).style
-        rows.append([Span(mark, "dim"), Span(label, style), Span(address if room else "", "dim")])
+        style = "dim" if peer.quiet else nick_style(label)
+        rows.append([Span(mark, "dim"), Span(cut(label, cols - 2, "…"), style), Span(address if room else "", "dim")])
     if len(shown) < len(peers):
         rows.append([Span(f"+ {len(peers) - len(shown)} more", "dim")])
     return rows
 
 
-def _side_by_side(left: List[Line], right: List[Line], cols: int) -> List[Line]:
-    """Two blocks of rows side by side, parted by a line."""
-    rows = []
-    for at, line in enumerate(left):
-        line = clip(line, cols)
-        gap = cols - sum(width(span.text) for span in line)
-        other = right[at] if at < len(right) else []
-        rows.append([*line, Span(" " * gap), Span("│ ", "dim"), *other])
-    return rows
+def _side_by_side(left: List[Line], right: List[Line]) -> List[Line]:
+    """Put two blocks of rows side by side, parted by a line."""
+    blank: List[Line] = [[]] * (len(left) - len(right))
+    return [[*line, Span("│ ", "dim"), *other] for line, other in zip(left, right + blank)]
 
 
 def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
@@ -4745,6 +4895,8 @@ class Narrator:
 
     def __init__(self, view: ChatView) -> None:
         self.view = view
+        self._labels: Dict[str, str] = {}  # by id, as they were looked up for the events of this turn
+        self._failures: List[Receipts] = []  # of messages that were settled in this turn
         self._rang_at = float("-inf")
         self._namesake = ""  # our own name, once the user was told that somebody else has it, too
         self._handlers: Dict[str, Callable[[Event], None]] = {
@@ -4764,10 +4916,13 @@ class Narrator:
 
     def handle(self, events: List[Event]) -> None:
         """Take in the events of one turn."""
+        self._labels.clear()
         for event in events:
             handler = self._handlers.get(event["event"])
             if handler is not None:
                 handler(event)
+        if self._failures:
+            self._report_failures()
 
     # -- chat ------------------------------------------------------------------------------------------
 
@@ -4782,60 +4937,69 @@ class Narrator:
         private = to != EVERYONE
         if private:
             people.private = sender
-        called = private or _mentions(text, view.node.me.username)
-        self._say(sender, to, text, "private" if private else "mention" if called else "")
-        if called and view.may_ring and now - self._rang_at >= BELL_INTERVAL:
+        is_called = private or view.on_screen and _mentions(text, view.node.me.username)
+        self._say(sender, to, text, "private" if private else "mention" if is_called else "")
+        if is_called and view.may_ring and now - self._rang_at >= BELL_INTERVAL:
             self._rang_at = now
             view.is_rung = True
 
     def on_sent(self, event: Event) -> None:
         """Show what the user said, and wait for its receipts."""
-        view = self.view
-        entry = self._say(view.node.me.id, event["to"], event["text"], "")
-        entry.receipts = view.last_sent = Receipts(entry.text, event["receivers"])
+        view, text = self.view, event["text"]
+        entry = self._say(view.node.me.id, event["to"], text, "", own=True)
+        receipts = view.outgoing.add(event["id"], text, event["receivers"])
         view.window.scrollback.found = None
-        if entry.receipts.waiting:
-            view.under_way[event["id"]] = entry
+        if entry is not None:
+            entry.receipts, receipts.seq = receipts, entry.seq
 
-    def _say(self, sender: str, to: str, text: str, style: str) -> Entry:
-        """Add who speaks, to whom if not to all, and what."""
-        view = self.view
-        is_action = text.startswith("/me ")
-        aside = [Span(" → ", "private"), view.name(to)] if to != EVERYONE else []
-        head = [Span("* " if is_action else "", "dim"), view.name(sender), *aside, Span(" " if is_action else ": ")]
-        return view.add("chat", head, text[4:] if is_action else text, style)
+    def _say(self, sender: str, to: str, text: str, style: str, own: bool = False) -> Optional[Entry]:
+        """Show who speaks, to whom if not to all, and what."""
+        kind = "chat"
+        if text.startswith(ACTION):
+            kind, text = "action", text[len(ACTION):]
+        return self.view.add(kind, text, style, self._label(sender), "" if to == EVERYONE else self._label(to), own)
+
+    def _label(self, peer_id: str) -> str:
+        """A peer's label. The user's own name needs no address: namesakes have one."""
+        label = self._labels.get(peer_id)
+        if label is None:
+            me = self.view.node.me
+            label = self._labels[peer_id] = me.username if peer_id == me.id else self.view.node.label(peer_id)
+        return label
 
     def on_delivered(self, event: Event) -> None:
         self._settle(event, "")
 
     def on_failed(self, event: Event) -> None:
-        """Note that a receiver does not get an own message; say so where it can't be seen at the message."""
-        view = self.view
-        is_known = self._settle(event, event["reason"] or "it failed")
-        if not is_known or not view.on_screen:
-            name = view.node.label(event["to"]["id"])
-            view.notice(f"✗ not delivered to {name} ({event['reason']}): {_shortened(event['text'])}", "error")
+        """Note that a receiver does not get an own message; say so, unless the message itself shows it."""
+        receipts = self._settle(event, event["reason"] or "it failed")
+        if receipts is None or not self.view.on_screen:
+            name = self.view.node.label(event["to"]["id"])
+            self.view.notice(f"✗ not delivered to {name} ({event['reason']}): {_shortened(event['text'])}", "error")
 
-    def _settle(self, event: Event, outcome: str) -> bool:
-        """Note what became of an own message at one receiver; return whether the message is known."""
-        view = self.view
-        entry = view.under_way.get(event["id"])
-        if entry is None or entry.receipts is None:
-            return False
-        entry.receipts.settle(event["to"]["id"], outcome)
-        if not entry.receipts.waiting:
-            del view.under_way[event["id"]]
-            failures = [f"{failure}: {_shortened(entry.text)}" for failure in entry.receipts.failures(view.node.label)]
-            view.lost += failures if view.node.leaving else []
-            if view.on_screen and not view.window.scrollback.is_on_screen(entry.seq, view.area()):
-                for failure in failures:
-                    view.notice(failure, "error")
-        return True
+    def _settle(self, event: Event, outcome: str) -> Optional[Receipts]:
+        """Note what became of an own message at one receiver; return its receipts, if it was under way."""
+        receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], outcome)
+        if receipts is not None and receipts.failed and not receipts.waiting and self.view.on_screen:
+            self._failures.append(receipts)
+        return receipts
+
+    def _report_failures(self) -> None:
+        """Say which messages failed, where that can't be seen at the message, or will not be seen for long."""
+        view, failures, area = self.view, self._failures, self.view.area()
+        self._failures = []
+        for receipts in failures:
+            lines = [f"{line}: {_shortened(receipts.text)}" for line in receipts.failures(view.node.label)]
+            view.lost += lines if view.node.leaving else []
+            if not view.window.scrollback.is_on_screen(receipts.seq, area):
+                for line in lines:
+                    view.notice(line, "error")
 
     # -- who is here -----------------------------------------------------------------------------------
 
     def on_joined(self, event: Event) -> None:
         """Say that a peer came."""
+        self._labels.clear()
         self.view.people.fresh.add(event["peer"]["id"])
         self._gather("joined", event["peer"]["id"], "")
         self._warn_of_namesake()
@@ -4843,6 +5007,7 @@ class Narrator:
     def on_left(self, event: Event) -> None:
         """Say that a peer left, or is gone and why."""
         peer_id, reason = event["peer"]["id"], event["reason"]
+        self._labels.clear()
         self.view.people.fresh.discard(peer_id)
         kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
         self._gather(kind, peer_id, why)
@@ -4853,35 +5018,36 @@ class Narrator:
         now = view.node.loop.wall()
         if view.is_quiet and now - view.people.spoke_at.get(peer_id, float("-inf")) > LATELY:
             return
-        entries = view.window.scrollback.entries
-        last = entries[-1] if entries and view.on_screen else None
+        if view.transcript is not None:
+            view.add(kind, self._crowd(kind, [(peer_id, reason)]))
+            return
+        scrollback = view.window.scrollback
+        last = scrollback.entries[-1] if scrollback.entries else None
         if last is None or last.kind != kind or not 0 <= now - last.added_at < GATHER_TIME:
-            last = view.add(kind, [Span("+ " if kind == "joined" else "- ", "dim")], "", "dim")
+            last = scrollback.add(now, kind, "", "dim")
         last.members.append((peer_id, reason))
-        more = len(last.members) - GATHER_NAMES
-        names = ", ".join(view.node.label(each) + why for each, why in last.members[:GATHER_NAMES])
-        verb = {"gone": "is gone" if len(last.members) == 1 else "are gone"}.get(kind, kind)
-        last.text = names + (f", {more} more" if more > 0 else "") + f" {verb}"
+        scrollback.change(last, self._crowd(kind, last.members))
+
+    def _crowd(self, kind: str, members: List[Tuple[str, str]]) -> str:
+        """Say in a line who came or went, each with the reason."""
+        more = len(members) - GATHER_NAMES
+        names = ", ".join(self.view.node.label(each) + reason for each, reason in members[:GATHER_NAMES])
+        verb = {"gone": "is gone" if len(members) == 1 else "are gone"}.get(kind, kind)
+        return names + (f", {more} more" if more > 0 else "") + f" {verb}"
 
     def on_renamed(self, event: Event) -> None:
         """Say that a peer, or the user, has another name or address."""
         view, old, new = self.view, event["old"], event["peer"]
-        self._follow(old["id"], new["id"])
+        self._labels.clear()
+        view.people.rename(old["id"], new["id"])
+        view.outgoing.rename(old["id"], new["id"])
+        view.window.target = new["id"] if view.window.target == old["id"] else view.window.target
         subject = "You are" if new["id"] == view.node.me.id else f"{old['username']} is"
         if old["username"] != new["username"]:
-            view.notice(f"{subject} now known as {view.name(new['id']).text}.")
+            view.notice(f"{subject} now known as {self._label(new['id'])}.")
         else:
             view.notice(f"{subject} now at {new['ip']}:{new['port']}.")
         self._warn_of_namesake()
-
-    def _follow(self, old: str, new: str) -> None:
-        """A peer has another id: what is held under the old one is held under the new one."""
-        view = self.view
-        view.people.rename(old, new)
-        view.window.target = new if view.window.target == old else view.window.target
-        for entry in view.under_way.values():
-            if entry.receipts is not None:
-                entry.receipts.rename(old, new)
 
     def _warn_of_namesake(self) -> None:
         """Say once that somebody else has the user's name: nothing else on the screen shows it."""
@@ -5003,6 +5169,7 @@ class Commands:
     def __init__(self, view: ChatView) -> None:
         self.view = view
         self.node = view.node
+        self._blanks_in: Tuple[List[Peer], int] = ([], 0)  # a list of peers, and the most blanks in one of their names
 
     def enter(self, text: str) -> bool:
         """Do what a line says; return whether that was possible."""
@@ -5050,12 +5217,22 @@ class Commands:
         if text.startswith('"') and '"' in text[1:]:
             name, _, rest = text[1:].partition('"')
             return self._only(self.node.find(name), name), rest.strip()
-        ends = [at for at in range(len(text[:MAX_ID]), 0, -1) if at == len(text) or text[at].isspace()]
-        for end in ends:
-            found = self.node.find(text[:end]) or self.node.find(text[:end].rstrip(":,"))
+        for end in self._name_ends(text):
+            name = text[:end]
+            found = self.node.find(name)
+            if not found and name[-1] in ":,":
+                found = self.node.find(name.rstrip(":,"))
             if found:
-                return self._only(found, text[:end]), text[end:].strip()
+                return self._only(found, name), text[end:].strip()
         return self._only([], text.split()[0].rstrip(":,")), ""
+
+    def _name_ends(self, text: str) -> List[int]:
+        """Where a name may end that a text begins with, the last place first; no name here has more blanks."""
+        present = self.node.present()
+        if present is not self._blanks_in[0]:
+            self._blanks_in = (present, max((peer.username.count(" ") for peer in present), default=0))
+        ends = (at for at in range(1, min(len(text), MAX_ID) + 1) if at == len(text) or text[at].isspace())
+        return list(itertools.islice(ends, self._blanks_in[1] + 1))[::-1]
 
     def _peer(self, text: str) -> Peer:
         """Return the peer whom a text names, with nothing behind the name."""
@@ -5110,7 +5287,7 @@ class Commands:
         """say what you do: * Alice waves."""
         if not rest:
             raise ChatError("/me wants a text, for example: /me waves.")
-        self._send(f"/me {rest}")
+        self._send(ACTION + rest)
 
     # -- people ----------------------------------------------------------------------------------------
 
@@ -5151,7 +5328,7 @@ class Commands:
     @command("/info")
     def _info(self, rest: str) -> None:
         """who has your last message."""
-        receipts = self.view.last_sent
+        receipts = self.view.outgoing.last
         if receipts is None:
             raise ChatError("You have not sent a message yet.")
         lines = [_shortened(receipts.text)]
@@ -5182,13 +5359,15 @@ class Commands:
         wanted = rest or scrollback.wanted
         if not wanted:
             raise ChatError("/search wants a text to look for.")
+        if view.transcript is not None:
+            scrollback.wanted, lines = wanted, view.transcript.search(wanted)
+            if not lines:
+                raise ChatError(f"Nothing was found for {wanted}.")
+            view.answer("\n".join(lines[-10:]))
+            return
         hits = scrollback.search(wanted)
         if not hits:
-            more = "more " if scrollback.found is not None else ""
-            raise ChatError(f"Nothing {more}was found for {wanted}.")
-        if not view.on_screen:
-            view.answer("\n".join(plain_text(view, entry) for entry in hits[-10:]))
-            return
+            raise ChatError(f"Nothing {'more ' if scrollback.found is not None else ''}was found for {wanted}.")
         scrollback.found = hits[-1].seq
         area = view.area()
         scrollback.go_to(scrollback.moved((scrollback.found, 0), area.height // 2, area.cols), area)  # below the middle
@@ -5231,6 +5410,8 @@ class Commands:
     def _clear(self, rest: str) -> None:
         """empty the screen."""
         self.view.window.scrollback.clear()
+        if self.view.transcript is not None:
+            self.view.transcript.clear()
 
     @command("/help [COMMAND]")
     def _help(self, rest: str) -> None:
@@ -5398,15 +5579,15 @@ class Keyboard:
 class ChatView:
     """What the user sees, in parts, and what they share. It is told of events, keys and lines."""
 
-    def __init__(self, node: PeerNode, clock: Clock, on_screen: bool = True) -> None:
+    def __init__(self, node: PeerNode, clock: Clock, transcript: Optional[Transcript] = None) -> None:
         self.node = node
         self.clock = clock
-        self.on_screen = on_screen  # else every change becomes an entry, for whoever prints them
+        self.transcript = transcript  # in the place of all scrollbacks, where there is no screen
+        self.on_screen = transcript is None
         self.rows, self.cols = 24, 80
         self.people = People()
         self.window = Window(Scrollback(clock, node.label))
-        self.under_way: Dict[str, Entry] = {}  # own messages that somebody has yet to get, by message id
-        self.last_sent: Optional[Receipts] = None
+        self.outgoing = Outgoing()
         self.lost: List[str] = []  # what could not be delivered any more while leaving
         self.log: Deque[str] = collections.deque(maxlen=500)
         self.refused = 0  # lines that could not be done
@@ -5440,27 +5621,26 @@ class ChatView:
         """Text was pasted."""
         self._keyboard.paste(text)
 
-    def add(self, kind: str, head: Line, text: str, style: str = "") -> Entry:
-        """Append to the scrollback."""
-        return self.window.scrollback.add(self.node.loop.wall(), kind, head, text, style)
+    def add(self, kind: str, text: str, style: str = "", sender: str = "", to: str = "", own: bool = False
+            ) -> Optional[Entry]:
+        """Show a message or a notice; `sender` and `to` are labels. Return its entry, if there is a scrollback."""
+        now = self.node.loop.wall()
+        if self.transcript is None:
+            return self.window.scrollback.add(now, kind, text, style, sender, to)
+        self.transcript.add(now, kind, text, sender, to, own)
+        return None
 
     def notice(self, text: str, kind: str = "notice") -> None:
         """Say something that nobody said."""
-        style = {"notice": "dim", "error": "error"}.get(kind, "")
-        self.add(kind, [Span("! ", "error") if kind == "error" else Span("- ", "dim")], text, style)
+        self.add(kind, text, {"notice": "dim", "error": "error"}.get(kind, ""))
 
     def answer(self, text: str, kind: str = "answer") -> None:
         """Say something in answer to the user; what is longer than the screen is shown from its beginning."""
         self.notice(text, kind)
-        scrollback, area = self.window.scrollback, self.area()
         if self.on_screen:
+            scrollback, area = self.window.scrollback, self.area()
             scrollback.go_to((scrollback.next - 1, area.height - 1), area)
         self.on_answer(text, kind)
-
-    def name(self, peer_id: str) -> Span:
-        """A peer's label, in its colour. The user's own name needs no address: namesakes have one."""
-        label = self.node.me.username if peer_id == self.node.me.id else self.node.label(peer_id)
-        return Span(label, f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}")
 
     def labels(self, peers: Iterable[Peer]) -> List[str]:
         """The labels of some peers."""
@@ -5554,10 +5734,11 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
 FRAME = 1 / 30  # seconds between two drawings: faster than anybody reads
 ESCAPE_TIME = 0.025  # an ESC that nothing follows within so many seconds is the key of that name
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are looked at
-MAX_MINE = 1000  # own messages under way: beyond, plain and JSON read no further input
+READ_SIZE = 64 * 1024  # bytes of input read at a time: all that a pipe holds
+INPUT_TIME = 0.01  # seconds of one turn for what was typed: what is left waits for the next
 MAX_UNREAD = 64 * 1024 * 1024  # bytes of output that wait for a program that does not read them
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe takes if it takes any
+PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes if it takes any
 
 PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
 Press = Tuple[str, str]
@@ -5664,14 +5845,28 @@ class LogTail(logging.Handler):
         self._lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        when = time.strftime("%H:%M:%S", time.localtime(record.created))
-        self._lines.append(f"{when} {clean(record.getMessage())}")
+        self._lines.append(f"{_time_of_second(int(record.created))} {clean(record.getMessage())}")
+
+
+def show_time(when: float) -> str:
+    """Hours and minutes of a Unix time, here."""
+    return _time_of_minute(int(when // 60))
+
+
+@functools.lru_cache(maxsize=64)
+def _time_of_minute(minute: int) -> str:
+    return time.strftime("%H:%M", time.localtime(minute * 60))
+
+
+@functools.lru_cache(maxsize=1)
+def _time_of_second(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))
 
 
 class Interface:
     """What the three have in common. `failure` is a bug of ours: it ends the program in an orderly way."""
 
-    on_screen = False
+    transcript: Optional[Transcript] = None  # for what has no screen
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
@@ -5713,7 +5908,7 @@ class Interface:
     def start_node(self, settings: Settings) -> None:
         """Begin to chat. Raises OSError when the port can't be had."""
         self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events))
-        self.view = ChatView(node, lambda when: time.strftime("%H:%M", time.localtime(when)), self.on_screen)
+        self.view = ChatView(node, show_time, self.transcript)
         self.view.log = self.log
         node.start()
 
@@ -5895,8 +6090,6 @@ class Terminal:
 class CursesInterface(Interface):
     """The screen. Before there is a name, a form; `form` is what stands in front of the chat."""
 
-    on_screen = True
-
     def __init__(self, loop: Loop, settings: Settings) -> None:
         super().__init__(loop, settings)
         self.form: Optional[StartForm] = None
@@ -5950,14 +6143,18 @@ class CursesInterface(Interface):
     def _draw(self) -> None:
         rows, cols = self.terminal.size()
         if self.form is not None:
-            self.terminal.draw(render_form(self.form, rows, cols))
+            screen = render_form(self.form, rows, cols)
+            self.terminal.draw(screen)
         else:
             self.view.rows, self.view.cols = rows, cols
-            self.terminal.draw(render(self.view, rows, cols))
+            screen = render(self.view, rows, cols)
+            self.terminal.draw(screen)
             if self.view.is_rung:
                 self.view.is_rung = False
                 self.terminal.beep()
         self._drawn_at = self.loop.now()
+        if not screen.is_complete:
+            self.changed()
 
     # -- in --------------------------------------------------------------------------------------------
 
@@ -6078,14 +6275,15 @@ class CursesInterface(Interface):
 class LineReader:
     """Lines from standard input, be it a terminal, a pipe, a file or nothing. Never waits for it."""
 
-    def __init__(self, loop: Loop, line: Callable[[str], None], end: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, on_lines: Callable[[List[str]], None], on_end: Callable[[], None]) -> None:
         self._loop = loop
-        self._line = line
-        self._end = end
-        self._rest = b""
+        self._on_lines = on_lines  # is given all lines of one read
+        self._on_end = on_end
+        self._rest = b""  # a line whose end has not come
         self._source: Any = 0
         self._read: Callable[[int], bytes] = functools.partial(os.read, 0)
         self._state = "paused"  # watching, polling (a file, which can always be read), paused, ended
+        self._poll = Timer()
         if sys.platform == "win32":
             self._start_thread()
 
@@ -6093,38 +6291,45 @@ class LineReader:
         """Read, from now on or again."""
         if self._state == "paused":
             try:
-                self._loop.watch(self._source, self._readable)
+                self._loop.watch(self._source, self._on_readable)
                 self._state = "watching"
             except (OSError, ValueError):
                 self._state = "polling"
-                self._loop.call_later(0, self._readable)
+                self._poll = self._loop.call_later(0, self._on_readable)
 
     def pause(self) -> None:
         """Leave what comes where it is."""
         if self._state == "watching":
             self._loop.unwatch(self._source)
+        self._poll.cancel()
         if self._state != "ended":
             self._state = "paused"
 
-    def _readable(self) -> None:
-        if self._state not in ("watching", "polling"):
-            return
+    def _on_readable(self) -> None:
         try:
-            data = self._read(65536)
+            data = self._read(READ_SIZE)
         except OSError:
             data = b""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if not data or len(self._rest) > MAX_LINE:
-            lines, self._rest = [*lines, self._rest], b""
-        for line in lines:
-            if line.strip():
-                self._line(line.decode("utf-8", "replace").rstrip("\r"))
+        if self._state == "polling":
+            self._poll = self._loop.call_later(0, self._on_readable)
+        lines = self._cut(data)
+        if lines:
+            self._on_lines(lines)
         if not data:
             self.pause()
             self._state = "ended"
-            self._end()
-        elif self._state == "polling":
-            self._loop.call_later(0, self._readable)
+            self._on_end()
+
+    def _cut(self, data: bytes) -> List[str]:
+        """Return the lines that these bytes complete; the end of the input, or MAX_LINE, completes one, too."""
+        end = data.rfind(b"\n") + 1
+        if not end and data:
+            if len(self._rest) + len(data) <= MAX_LINE:
+                self._rest += data
+                return []
+            end = len(data)
+        text, self._rest = (self._rest + data[:end]).decode("utf-8", "replace"), data[end:]
+        return [line.rstrip("\r") for line in text.split("\n") if line and not line.isspace()]
 
     def _start_thread(self) -> None:
         """Windows can't wait for stdin and sockets together: there, and only there, a thread reads it."""
@@ -6142,37 +6347,36 @@ class LineReader:
 class LineWriter:
     """Lines to standard output, without waiting for it: what it does not take now is kept."""
 
-    def __init__(self, loop: Loop, broken: Callable[[str], None]) -> None:
+    def __init__(self, loop: Loop, on_broken: Callable[[str], None]) -> None:
         self._loop = loop
-        self._broken = broken  # is told why; "" if whoever read is gone, as is their right
+        self._on_broken = on_broken  # is told why; "" if whoever read is gone, as is their right
+        self._lines: List[str] = []  # since the last flush
         self._output = bytearray()
-        self._state = "idle"  # idle, scheduled, waiting, broken
-        self._emptied: Optional[Callable[[], None]] = None
+        self._state = "idle"  # idle, waiting, broken
+        self._on_empty: Optional[Callable[[], None]] = None
+        own = _own_pipe()
+        self._descriptor: Any = 1 if own is None else own
+        self._is_own = own is not None
+        self._most = READ_SIZE if self._is_own or stat.S_ISREG(os.fstat(1).st_mode) else PIPE_CHUNK  # bytes of a write
 
     def write(self, line: str) -> None:
-        """Write a line, soon."""
+        """Write a line at the next flush."""
+        self._lines.append(line)
+
+    def flush(self, events: int = 0) -> None:
+        """Write what is taken at once; the rest follows when it can."""
+        if self._lines:
+            self._lines.append("")
+            self._output += "\n".join(self._lines).encode("utf-8", "replace")
+            self._lines.clear()
         if self._state == "broken":
+            self._output.clear()
             return
-        self._output += line.encode("utf-8", "replace") + b"\n"
-        if self._state == "idle" or len(self._output) > MAX_UNREAD:
-            self._state = "scheduled" if self._state == "idle" else self._state
-            self._loop.call_later(0, self._flush)
-
-    def when_empty(self, call: Callable[[], None]) -> None:
-        """Call back once everything is written, or never can be."""
-        self._emptied = call
-        if self._state in ("idle", "broken"):
-            call()
-
-    def _flush(self, events: int = 0) -> None:
-        """Write as much as is taken at once. A pipe that can be written to takes PIPE_CHUNK bytes."""
-        import select
-        any_time = sys.platform == "win32"  # there only sockets can be asked
         try:
-            while self._output and (any_time or select.select([], [1], [], 0)[1]):
-                del self._output[:os.write(1, self._output[:PIPE_CHUNK])]
+            while self._output and self._may_write():
+                del self._output[:os.write(self._descriptor, self._output[:self._most])]
         except BlockingIOError:
-            pass  # shared with a program that made it so
+            pass  # it is full; or shared with a program that made it non-blocking
         except OSError as error:
             self._break("" if isinstance(error, BrokenPipeError) else error_text(error))
             return
@@ -6181,21 +6385,44 @@ class LineWriter:
         else:
             self._await(bool(self._output))
 
+    def when_empty(self, call: Callable[[], None]) -> None:
+        """Call back once everything is written, or never can be."""
+        self._on_empty = call
+        if self._state in ("idle", "broken"):
+            call()
+
+    def _may_write(self) -> bool:
+        """Whether a write of `_most` bytes does not wait. Windows can ask that of sockets only."""
+        import select
+        return self._is_own or sys.platform == "win32" or bool(select.select([], [self._descriptor], [], 0)[1])
+
     def _await(self, more: bool) -> None:
         """Wait until it can be written to, if there is more to write."""
-        write = selectors.EVENT_WRITE
-        stdout: Any = 1
         if more != (self._state == "waiting"):
-            self._loop.set_interest(stdout, write if more else 0, self._flush)
+            self._loop.set_interest(self._descriptor, selectors.EVENT_WRITE if more else 0, self.flush)
         self._state = "waiting" if more else "idle"
-        if not more and self._emptied is not None:
-            self._emptied()
+        if not more and self._on_empty is not None:
+            self._on_empty()
 
     def _break(self, why: str) -> None:
         """Nothing can be written any more."""
         self._await(False)
         self._state = "broken"
-        self._broken(why)
+        self._output.clear()
+        self._on_broken(why)
+
+
+def _own_pipe() -> Optional[int]:
+    """Open the pipe that standard output is a second time, so that writing to it never waits; None if that can't be.
+
+    Being non-blocking is a trait of what was opened, not of the descriptor: set on standard output it would hold for
+    all programs that share it, a shell among them. What Linux opens here is the same pipe, but ours alone."""
+    try:
+        if sys.platform == "linux" and stat.S_ISFIFO(os.fstat(1).st_mode):
+            return os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        pass  # no /proc, somebody else's pipe, or nobody reads it
+    return None
 
 
 class PlainInterface(Interface):
@@ -6203,25 +6430,24 @@ class PlainInterface(Interface):
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         super().__init__(loop, settings._replace(username=settings.username or login_name()))
-        self._reader = LineReader(loop, functools.partial(self.guard, self._typed), self.leave)
-        self._writer = LineWriter(loop, self._unwritable)
         self._by_hand = os.isatty(0)  # then what was typed is on the screen already
-        self._printed = 0
-        self._busy = False
+        self._reader = LineReader(loop, functools.partial(self.guard, self._on_lines),
+                                  functools.partial(self.guard, self._on_end))
+        self._writer = LineWriter(loop, self._on_broken)
+        self.transcript = self.make_transcript()
+        self._input: Deque[str] = collections.deque()  # lines that came and were not done yet
+        self._has_ended = False  # no more will come
+        self._next_lines = Timer()
         self._lost = False  # output that could not be written
+
+    def make_transcript(self) -> Transcript:
+        """Where what is said goes."""
+        return Transcript(show_time, self._writer.write, echo=not self._by_hand)
 
     def status(self) -> int:
         """1 if something was not delivered, not understood (in a script) or not written."""
         assert self.node is not None
         return int(bool(self.node.undelivered or self._lost or self.view.refused and not self._by_hand))
-
-    def _unwritable(self, why: str) -> None:
-        """Leave, for there is nobody to talk to."""
-        if why:
-            self._lost = True
-            log.error("[P2P] the output can't be written: %s", why)
-            sys.stderr.write(f"p2pchat: the output can't be written: {why}\n")
-        self.leave()
 
     def chat(self) -> None:
         self.start_node(self.settings)
@@ -6231,54 +6457,90 @@ class PlainInterface(Interface):
         self.loop.run()
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
-        for event in events:
-            self._on_event(event)
-
-    def _on_event(self, event: Event) -> None:
-        self.view.handle([event])
-        self.show(event)
-        kind = event["event"]
-        if kind == "settled":  # what is piped in goes to those who are there, not to nobody
+        self.view.handle(events)
+        self.show(events)
+        kinds = {event["event"] for event in events}
+        if "settled" in kinds:  # what is piped in goes to those who are there, not to nobody
             self._reader.resume()
-        elif kind == "stopped":
+        if self._input and not self._next_lines.active:
+            self._enter_lines()
+        self._writer.flush()
+        if "stopped" in kinds:
             self.loop.call_later(self.settings.timeout, self.loop.stop)
             self._writer.when_empty(self.loop.stop)
-        elif self._busy and len(self.view.under_way) < MAX_MINE // 2:
-            self._busy = False
-            self._reader.resume()
 
-    def show(self, event: Optional[Event] = None) -> None:
-        """Print what an event, or else a line that was entered, led to."""
-        scrollback = self.view.window.scrollback
-        unprinted = min(scrollback.next - self._printed, len(scrollback.entries))
-        if not (event is not None and event["event"] == "sent" and self._by_hand):
-            for entry in scrollback.entries[len(scrollback.entries) - unprinted:]:
-                self._writer.write(plain_text(self.view, entry))
-        self._printed = scrollback.next
+    def show(self, events: List[Event]) -> None:
+        """Print what the transcript does not: nothing."""
 
-    def _typed(self, line: str) -> None:
-        self.view.enter(line)
-        self.show()
-        if len(self.view.under_way) >= MAX_MINE:
-            self._busy = True
+    def _on_lines(self, lines: List[str]) -> None:
+        self._input += lines
+        self._enter_lines()
+
+    def _on_end(self) -> None:
+        self._has_ended = True
+        self._enter_lines()
+
+    def _enter_lines(self) -> None:
+        """Do what was typed: as much as this turn has time for, and no more than can be under way."""
+        until = self.loop.now() + INPUT_TIME
+        while self._input and not self.view.outgoing.is_full and self.loop.now() < until:
+            self.view.enter(self._input.popleft())
+        if self._input:
             self._reader.pause()
+            if not self.view.outgoing.is_full:  # else it goes on when some have arrived
+                self._next_lines = self.loop.call_later(0, self.guard, self._enter_lines)
+        elif self._has_ended:
+            self.leave()
+        else:
+            self._reader.resume()
+        self._writer.flush()
+
+    def _on_broken(self, why: str) -> None:
+        """The output can't be written: leave, for there is nobody to talk to."""
+        if why:
+            self._lost = True
+            log.error("[P2P] the output can't be written: %s", why)
+            sys.stderr.write(f"p2pchat: the output can't be written: {why}\n")
+        self.leave()
 
 
 class JsonInterface(PlainInterface):
     """The same input; every event as a JSON object on a line of its own, answers to commands as notices."""
 
+    def make_transcript(self) -> Transcript:
+        """Where what is said goes: it is not printed, for the events are."""
+        return Transcript(show_time)
+
     def start_node(self, settings: Settings) -> None:
         super().start_node(settings)
-        self.view.on_answer = self._answered
+        self.view.on_answer = self._on_answer
 
-    def _answered(self, text: str, kind: str) -> None:
-        """The answer to a command; "error" tells bots that it, or a text, could not be done."""
-        self.show({"event": "notice", "text": text, **({"error": True} if kind == "error" else {})})
+    def _on_answer(self, text: str, kind: str) -> None:
+        """Print the answer to a command; "error" tells bots that it, or a text, could not be done."""
+        self.show([{"event": "notice", "text": text, **({"error": True} if kind == "error" else {})}])
 
-    def show(self, event: Optional[Event] = None) -> None:
-        if event is None or event["event"] == "chat" and event["from"]["id"] in self.view.people.ignored:
-            return  # what was entered led to events, or to an answer
-        self._writer.write(json.dumps({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
+    def show(self, events: List[Event]) -> None:
+        """Print events, but not what those say who are ignored."""
+        ignored = self.view.people.ignored
+        if ignored:
+            events = [each for each in events if each["event"] != "chat" or each["from"]["id"] not in ignored]
+        if events:
+            self._writer.write(encode_events(events, round(self.loop.wall(), 3)))
+
+
+_EVENT_ENCODER = json.JSONEncoder()
+
+
+def encode_events(events: List[Event], now: float) -> str:
+    """Encode events as JSON, a line each, with the time behind the first key, which is "event".
+
+    They are encoded as one list, for that is faster; then the time and the line breaks are put in. Both go where a
+    quote stands that is not escaped, and so never into a text."""
+    text = _EVENT_ENCODER.encode(events)[1:-1]
+    for kind in {event["event"] for event in events}:
+        start = f'{{"event": "{kind}"'
+        text = text.replace(start, f'{start}, "time": {now}')
+    return text.replace('}, {"event": ', '}\n{"event": ')
 
 
 def login_name() -> str:
