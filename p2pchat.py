@@ -4185,7 +4185,7 @@ CHAT_KINDS = ("chat", "action")  # kinds of entries that somebody said
 ACTION = "/me "  # what a text begins with that says what its sender does
 MAX_DELIVERIES = 10_000  # awaited at a time while a file is sent: enough that the links never run dry
 MAX_SENDING = 1024 * 1024  # characters of texts under way meanwhile: a quarter of what may wait for one receiver
-DRAW_PORTION = 32 * 1024  # characters that are wrapped for one drawing: some 25 ms; the rest follows in the next
+DRAW_PORTION = 48 * 1024  # characters that are wrapped for one drawing, those beyond ASCII threefold: some 30 ms
 MAX_DRAWN = 50_000  # rows kept as they were drawn: more than the largest screen and the longest texts on it have
 
 
@@ -4497,7 +4497,7 @@ class Scrollback:
     # -- rows ------------------------------------------------------------------------------------------
 
     def rows(self, entry: Entry, cols: int) -> List[Line]:
-        """Return an entry as rows of exactly `cols` columns. When this drawing has wrapped enough, a new one is cut."""
+        """Return an entry as rows; once enough was wrapped for this drawing, a new entry comes without its text."""
         receipts = entry.receipts
         style = "found" if entry.seq == self.found else "dim" if receipts and receipts.waiting else entry.style
         state = (cols, style, entry.seq - 1 == self.unread, receipts.failed if receipts else 0)
@@ -4505,8 +4505,8 @@ class Scrollback:
         if known is not None and known[0] == state:
             return known[1]
         if self._portion <= 0:
-            return self._draw(entry, cols, style, cut(entry.text[:cols].partition("\n")[0], cols - 1) + "…")
-        self._portion -= len(entry.text)
+            return self._draw(entry, cols, style, "…")
+        self._portion -= len(entry.text) * (1 if entry.text.isascii() else 3)
         if self._drawn_rows > MAX_DRAWN:
             self._drawn.clear()
             self._drawn_rows = 0
@@ -4541,10 +4541,10 @@ class Scrollback:
         rows += [[*(rest if at else first), Span(text, style)] for at, text in enumerate(texts)]
         for failure in entry.receipts.failures(self._label) if entry.receipts else []:
             rows += [[*rest, Span(text, "error")] for text in wrap(failure, max(1, cols - indent))]
-        return [fill(row, cols) for row in rows]
+        return rows
 
     def visible(self, area: Area) -> List[Line]:
-        """Draw as many rows as fit, the newest or the anchor at the bottom."""
+        """Draw as many rows as fit, each as wide as there is room, the newest or the anchor at the bottom."""
         height, cols = area
         rows: List[Line] = []
         if height > 0 and self.entries:
@@ -4556,9 +4556,8 @@ class Scrollback:
                 rows += reversed(block[:low[1] + 1] if self.entries[index].seq == low[0] else block)
                 if len(rows) >= height:
                     break
-        rows = rows[:height][::-1]
-        blank: Line = []
-        return [blank] * (height - len(rows)) + rows
+        rows += [[]] * (height - len(rows))
+        return [fill(tuple(row), cols) for row in rows[height - 1::-1]] if height > 0 else []
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -4659,7 +4658,7 @@ class Transcript:
         if kind in CHAT_KINDS:
             self._kept.append((now, start, text))
             self._size += len(text)
-            if len(self._kept) > MAX_ENTRIES or self._size > MAX_SCROLLBACK:
+            while len(self._kept) > MAX_ENTRIES or self._size > MAX_SCROLLBACK:
                 self._size -= len(self._kept.popleft()[2])
         if self._show is not None and (self._echo or not own):
             self._show(self._line(now, start, text))
@@ -4768,7 +4767,7 @@ def render(view: ChatView, rows: int, cols: int) -> Screen:
     messages = scrollback.visible(Area(part.messages, cols - part.side))
     hint = _hint(view)
     if hint and not part.rule and messages:
-        messages[-1] = fill([Span(hint, "rule")], cols - part.side)
+        messages[-1] = fill((Span(hint, "rule"),), cols - part.side)
     if part.side:
         messages = _side_by_side(messages, _side_rows(view, part.messages, part.side - 2))
     start = f"── {hint} " if hint else ""
@@ -4780,8 +4779,8 @@ def render(view: ChatView, rows: int, cols: int) -> Screen:
     return Screen(lines, (rows - part.input + row - top, column), scrollback.is_drawn)
 
 
-def clip(line: Line, cols: int) -> Line:
-    """A line as it is drawn, in no case wider than the screen."""
+def clip(line: Iterable[Span], cols: int) -> Line:
+    """Cut a line to the width of the screen."""
     clipped: Line = []
     for text, style in line:
         text = cut(text, cols, "…")
@@ -4791,10 +4790,11 @@ def clip(line: Line, cols: int) -> Line:
     return clipped
 
 
-def fill(line: Line, cols: int) -> Line:
-    """The same, filled with blanks to the width of the screen."""
-    line = clip(line, cols)
-    return [*line, Span(" " * (cols - sum(width(span.text) for span in line)))]
+@functools.lru_cache(maxsize=512)
+def fill(line: Tuple[Span, ...], cols: int) -> Line:
+    """Cut a line to the width of the screen, or fill it with blanks."""
+    clipped = clip(line, cols)
+    return [*clipped, Span(" " * (cols - sum(width(span.text) for span in clipped)))]
 
 
 def _hint(view: ChatView) -> str:
@@ -4858,7 +4858,8 @@ def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
     """The prompt, which says whom it goes to, and the line being written."""
     window = view.window
     prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target else PROMPT
-    return flow(prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else "", window.line, cols)
+    prompt = prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else ""
+    return flow(prompt, window.line.left, window.line.right, cols)
 
 
 def _prompted(view: ChatView, text: str, first: bool) -> Line:
@@ -4867,16 +4868,17 @@ def _prompted(view: ChatView, text: str, first: bool) -> Line:
     return [Span(text[:end], "private"), Span(text[end:])]
 
 
-def flow(prompt: str, line: LineEditor, cols: int) -> Tuple[List[str], Tuple[int, int]]:
-    """A prompt and an edited line as rows of at most `cols`, and the cursor in them."""
+@functools.lru_cache(maxsize=8)
+def flow(prompt: str, left: str, right: str, cols: int) -> Tuple[List[str], Tuple[int, int]]:
+    """Break a prompt and what is left and right of the cursor into rows; return them and where the cursor is."""
     rows, used, cursor = [prompt], width(prompt), (0, 0)
-    left = graphemes(line.left)
-    for index, cluster in enumerate([*left, *graphemes(line.right), ""]):  # "": where the next one will go
+    before = graphemes(left)
+    for index, cluster in enumerate([*before, *graphemes(right), ""]):  # "": where the next one will go
         text, columns = glyph(cluster) if cluster.strip() else (cluster and " ", 1)
         if used + columns > cols and used:
             rows.append("")
             used = 0
-        if index == len(left):
+        if index == len(before):
             cursor = (len(rows) - 1, used)
         if cluster == "\n":
             rows.append("")
@@ -5707,7 +5709,7 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
     ranked: List[Tuple[int, Line]] = [(6, [Span(" p2pchat: chat for everyone on this network", "bold")]), (6, [])]
     column = 0
     for at, (label, line, placeholder) in enumerate(form.fields):
-        texts, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line, cols)
+        texts, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line.left, line.right, cols)
         text = Span(texts[row if at == form.at else 0])
         ranked.append((0 if at == form.at else 2, [text, Span("" if line.text else placeholder, "dim")]))
         column = place if at == form.at else column

@@ -790,11 +790,105 @@ def test_a_failure_that_is_out_of_sight_is_said_again():
     for peer in (bob, carol):
         view_event(view, {"event": "failed", "id": "me-2", "to": peer, "reason": "silent", "text": "and this"})
     assert "✗ not delivered to Bob, Carol (silent): and this" in view.window.scrollback.entries[-1].text and not view.lost
+    view.enter("half")
+    view.enter("/clear")
+    view_event(view, {"event": "failed", "id": "me-3", "to": bob, "reason": "silent", "text": "half"})
+    assert not view.window.scrollback.entries
+    view_event(view, {"event": "delivered", "id": "me-3", "to": carol})
+    assert view.window.scrollback.entries[-1].text == "✗ not delivered to Bob (silent): half"
     view.enter("last words")
     view.node.leaving = True
     for peer in (bob, carol):
-        view_event(view, {"event": "failed", "id": "me-3", "to": peer, "reason": "you left", "text": "last words"})
+        view_event(view, {"event": "failed", "id": "me-4", "to": peer, "reason": "you left", "text": "last words"})
     assert view.lost == ["✗ not delivered to Bob, Carol (you left): last words"]
+
+
+def test_outgoing_counts_what_is_under_way():
+    outgoing = p2pchat.Outgoing()
+    receipts = outgoing.add("m-1", "text", ["a", "b"])
+    outgoing.rename("b", "c")
+    assert outgoing.settle("m-1", "a", "") is receipts and receipts.waiting == 1
+    assert outgoing.settle("m-1", "a", "again").waiting == 1  # only the first outcome counts
+    assert outgoing.settle("m-1", "c", "silent").waiting == 0 and not outgoing.under_way
+    assert outgoing.settle("m-1", "c", "silent") is None and outgoing.settle("m-0", "a", "") is None
+    assert outgoing.last.outcomes == {"a": "again", "c": "silent"}
+    outgoing.add("m-2", "text", [])
+    assert receipts.outcomes == {"a": "again", "c": "silent"} and not outgoing.under_way  # failures are kept
+
+
+@pytest.mark.parametrize("text, receivers, most", [
+    ("x", 1, p2pchat.MAX_DELIVERIES), ("x", 500, p2pchat.MAX_DELIVERIES // 500), ("y" * p2pchat.MAX_TEXT, 1, 64)])
+def test_outgoing_is_full_before_an_outbox_is(text, receivers, most):
+    """Whatever is piped in waits, and nothing of it fails because too much is waiting for a receiver."""
+    outgoing, ids = p2pchat.Outgoing(), [str(number) for number in range(receivers)]
+    for count in range(most):
+        assert not outgoing.is_full, count
+        outgoing.add(f"m-{count}", text, ids)
+    assert outgoing.is_full
+    assert most < p2pchat.OUTBOX_MESSAGES and most * (len(text) + 200) < p2pchat.OUTBOX_BYTES
+    for each in ids:
+        outgoing.settle("m-0", each, "")
+    assert not outgoing.is_full and len(outgoing.under_way) == most - 1
+
+
+def test_receipts_of_old_messages_hold_only_failures():
+    outgoing = p2pchat.Outgoing()
+    every = [outgoing.add(f"m-{number}", "text", ["a", "b"]) for number in range(3)]
+    for number in range(3):
+        outgoing.settle(f"m-{number}", "a", "")
+        outgoing.settle(f"m-{number}", "b", "silent" if number == 1 else "")
+    assert [receipts.outcomes for receipts in every] == [{}, {"b": "silent"}, {"a": "", "b": ""}]
+    outgoing.add("m-3", "text", ["a"])
+    assert every[2].outcomes == {}
+
+
+def test_a_transcript_shows_lines_and_keeps_messages():
+    shown = []
+    transcript = p2pchat.Transcript(lambda when: "22:13", shown.append, echo=False)
+    transcript.add(0.0, "chat", "hello", "Bob")
+    transcript.add(0.0, "action", "waves", "Bob", "Alice")
+    transcript.add(0.0, "chat", "own\ntext", "Alice", own=True)
+    transcript.add(0.0, "error", "no")
+    transcript.add(0.0, "joined", "Carol joined")
+    assert shown == ["22:13 Bob: hello", "22:13 * Bob → Alice waves", "22:13 ! no", "22:13 + Carol joined"]
+    assert transcript.search("OWN") == ["22:13 Alice: own\n      text"] and transcript.search("joined") == []
+    for number in range(p2pchat.MAX_ENTRIES):
+        transcript.add(0.0, "chat", f"<{number}>", "Bob")
+    assert transcript.search("hello") == [] and len(transcript.search("<0>")) == 1
+    for _ in range(1000):
+        transcript.add(0.0, "chat", "y" * p2pchat.MAX_TEXT, "Bob")
+    assert sum(len(line) for line in transcript.search("")) < p2pchat.MAX_SCROLLBACK * 1.1
+    transcript.clear()
+    assert transcript.search("") == []
+
+
+def test_without_a_screen_no_entry_is_made():
+    view = view_make("Bob", on_screen=False)
+    lines = []
+    view.transcript._show = lines.append
+    view_chat(view, "Bob", "hello")
+    view_chat(view, "Bob", "psst", private=True)
+    view.enter("/me waves")
+    view.node.join("Carol", tell=True)
+    view.node.join("Dave", tell=True)
+    view.node.leave_peer(view_peer(view, "Dave"), "silent")
+    view_event(view, {"event": "failed", "id": "me-1", "to": view_peer(view, "Bob"), "reason": "silent", "text": "/me waves"})
+    assert [line[6:] for line in lines] == [
+        "Bob: hello", "Bob → Alice: psst", "* Alice waves", "+ Carol joined", "+ Dave joined", "- Dave (silent) is gone",
+        "! ✗ not delivered to Bob (silent): /me waves"]
+    assert not view.window.scrollback.entries and not view.window.scrollback.next
+
+
+@pytest.mark.parametrize("names, line, most", [
+    (["Bob"], "/msg Bob " + "a word and another " * 20, 1), (["Bob"], "/msg Bob: " + "a b " * 50, 2),
+    (["Bob", "Bob  Q Jones"], "/msg Bob  Q Jones " + "a b " * 50, 1), (["Bob", "Bob  Q Jones"], "/msg Bob a b c d e f", 4)])
+def test_a_name_is_found_without_trying_each_blank(names, line, most):
+    view = view_make(*names)
+    tried = []
+    find = view.node.find
+    view.node.find = lambda text: tried.append(text) or find(text)
+    view.enter(line)
+    assert view.node.sent and 1 <= len(tried) <= most, tried
 
 
 def test_the_list_of_peers():
@@ -906,6 +1000,80 @@ def test_a_key_is_answered_at_once_under_load():
     start = time.thread_time()
     view_keys(view, "<ctrl-home>")
     assert time.thread_time() - start < 0.05 and view.window.scrollback.anchor is not None
+
+
+def test_a_burst_costs_one_drawing(monkeypatch):
+    """Only what is on screen is wrapped, once for each width and look, however many messages come between two drawings."""
+    view, wrapped = view_make("Bob"), []
+    wrap = p2pchat.wrap
+    monkeypatch.setattr(p2pchat, "wrap", lambda text, *more, **keys: wrapped.append(text) or wrap(text, *more, **keys))
+    for number in range(500):
+        view_chat(view, "Bob", f"message {number} " + "word " * 20)
+    assert wrapped == []
+    first = view_screen(view)
+    assert 5 < len(wrapped) < 24
+    wrapped.clear()
+    assert view_screen(view) == first and wrapped == []
+    view_chat(view, "Bob", "one more")
+    view_screen(view)
+    assert wrapped == ["one more"]
+    view_keys(view, "<alt-up>")  # looks how far up it can go
+    wrapped.clear()
+    view_keys(view, "<alt-down>", "<alt-up>")
+    view_screen(view)
+    assert wrapped == []
+    view_screen(view, 24, 100)
+    assert wrapped
+
+
+@pytest.mark.parametrize("changed", ["found", "new", "failed", "gathered"])
+def test_a_row_that_is_kept_shows_what_changed(changed):
+    view = view_make("Bob")
+    view.enter("needle")
+    view.node.join("Carol", tell=True)
+    before = view_screen(view)
+    if changed == "found":
+        view.enter("/search needle")
+        assert view_style(view, "needle") == "found"
+        return
+    if changed == "new":
+        view.window.scrollback.unread = 0
+    elif changed == "failed":
+        view_event(view, {"event": "failed", "id": "me-1", "to": view_peer(view, "Bob"), "reason": "silent", "text": "needle"})
+    elif changed == "gathered":
+        view.node.join("Dave", tell=True)
+    word = {"new": "─ new ─", "failed": "not delivered to Bob (silent)", "gathered": "Carol, Dave joined"}[changed]
+    assert word not in "".join(before) and word in "".join(view_screen(view))
+
+
+LONG_TEXTS = {"words": "word " * (p2pchat.MAX_TEXT // 5), "lines": "\n" * (p2pchat.MAX_TEXT - 1) + "x",
+              "wide": "日" * (p2pchat.MAX_TEXT // 3), "accents": "ä" * (p2pchat.MAX_TEXT // 2), "tabs": "\t" * (p2pchat.MAX_TEXT - 1) + "x",
+              "marks": ("a" + "\u0335" * 6) * (p2pchat.MAX_TEXT // 13), "joined": "👩\u200d" * 2000 + "👩",
+              "hangul": ("\u1100" + "\u1161" * 31) * (p2pchat.MAX_TEXT // 96)}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+def test_the_longest_texts_in_every_row_are_drawn_in_portions(text):
+    """No drawing and no key takes 50 ms (of CPU time), and after some drawings all is there."""
+    view = view_make("Bob")
+    view.rows, view.cols = 100, 300
+    for _ in range(100):
+        view_chat(view, "Bob", p2pchat.clean(text, newlines=True))
+    times, screens = [], []
+    for key in ["x"] + [""] * 30 + ["<pgup>", "", "<ctrl-home>", "", "<esc>"]:
+        start = time.thread_time()
+        view_keys(view, *[key] * bool(key))
+        times.append(time.thread_time() - start)
+        start = time.thread_time()
+        screens.append(p2pchat.render(view, 100, 300))
+        times.append(time.thread_time() - start)
+    assert max(times) < 0.05, times
+    assert screens[30].is_complete and screens[30] == screens[-1]
+    assert sum(screen.is_complete for screen in screens[:30]) >= 5
+    view.window.line.insert(text)
+    start = time.thread_time()
+    p2pchat.render(view, 100, 300)
+    assert time.thread_time() - start < 0.05
 
 
 def test_the_start_form():
@@ -6218,9 +6386,11 @@ def pty_peer(name, *more):
 class PtyPipe(PtyProcess):
     """A peer with pipes: --json or --plain."""
 
-    def __init__(self, name, *more):
-        self.process = subprocess.Popen([sys.executable, PTY_PROGRAM, *pty_peer(name, *more)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    def __init__(self, name, *more, code=None):
+        command = [PTY_PROGRAM] if code is None else ["-c", code]
+        self.process = subprocess.Popen([sys.executable, *command, *pty_peer(name, *more)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                                        env=dict(os.environ, PYTHONPATH=os.path.dirname(PTY_PROGRAM)))
         self.rest = b""
 
     def close(self):
@@ -6604,6 +6774,19 @@ def test_json_events_and_commands():
             assert events[0]["reason"] == "left"
 
 
+@pytest.mark.parametrize("texts", [
+    ["plain"], ["a", "b"], ['}, {"event": "chat"'], ['{"event": "sent"', '\\', '\\"}, {"event": '], ["日本\n\x00\ud800"], [""] * 20])
+def test_events_are_encoded_as_json_has_it(texts):
+    """All at once, and yet each as if by itself, whatever stands in a text."""
+    events = [{"event": "settled"}, {"event": "server", "online": True, "address": "h:1", "reason": ""}]
+    for text in texts:
+        events += [{"event": "chat", "from": {"id": text, "port": 1}, "to": "*", "text": text, "id": "x"},
+                   {"event": "sent", "to": "*", "text": text, "id": "y", "receivers": [text, "b"]}, {"event": "stopped"}]
+    for some in (events, events[:1], events[-1:]):
+        lines = p2pchat.encode_events(some, 1234.5).split("\n")
+        assert lines == [json.dumps({"event": each["event"], "time": 1234.5, **each}) for each in some]
+
+
 def test_json_is_ascii():
     with PtyPipe("日本", "--json") as peer:
         line = peer.line()
@@ -6674,6 +6857,122 @@ def test_a_reader_that_does_not_read():
             for _ in range(200):
                 ann.event("delivered")
             assert [slow.event("chat")["text"].split()[0] for _ in range(200)] == [str(number) for number in range(200)]
+
+
+def test_long_lines_wait_for_those_before():
+    """1,000 of the longest lines at once are more than an outbox holds; none of them fails."""
+    with PtyPipe("Bob", "--json", "--budget", "0") as bob:
+        port = bob.event("ready")["port"]
+        done = subprocess.run([sys.executable, PTY_PROGRAM, *pty_peer("Ann", "--plain", "--join", f"127.0.0.1:{port}")],
+                              input=(b"x" * p2pchat.MAX_TEXT + b"\n") * 1000, stdout=subprocess.PIPE, timeout=PTY_LIMIT)
+        assert done.returncode == 0 and done.stdout.count(b"Ann: xxx") == 1000
+        for _ in range(1000):
+            bob.event("chat")
+
+
+def test_output_never_waits_and_is_written_in_large_pieces():
+    """A pipe that nobody reads takes what it holds; nothing that others share with us becomes non-blocking."""
+    code = """
+import fcntl, os, sys, p2pchat
+loop, told = p2pchat.Loop(), []
+writer = p2pchat.LineWriter(loop, told.append)
+sizes, write = [], os.write
+os.write = lambda descriptor, data: sizes.append(write(descriptor, data)) or sizes[-1]
+for _ in range(5):
+    writer.write("x" * 49_151)
+    writer.flush()
+sys.stderr.write(f"{sizes} {fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK}\\n")
+while writer._output:
+    loop.turn()
+sys.stderr.write(f"{sum(sizes)} {told}")
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=dict(os.environ, PYTHONPATH=os.path.dirname(PTY_PROGRAM))) as process:
+        assert process.stderr.readline() == b"[49152, 16384] 0\n"
+        assert process.stdout.read() == (b"x" * 49_151 + b"\n") * 5
+        assert process.stderr.read() == b"245760 []"
+
+
+class LineSource:
+    """A reader whose standard input is what the test says, and the lines that it handed over."""
+
+    def __init__(self, loop, pieces):
+        self.loop = loop
+        self.lists = []
+        self.ended = 0
+        self.reader = p2pchat.LineReader(loop, self.lists.append, self.end)
+        self.reader._source = object()  # can't be waited for, as a file can't
+        self.reads = 0
+        self.pieces = list(pieces)
+        self.reader._read = self.read
+
+    def read(self, size):
+        self.reads += 1
+        return self.pieces.pop(0) if self.pieces else b""
+
+    def end(self):
+        self.ended += 1
+
+    def turns(self, count):
+        for _ in range(count):
+            self.loop.turn(0)
+
+
+@pytest.mark.parametrize("pieces, lists", [
+    ([b"one\ntwo\n"], [["one", "two"]]),
+    ([b"one\ntw", b"o\r\n", b"three"], [["one"], ["two"], ["three"]]),
+    ([b"\n \n\t\n"], []),
+    ([b"a\xff\xe2\n\x82\xac\n", "日".encode()[:2], "日".encode()[2:] + b"\n"], [["a\ufffd\ufffd", "\ufffd\ufffd"], ["日"]]),
+    ([b"x" * 65536] * 17 + [b"y\nz\n"], [["x" * 65536 * 17], ["y", "z"]]),
+    ([b"x" * 65536] * 15 + [b"y\n" + b"z" * 60000], [["x" * 65536 * 15 + "y"], ["z" * 60000]]),
+])
+def test_the_lines_of_one_read_come_together(pieces, lists):
+    source = LineSource(p2pchat.Loop(), pieces)
+    source.reader.resume()
+    source.turns(len(pieces) + 3)
+    assert source.lists == lists and source.ended == 1
+
+
+def test_a_file_is_read_once_a_turn_however_often_reading_pauses():
+    source = LineSource(p2pchat.Loop(), [b"x\n"] * 50)
+    source.reader._on_lines = lambda lines: (source.reader.pause(), source.reader.resume())
+    source.reader.resume()
+    source.turns(20)
+    assert source.reads in (20, 21)
+    source.reader.pause()
+    source.turns(5)
+    assert source.reads in (20, 21)
+
+
+TURNS = """
+import sys, time, p2pchat
+longest, turn = [], p2pchat.Loop.turn
+def timed(self, wait=None):
+    start = time.thread_time()
+    turn(self, wait)
+    longest.append(time.thread_time() - start)
+p2pchat.Loop.turn = timed
+status = p2pchat.main(sys.argv[1:])
+sys.stderr.write(f"{max(longest[3:]):.3f}")
+sys.exit(status)
+"""
+
+
+def test_no_turn_is_long_however_much_is_typed_at_once(tmp_path):
+    """100,000 lines of input: the turns of sender and receiver stay below 50 ms of CPU time."""
+    (tmp_path / "lines").write_bytes(b"".join(b"line %d\n" % number for number in range(100_000)))
+    environment = dict(os.environ, PYTHONPATH=os.path.dirname(PTY_PROGRAM))
+    with PtyPipe("Bob", "--plain", "--budget", "0", code=TURNS) as bob, open(tmp_path / "lines") as lines:
+        port = int(bob.expect("You are Bob@").split("/help")[0].strip(" .").rpartition(":")[2])
+        ann = subprocess.Popen([sys.executable, "-c", TURNS, *pty_peer("Ann", "--json", "--join", f"127.0.0.1:{port}")],
+                               stdin=lines, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+        last = b""
+        while b"line 99999\n" not in last:
+            last = last[-20:] + os.read(bob.process.stdout.fileno(), 1 << 20)
+        longest = float(ann.communicate(timeout=PTY_LIMIT)[1])
+        assert ann.returncode == 0 and longest < 0.05, longest
+        bob.process.stdin.close()
+        assert float(bob.process.stderr.read()) < 0.05
 
 
 def test_a_reader_that_never_reads_is_given_up():
