@@ -4164,33 +4164,36 @@ class PeerNode:
 # ======================================================================================================
 # Chat view
 #
-# The model behind all three interfaces: what was said, the line being written, who is ignored, where the
-# reader is. One table of commands and one of keys; each is help, completion and documentation at once.
-# render(view, rows, cols) turns the model into lines of styled spans and a cursor: pure, at every size.
-# Nothing here knows curses, a socket or a clock of its own; what it is told is already clean.
+# The model behind all three interfaces. ChatView stands at the end of the section and holds the parts: a
+# Window (scrollback, input line, receiver) for a conversation; People and Outgoing, what is kept of other
+# peers and of the user's own messages; Narrator, which shows what happened at the node; Commands and
+# Keyboard, which do what the user says. The tables of commands and of keys are help, completion and the
+# README's tables at once. Where there is no screen, a Transcript takes the place of all scrollbacks.
+# render(view, rows, cols) draws the view as lines of styled spans: a pure function, for every size. Nothing
+# here knows curses, sockets or a clock, and every text that comes in is clean already.
 # ======================================================================================================
 
-MAX_ENTRIES = 5000  # kept to scroll back through; with texts of the usual length some 3 MiB
-MAX_SCROLLBACK = 8 * 1024 * 1024  # characters of all of them: 500 texts of the greatest length
-GATHER_TIME = 60.0  # joins that follow each other within so many seconds make one line
-GATHER_NAMES = 5  # of them are named, the others counted
-LATELY = 1800.0  # who spoke within so many seconds is told of by /quiet, too
-BELL_INTERVAL = 3.0  # seconds between two bells
-ASK_LINES = 20  # a message of more lines is sent only when Enter is pressed again
-SIDE_COLS = 60  # a narrower screen has no list of peers
-TIME_COLS = 32  # a narrower screen has no times
-NICK_STYLES = 8  # colours for names, "nick0" and on
-PROMPT = "> "
-CHAT_KINDS = ("chat", "action")  # kinds of entries that somebody said
-ACTION = "/me "  # what a text begins with that says what its sender does
-MAX_DELIVERIES = 10_000  # awaited at a time while a file is sent: enough that the links never run dry
-MAX_SENDING = 1024 * 1024  # characters of texts under way meanwhile: a quarter of what may wait for one receiver
-DRAW_PORTION = 48 * 1024  # characters that are wrapped for one drawing, those beyond ASCII threefold: some 30 ms
+MAX_ENTRIES = 5000  # in a scrollback; with texts of the usual length some 3 MiB
+MAX_SCROLLBACK = 4 * 1024 * 1024  # characters of all entries: 250 of the longest texts, which /search reads in 30 ms
+DRAW_PORTION = 48 * 1024  # characters wrapped for one drawing, those beyond ASCII counted threefold: some 30 ms
 MAX_DRAWN = 50_000  # rows kept as they were drawn: more than the largest screen and the longest texts on it have
+MAX_DELIVERIES = 10_000  # awaited at a time while lines are piped in: enough to keep every link busy
+MAX_SENDING = 1024 * 1024  # characters of the texts under way meanwhile: a quarter of a receiver's outbox
+GATHER_TIME = 60.0  # seconds within which joins, or leaves, that follow each other share a line
+GATHER_NAMES = 5  # names in such a line; the other peers are counted
+LATELY = 1800.0  # seconds: of a peer that spoke within them, /quiet shows joins and leaves
+BELL_INTERVAL = 3.0  # seconds between two rings
+ASK_LINES = 20  # a message of more lines is sent only when Enter is pressed twice
+SIDE_COLS = 60  # a narrower screen has no list of peers
+TIME_COLS = 32  # a narrower screen shows no times
+NICK_STYLES = 8  # colours of names: the styles nick0 to nick7
+PROMPT = "> "
+ACTION = "/me "  # begins a text that says what its sender does
+CHAT_KINDS = ("chat", "action")  # kinds of entries that somebody said
 
 
 class Span(NamedTuple):
-    """A piece of a line in one style. Styles are words; what they look like is up to the terminal's owner."""
+    """A piece of a line in one style. Styles are words; what they look like is the terminal's business."""
 
     text: str
     style: str = ""
@@ -4199,7 +4202,7 @@ class Span(NamedTuple):
 Line = List[Span]
 _MARKS = {"error": Span("! ", "error"), "joined": Span("+ ", "dim")}  # before what nobody said; else "- "
 Place = Tuple[int, int]  # in a scrollback: the seq of an entry, and one of its rows
-Clock = Callable[[float], str]  # makes what is shown of a Unix time
+Clock = Callable[[float], str]  # turns Unix time into what is shown
 
 
 class Area(NamedTuple):
@@ -4214,19 +4217,21 @@ class Screen(NamedTuple):
 
     lines: List[Line]
     cursor: Tuple[int, int]
-    is_complete: bool = True  # else something is cut short: draw again soon
+    is_complete: bool = True  # else some texts are missing, and the next drawing has more
 
 
 class LineEditor:
-    """A line being written, as what is left and what is right of the cursor; its history; what was cut."""
+    """A line that is being written, its history, and what was cut from it.
+
+    The line is held in two parts, left and right of the cursor."""
 
     def __init__(self, text: str = "") -> None:
         self.left, self.right = text, ""
         self._history: List[str] = []
-        self._place = 0  # in the history; at its end is the line being written
-        self._draft = ""
+        self._at = 0  # index in the history; its length stands for the line that is being written
+        self._draft = ""  # that line, while the history is shown
         self._cut = ""
-        self._joining = False  # nothing was done since the last cut: what is cut now belongs to it
+        self._is_cutting = False  # the last key cut something: what is cut now is joined to it
 
     @property
     def text(self) -> str:
@@ -4234,20 +4239,20 @@ class LineEditor:
         return self.left + self.right
 
     def set(self, text: str) -> None:
-        """Another line in its place, the cursor at its end."""
-        self.left, self.right, self._joining = text, "", False
+        """Replace the line, and put the cursor at its end."""
+        self.left, self.right, self._is_cutting = text, "", False
 
     def insert(self, text: str) -> None:
-        """Put a text at the cursor."""
+        """Insert a text at the cursor."""
         self.left += text
-        self._joining = False
+        self._is_cutting = False
 
     def move(self, left: int) -> None:
         """Put the cursor so many characters from the beginning."""
-        self.left, self.right, self._joining = self.text[:left], self.text[left:], False
+        self.left, self.right, self._is_cutting = self.text[:left], self.text[left:], False
 
     def before(self) -> int:
-        """Where the character left of the cursor begins; what a reader takes for one is one."""
+        """Where the character left of the cursor begins: what a reader takes for one character."""
         return len(self.left) - len((graphemes(self.left[-64:]) or [""])[-1])
 
     def behind(self) -> int:
@@ -4263,13 +4268,13 @@ class LineEditor:
         return len(self.left) + _first_word(self.right)
 
     def blank_before(self) -> int:
-        """Where the word left of the cursor begins, if only blanks part words."""
+        """Where the word left of the cursor begins, if only blanks separate words."""
         words = self.left.rstrip()
         return next((at + 1 for at in range(len(words) - 1, -1, -1) if words[at].isspace()), 0)
 
     def delete(self, where: int) -> str:
-        """Take out, and return, what stands between the cursor and a place."""
-        self._joining = False
+        """Delete what stands between the cursor and an index; return it."""
+        self._is_cutting = False
         if where < len(self.left):
             gone, self.left = self.left[where:], self.left[:where]
         else:
@@ -4278,35 +4283,35 @@ class LineEditor:
         return gone
 
     def cut(self, where: int) -> None:
-        """The same, and keep it for yank(); pieces cut one after the other are kept as one."""
-        backwards, joining = where < len(self.left), self._joining
+        """Delete, and keep it for yank(); pieces that are cut one after the other are kept as one."""
+        backwards, is_cutting = where < len(self.left), self._is_cutting
         gone = self.delete(where)
-        if joining:
+        if is_cutting:
             gone = gone + self._cut if backwards else self._cut + gone
         if gone:
-            self._cut, self._joining = gone, True
+            self._cut, self._is_cutting = gone, True
 
     def yank(self) -> None:
         """Insert what was cut last."""
         self.insert(self._cut)
 
     def enter(self) -> str:
-        """Return the line, empty it, and keep it in the history."""
+        """Return the line, add it to the history, and begin an empty one."""
         text = self.text
         if text.strip() and self._history[-1:] != [text]:
             self._history = self._history[-499:] + [text]
-        self._place = len(self._history)
+        self._at = len(self._history)
         self.set("")
         return text
 
     def recall(self, step: int) -> None:
-        """Go through the history; the line being written waits at its end."""
-        if self._place == len(self._history):
+        """Show another line of the history; the one that is being written waits at its end."""
+        if self._at == len(self._history):
             self._draft = self.text
-        place = self._place + step
-        if 0 <= place <= len(self._history):
-            self._place = place
-            self.set((self._history + [self._draft])[place])
+        at = self._at + step
+        if 0 <= at <= len(self._history):
+            self._at = at
+            self.set((self._history + [self._draft])[at])
 
 
 def _first_word(text: str) -> int:
@@ -4326,13 +4331,13 @@ class Receipts:
 
     def __init__(self, text: str, receivers: Iterable[str]) -> None:
         self.text = text
-        self.seq = -1  # of its entry, where there is a scrollback
+        self.seq = -1  # of its entry, if there is a scrollback
         self.outcomes: Dict[str, Optional[str]] = dict.fromkeys(receivers)  # None under way, "" delivered, else why not
-        self.waiting = len(self.outcomes)  # receivers that it is under way to
+        self.waiting = len(self.outcomes)  # receivers with no outcome yet
         self.failed = 0  # receivers that do not get it
 
     def settle(self, peer_id: str, outcome: str) -> bool:
-        """Note what became of it at one receiver; return whether that was open."""
+        """Note what became of it at one receiver; return whether there was no outcome yet."""
         was_open = self.outcomes.get(peer_id, outcome) is None
         self.outcomes[peer_id] = outcome
         self.waiting -= was_open
@@ -4340,16 +4345,16 @@ class Receipts:
         return was_open
 
     def forget_delivered(self) -> None:
-        """Keep only what can still be shown."""
+        """Keep only the failures, which are shown for good."""
         self.outcomes = {each: outcome for each, outcome in self.outcomes.items() if outcome} if self.failed else {}
 
     def rename(self, old: str, new: str) -> None:
-        """A receiver has another id."""
+        """Note that a receiver has another id."""
         if old in self.outcomes:
             self.outcomes[new] = self.outcomes.pop(old)
 
     def failures(self, label: Callable[[str], str]) -> List[str]:
-        """Say to whom it was not delivered, in a line for each reason."""
+        """Return lines that say whom it was not delivered to, one for each reason."""
         by_reason: Dict[str, List[str]] = {}
         for peer_id, outcome in self.outcomes.items():
             if outcome:
@@ -4358,21 +4363,21 @@ class Receipts:
 
 
 class Outgoing:
-    """The user's own messages: those that are under way, and the last one."""
+    """The user's own messages: those under way, and the last one."""
 
     def __init__(self) -> None:
         self.under_way: Dict[str, Receipts] = {}  # by message id
         self.last: Optional[Receipts] = None
-        self._deliveries = 0  # that are awaited
+        self._deliveries = 0  # awaited
         self._size = 0  # characters of the texts under way
 
     @property
     def is_full(self) -> bool:
-        """Whether whoever sends from a file should wait."""
+        """Whether so much is under way that input from a pipe or a file has to wait."""
         return self._deliveries >= MAX_DELIVERIES or self._size >= MAX_SENDING
 
     def add(self, message_id: str, text: str, receivers: List[str]) -> Receipts:
-        """A message was sent."""
+        """Note that a message was sent."""
         if self.last is not None and not self.last.waiting:
             self.last.forget_delivered()
         receipts = self.last = Receipts(text, receivers)
@@ -4391,19 +4396,19 @@ class Outgoing:
         if not receipts.waiting:
             del self.under_way[message_id]
             self._size -= len(receipts.text)
-            if receipts is not self.last:  # of the last one, /info tells all
+            if receipts is not self.last:  # /info tells all about the last one
                 receipts.forget_delivered()
         return receipts
 
     def rename(self, old: str, new: str) -> None:
-        """A receiver has another id."""
+        """Note that a receiver has another id."""
         for receipts in self.under_way.values():
             receipts.rename(old, new)
 
 
 @functools.lru_cache(maxsize=1024)
 def head(kind: str, sender: str, to: str) -> Tuple[Span, ...]:
-    """What stands before a text: for chat the labels of who speaks and to whom, if not to all; else a mark."""
+    """Return what stands before a text: the labels of sender and only receiver, or a mark if nobody said it."""
     if kind not in CHAT_KINDS:
         return (_MARKS.get(kind, Span("- ", "dim")),)
     aside = (Span(" → ", "private"), Span(to, nick_style(to))) if to else ()
@@ -4413,12 +4418,12 @@ def head(kind: str, sender: str, to: str) -> Tuple[Span, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def head_text(kind: str, sender: str, to: str) -> str:
-    """The same without styles."""
+    """Return the same without styles."""
     return "".join(span.text for span in head(kind, sender, to))
 
 
 def nick_style(label: str) -> str:
-    """The colour of a name, which its label begins with."""
+    """Return the style of a label: each name has a colour of its own."""
     return f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}"
 
 
@@ -4430,20 +4435,20 @@ class Entry:
     def __init__(self, seq: int, now: float, kind: str, text: str, style: str, sender: str, to: str) -> None:
         self.seq = seq  # consecutive: its index in the scrollback is seq minus the seq of the first entry
         self.added_at = now  # Unix time
-        self.kind = kind  # one of CHAT_KINDS, or notice, answer, error, joined, left, gone
-        self.sender = sender  # label of who speaks; empty for what nobody said
+        self.kind = kind  # one of CHAT_KINDS; or notice, answer, error, joined, left, gone
+        self.sender = sender  # label; empty for what nobody said
         self.to = to  # label of the only receiver; empty for everyone
         self.text = text
         self.style = style
-        self.members: List[Tuple[str, str]] = []  # joined, left, gone: the ids in this line, each with the reason
+        self.members: List[Tuple[str, str]] = []  # ids of those who joined, left or are gone, each with the reason
         self.receipts: Optional[Receipts] = None  # of an own message
 
 
 class Scrollback:
-    """The messages of one window, oldest first, and where the reader is in them.
+    """The entries of one window, oldest first, and where the reader is in them.
 
-    A place is an entry and one of its rows. The anchor is the place of the lowest row on screen, or None at the
-    bottom. What is added below the anchor moves nothing of what is being read."""
+    The anchor is the place of the lowest row on screen; it is None at the bottom. What is added below an anchor
+    moves nothing of what is being read. Rows are kept as they were drawn, until their entry looks different."""
 
     def __init__(self, clock: Clock, label: Callable[[str], str]) -> None:
         self._clock = clock
@@ -4452,17 +4457,17 @@ class Scrollback:
         self.next = 0  # seq of the next entry
         self._size = 0  # characters of all entries
         self._drawn: Dict[int, Tuple[Tuple[Any, ...], List[Line]]] = {}  # by seq: rows, and the state that they show
-        self._drawn_rows = 0
-        self._portion = DRAW_PORTION  # characters that may yet be wrapped for this drawing
+        self._drawn_rows = 0  # at most so many
+        self._portion = DRAW_PORTION  # characters that may still be wrapped for this drawing
         self.anchor: Optional[Place] = None
-        self._newest_read = -1  # seq of the newest entry when the reader scrolled away from the bottom
+        self._left_at = -1  # seq of the newest entry when the reader scrolled away from the bottom
         self.unread: Optional[int] = None  # seq of the entry below which "new" is drawn
-        self._is_missed = False  # focus was lost there, and the reader has not been there since
+        self._is_missed = False  # that mark is where the focus was lost, and the reader has not seen it yet
         self.found: Optional[int] = None  # seq of the entry that the last search found
         self.wanted = ""  # what the last search looked for
 
     def add(self, now: float, kind: str, text: str, style: str = "", sender: str = "", to: str = "") -> Entry:
-        """Append an entry. The oldest entries go when there are too many."""
+        """Append an entry; drop the oldest ones when there are too many."""
         entry = Entry(self.next, now, kind, text, style, sender, to)
         self.next += 1
         self._size += len(text)
@@ -4485,7 +4490,7 @@ class Scrollback:
         self.anchor = self.unread = self.found = None
 
     def _trim(self) -> None:
-        """Forget the oldest, many at once: that is cheaper, and nobody is reading there."""
+        """Drop the oldest entries, many at once: that is cheaper, and nobody is reading there."""
         drop = max(len(self.entries) - MAX_ENTRIES, 1)
         while self._size - sum(len(entry.text) for entry in self.entries[:drop]) > MAX_SCROLLBACK * 0.9:
             drop *= 2
@@ -4497,7 +4502,7 @@ class Scrollback:
     # -- rows ------------------------------------------------------------------------------------------
 
     def rows(self, entry: Entry, cols: int) -> List[Line]:
-        """Return an entry as rows; once enough was wrapped for this drawing, a new entry comes without its text."""
+        """Return an entry as rows. Once enough was wrapped for this drawing, other entries come without their text."""
         receipts = entry.receipts
         style = "found" if entry.seq == self.found else "dim" if receipts and receipts.waiting else entry.style
         state = (cols, style, entry.seq - 1 == self.unread, receipts.failed if receipts else 0)
@@ -4516,16 +4521,16 @@ class Scrollback:
         return rows
 
     def start_drawing(self) -> None:
-        """Allow another portion of texts to be wrapped."""
+        """Begin another drawing, which may wrap another portion of texts."""
         self._portion = DRAW_PORTION
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the last drawing was complete."""
+        """Whether the drawing has all texts."""
         return self._portion > 0
 
     def _draw(self, entry: Entry, cols: int, style: str, text: str) -> List[Line]:
-        """Draw an entry: the head first, the text wrapped beside it, then the failures."""
+        """Draw an entry: its head, the text wrapped beside it, and below it the failures."""
         when = [Span(self._clock(entry.added_at) + " ", "dim")] if cols >= TIME_COLS else []
         first: Line = [*when, *head(entry.kind, entry.sender, entry.to)]
         indent = sum(width(span.text) for span in first)
@@ -4544,7 +4549,7 @@ class Scrollback:
         return rows
 
     def visible(self, area: Area) -> List[Line]:
-        """Draw as many rows as fit, each as wide as there is room, the newest or the anchor at the bottom."""
+        """Return exactly as many rows as fit, filled to their width; the anchor or the newest row is the lowest."""
         height, cols = area
         rows: List[Line] = []
         if height > 0 and self.entries:
@@ -4559,10 +4564,10 @@ class Scrollback:
         rows += [[]] * (height - len(rows))
         return [fill(tuple(row), cols) for row in rows[height - 1::-1]] if height > 0 else []
 
-    # -- reading ---------------------------------------------------------------------------------------
+    # -- where the reader is ---------------------------------------------------------------------------
 
     def scroll(self, by: int, area: Area) -> None:
-        """Go down by so many rows, or up if negative."""
+        """Go down by some rows; up if `by` is negative."""
         if self.entries:
             self.go_to(self.moved(self.anchor or self._bottom(area.cols), by, area.cols), area)
 
@@ -4570,9 +4575,9 @@ class Scrollback:
         """Make a place the lowest on screen, as far as that is possible."""
         place, bottom = self._clamped(place, area), self._bottom(area.cols)
         if self.anchor is None and place < bottom:
-            self._newest_read = self.next - 1
-            if not self._is_missed or self.is_on_screen(self.unread or 0, area):  # else that mark is looked for
-                self.unread, self._is_missed = self._newest_read, False
+            self._left_at = self.next - 1
+            if not self._is_missed or self.is_on_screen(self.unread or 0, area):  # else the reader looks for the mark
+                self.unread, self._is_missed = self._left_at, False
         self.anchor = place if place < bottom else None
 
     def to_top(self, area: Area) -> None:
@@ -4586,7 +4591,7 @@ class Scrollback:
         self.anchor = self.found = None
 
     def on_focus_lost(self) -> None:
-        """Mark what comes from now on as new, unless the reader is further up anyway."""
+        """Mark what comes from now on as new, unless the reader is further up."""
         if self.anchor is None:
             self.unread, self._is_missed = self.next - 1, True
 
@@ -4596,16 +4601,16 @@ class Scrollback:
             return False
         low = self.anchor or self._bottom(area.cols)
         if not low[0] - area.height < seq <= low[0]:
-            return False  # an entry has a row at least
+            return False  # each entry has at least one row
         return self.moved(low, 1 - area.height, area.cols)[0] <= seq
 
     def count_below(self) -> int:
-        """Count the messages that came since the reader scrolled away from the bottom."""
+        """Count the messages that came since the reader scrolled away."""
         first = self.entries[0].seq if self.entries else 0
-        return sum(entry.kind in CHAT_KINDS for entry in self.entries[max(0, self._newest_read + 1 - first):])
+        return sum(entry.kind in CHAT_KINDS for entry in self.entries[max(0, self._left_at + 1 - first):])
 
     def moved(self, place: Place, by: int, cols: int) -> Place:
-        """The place so many rows below another, within the scrollback."""
+        """Return the place so many rows below another, within the scrollback."""
         first = self.entries[0].seq
         index, row = place[0] - first, place[1] + by
         if index < 0:
@@ -4620,18 +4625,18 @@ class Scrollback:
         return first + index, max(0, min(row, count - 1))
 
     def _bottom(self, cols: int) -> Place:
-        """The lowest place."""
+        """Return the lowest place."""
         last = self.entries[-1]
         return last.seq, len(self.rows(last, cols)) - 1
 
     def _clamped(self, place: Place, area: Area) -> Place:
-        """A place, or the highest one that has a screenful of rows above it."""
+        """Return a place, or the highest one with a screenful above it if that is lower."""
         return max(place, self.moved((self.entries[0].seq, 0), area.height - 1, area.cols))
 
     # -- search ----------------------------------------------------------------------------------------
 
     def search(self, text: str) -> List[Entry]:
-        """Return the messages that hold a text; for the same text again, those above what was found last."""
+        """Return the messages that contain a text; for the same text again, only those above what was found last."""
         if text.casefold() != self.wanted.casefold():
             self.found = None
         self.wanted = text
@@ -4641,19 +4646,19 @@ class Scrollback:
 
 
 class Transcript:
-    """What stands in the place of scrollbacks where there is no screen: lines that are printed as they come.
+    """Takes the place of all scrollbacks where there is no screen: entries are printed as lines as they come.
 
-    The last messages are kept as they are, for /search."""
+    The last messages are kept for /search."""
 
     def __init__(self, clock: Clock, show: Optional[Callable[[str], None]] = None, echo: bool = True) -> None:
         self._clock = clock
-        self._show = show  # is given each line; None: nobody reads them
+        self._show = show  # is called with each line; None: the interface prints something else
         self._echo = echo  # whether the user's own messages are shown, too
-        self._kept: Deque[Tuple[float, str, str]] = collections.deque()
-        self._size = 0  # characters in them
+        self._kept: Deque[Tuple[float, str, str]] = collections.deque()  # messages: when, head, text
+        self._size = 0  # characters of the texts
 
     def add(self, now: float, kind: str, text: str, sender: str = "", to: str = "", own: bool = False) -> None:
-        """Show a message or a notice, and keep it if it is a message."""
+        """Print a message or a notice; keep it if it is a message."""
         start = head_text(kind, sender, to)
         if kind in CHAT_KINDS:
             self._kept.append((now, start, text))
@@ -4667,7 +4672,7 @@ class Transcript:
         return f"{self._clock(now)} {start}" + (text.replace("\n", "\n      ") if "\n" in text else text)
 
     def search(self, text: str) -> List[str]:
-        """Return the messages that hold a text, as lines."""
+        """Return the messages that contain a text, as lines."""
         wanted = text.casefold()
         return [self._line(*each) for each in self._kept if wanted in (each[1] + each[2]).casefold()]
 
@@ -4678,32 +4683,32 @@ class Transcript:
 
 
 class Window:
-    """One conversation as it is read and written."""
+    """A conversation: what is read, and the line that is written."""
 
     def __init__(self, scrollback: Scrollback) -> None:
         self.scrollback = scrollback
         self.line = LineEditor()
-        self.target: Optional[str] = None  # id of the only peer that what is typed goes to; None: everyone
+        self.target: Optional[str] = None  # id of the only receiver of what is entered; None: everyone
 
 
 class People:
-    """What is kept about other peers for the user: who spoke and when, who is ignored, who is new."""
+    """What is kept of other peers: who spoke when, who is ignored, who is new."""
 
     def __init__(self) -> None:
         self.ignored: Dict[str, None] = {}  # ids
         self.fresh: Set[str] = set()  # ids of those who came since the last key
-        self.spoke_at: Dict[str, float] = {}  # Unix time by id; who spoke last stands last
+        self.spoke_at: Dict[str, float] = {}  # Unix time by id; the latest speaker stands last
         self.private: Optional[str] = None  # id of the peer that last wrote privately
 
     def on_spoke(self, peer_id: str, now: float) -> None:
-        """A peer said something."""
+        """Note that a peer said something."""
         self.spoke_at.pop(peer_id, None)
         self.spoke_at[peer_id] = now
         if len(self.spoke_at) > 2 * MAX_PEERS:
             del self.spoke_at[next(iter(self.spoke_at))]
 
     def rename(self, old: str, new: str) -> None:
-        """A peer has another id: what is kept under the old one is kept under the new one."""
+        """Note that a peer has another id."""
         tables: Tuple[Dict[str, Any], ...] = (self.ignored, self.spoke_at)
         for table in tables:
             if old in table:
@@ -4712,12 +4717,12 @@ class People:
 
 
 def _mentions(text: str, name: str) -> bool:
-    """Whether a text holds a name as a word of its own."""
+    """Whether a text contains a name as a word of its own."""
     return bool(re.search(rf"(?<![^\W_]){re.escape(name.casefold())}(?![^\W_])", text.casefold()))
 
 
 def _nearest(name: str, choices: List[str]) -> str:
-    """A question for the choice that was probably meant; empty if none comes near."""
+    """Return a question that names the choice that was probably meant; empty if none is similar."""
     import difflib
     folded = {choice.casefold(): choice for choice in choices}
     found = difflib.get_close_matches(name.casefold(), folded, 1, 0.5)
@@ -4733,13 +4738,13 @@ def _shortened(text: str) -> str:
     return cut(first, 60, "…") + (" …" if newline else "")
 
 
-# -- how it looks ----------------------------------------------------------------------------------------
+# -- drawing -------------------------------------------------------------------------------------------
 #
-# Pure functions from the view and a size to lines. What has no room is left out, the input line last.
+# Pure functions from the view and a size to lines. What has no room is left out, the input line last of all.
 
 
 class Layout(NamedTuple):
-    """How many rows each part has, and how many columns the list of peers, its border included."""
+    """How many rows each part of the screen has, and how many columns the list of peers with its border."""
 
     bar: int
     messages: int
@@ -4749,19 +4754,19 @@ class Layout(NamedTuple):
 
 
 def layout(view: ChatView, rows: int, cols: int) -> Layout:
-    """Share out a screen."""
+    """Divide a screen."""
     bar, rule = int(rows >= 3), int(rows >= 6)
     wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
     lines = max(1, min(wanted, (rows - bar - rule) // 3))
     side = 0
-    if view.side and cols >= SIDE_COLS and rows >= 4:  # as wide as the list asks for, up to three eighths
+    if view.has_side and cols >= SIDE_COLS and rows >= 4:  # as wide as its texts, up to three eighths
         texts = ["".join(_label_and_address(view, peer)) for peer in view.node.present()[:rows]]
         side = min(max(max(map(width, texts), default=0) + 4, 16), cols * 3 // 8)
     return Layout(bar, rows - bar - rule - lines, rule, lines, side)
 
 
 def render(view: ChatView, rows: int, cols: int) -> Screen:
-    """Draw the screen: status bar, messages and peers, a rule that says what is below, the input line."""
+    """Draw the screen: the status bar, messages beside the list of peers, a rule with a hint, the input line."""
     part, scrollback = layout(view, rows, cols), view.window.scrollback
     scrollback.start_drawing()
     messages = scrollback.visible(Area(part.messages, cols - part.side))
@@ -4798,7 +4803,7 @@ def fill(line: Tuple[Span, ...], cols: int) -> Line:
 
 
 def _hint(view: ChatView) -> str:
-    """What is said above the input line."""
+    """Return what is said above the input line."""
     if view.node.leaving:
         return "Leaving, once what is under way has arrived. Ctrl-C leaves at once."
     scrollback = view.window.scrollback
@@ -4809,7 +4814,7 @@ def _hint(view: ChatView) -> str:
 
 
 def _status_bar(view: ChatView, cols: int) -> Line:
-    """The status bar: as much of it as there is room for."""
+    """Draw the status bar, as much of it as there is room for."""
     online, address, since = view.node.server_status()
     number = len(view.node.present())
     if view.node.network_gone:
@@ -4833,7 +4838,7 @@ def _label_and_address(view: ChatView, peer: Peer) -> Tuple[str, str]:
 
 
 def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
-    """The list of peers: a mark, the name, the address where there is room."""
+    """Draw the list of peers: a mark, the name, and the address if it fits."""
     peers = view.node.present()
     shown = peers if len(peers) <= height else peers[:height - 1]
     rows: List[Line] = []
@@ -4849,13 +4854,13 @@ def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
 
 
 def _side_by_side(left: List[Line], right: List[Line]) -> List[Line]:
-    """Put two blocks of rows side by side, parted by a line."""
+    """Put two blocks of rows side by side, with a line between them."""
     blank: List[Line] = [[]] * (len(left) - len(right))
     return [[*line, Span("│ ", "dim"), *other] for line, other in zip(left, right + blank)]
 
 
 def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
-    """The prompt, which says whom it goes to, and the line being written."""
+    """Return the prompt, which names the receiver, and the line as rows; and where the cursor is."""
     window = view.window
     prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target else PROMPT
     prompt = prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else ""
@@ -4863,17 +4868,17 @@ def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
 
 
 def _prompted(view: ChatView, text: str, first: bool) -> Line:
-    """A row of the input line; that it goes to one peer only is not to be overlooked."""
+    """Draw a row of the input line; nobody should overlook that it goes to one peer only."""
     end = text.find(PROMPT) + len(PROMPT) if first and view.window.target and text.startswith("[") else 0
     return [Span(text[:end], "private"), Span(text[end:])]
 
 
 @functools.lru_cache(maxsize=8)
 def flow(prompt: str, left: str, right: str, cols: int) -> Tuple[List[str], Tuple[int, int]]:
-    """Break a prompt and what is left and right of the cursor into rows; return them and where the cursor is."""
+    """Break a prompt and the two parts of a line into rows; return them, and where the cursor is."""
     rows, used, cursor = [prompt], width(prompt), (0, 0)
     before = graphemes(left)
-    for index, cluster in enumerate([*before, *graphemes(right), ""]):  # "": where the next one will go
+    for index, cluster in enumerate([*before, *graphemes(right), ""]):  # "": the place behind the last one
         text, columns = glyph(cluster) if cluster.strip() else (cluster and " ", 1)
         if used + columns > cols and used:
             rows.append("")
@@ -4893,28 +4898,17 @@ def flow(prompt: str, left: str, right: str, cols: int) -> Tuple[List[str], Tupl
 
 
 class Narrator:
-    """Tells the user what happened at the node: each event becomes an entry, or changes one."""
+    """Shows what happened at the node: an event becomes an entry or changes one."""
 
     def __init__(self, view: ChatView) -> None:
         self.view = view
-        self._labels: Dict[str, str] = {}  # by id, as they were looked up for the events of this turn
-        self._failures: List[Receipts] = []  # of messages that were settled in this turn
+        self._labels: Dict[str, str] = {}  # by id, looked up for the events of this turn
+        self._failures: List[Receipts] = []  # of messages that failed and came to their end in this turn
         self._rang_at = float("-inf")
-        self._namesake = ""  # our own name, once the user was told that somebody else has it, too
-        self._handlers: Dict[str, Callable[[Event], None]] = {
-            "ready": self.on_ready,
-            "settled": self.on_settled,
-            "server": self.on_server,
-            "joined": self.on_joined,
-            "left": self.on_left,
-            "renamed": self.on_renamed,
-            "network": self.on_network,
-            "chat": self.on_chat,
-            "sent": self.on_sent,
-            "delivered": self.on_delivered,
-            "failed": self.on_failed,
-            "notice": self.on_notice,
-        }
+        self._namesake = ""  # the user's own name, once it was said that somebody else has it, too
+        kinds = ("ready", "settled", "server", "network", "joined", "left", "renamed", "chat", "sent", "delivered",
+                 "failed", "notice")
+        self._handlers: Dict[str, Callable[[Event], None]] = {kind: getattr(self, f"on_{kind}") for kind in kinds}
 
     def handle(self, events: List[Event]) -> None:
         """Take in the events of one turn."""
@@ -4929,7 +4923,7 @@ class Narrator:
     # -- chat ------------------------------------------------------------------------------------------
 
     def on_chat(self, event: Event) -> None:
-        """Show what a peer said, and ring if it is meant for the user."""
+        """Show what a peer said; ring if it is for the user alone or names the user."""
         view, people = self.view, self.view.people
         sender, to, text = event["from"]["id"], event["to"], event["text"]
         if sender in people.ignored:
@@ -4943,10 +4937,10 @@ class Narrator:
         self._say(sender, to, text, "private" if private else "mention" if is_called else "")
         if is_called and view.may_ring and now - self._rang_at >= BELL_INTERVAL:
             self._rang_at = now
-            view.is_rung = True
+            view.has_rung = True
 
     def on_sent(self, event: Event) -> None:
-        """Show what the user said, and wait for its receipts."""
+        """Show what the user said; its receipts will follow."""
         view, text = self.view, event["text"]
         entry = self._say(view.node.me.id, event["to"], text, "", own=True)
         receipts = view.outgoing.add(event["id"], text, event["receivers"])
@@ -4955,14 +4949,14 @@ class Narrator:
             entry.receipts, receipts.seq = receipts, entry.seq
 
     def _say(self, sender: str, to: str, text: str, style: str, own: bool = False) -> Optional[Entry]:
-        """Show who speaks, to whom if not to all, and what."""
+        """Show what somebody said."""
         kind = "chat"
         if text.startswith(ACTION):
             kind, text = "action", text[len(ACTION):]
         return self.view.add(kind, text, style, self._label(sender), "" if to == EVERYONE else self._label(to), own)
 
     def _label(self, peer_id: str) -> str:
-        """A peer's label. The user's own name needs no address: namesakes have one."""
+        """Return a peer's label. The user's own name never has an address: the label of a namesake has one."""
         label = self._labels.get(peer_id)
         if label is None:
             me = self.view.node.me
@@ -4973,21 +4967,21 @@ class Narrator:
         self._settle(event, "")
 
     def on_failed(self, event: Event) -> None:
-        """Note that a receiver does not get an own message; say so, unless the message itself shows it."""
+        """Say that a message was not delivered; on the screen that stands below the message itself."""
         receipts = self._settle(event, event["reason"] or "it failed")
         if receipts is None or not self.view.on_screen:
             name = self.view.node.label(event["to"]["id"])
             self.view.notice(f"✗ not delivered to {name} ({event['reason']}): {_shortened(event['text'])}", "error")
 
     def _settle(self, event: Event, outcome: str) -> Optional[Receipts]:
-        """Note what became of an own message at one receiver; return its receipts, if it was under way."""
+        """Note what became of a message at one receiver; return its receipts, if it was under way."""
         receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], outcome)
         if receipts is not None and receipts.failed and not receipts.waiting and self.view.on_screen:
             self._failures.append(receipts)
         return receipts
 
     def _report_failures(self) -> None:
-        """Say which messages failed, where that can't be seen at the message, or will not be seen for long."""
+        """Say again what stands below messages that are out of sight; keep it if the screen will soon be gone."""
         view, failures, area = self.view, self._failures, self.view.area()
         self._failures = []
         for receipts in failures:
@@ -5000,14 +4994,12 @@ class Narrator:
     # -- who is here -----------------------------------------------------------------------------------
 
     def on_joined(self, event: Event) -> None:
-        """Say that a peer came."""
         self._labels.clear()
         self.view.people.fresh.add(event["peer"]["id"])
         self._gather("joined", event["peer"]["id"], "")
         self._warn_of_namesake()
 
     def on_left(self, event: Event) -> None:
-        """Say that a peer left, or is gone and why."""
         peer_id, reason = event["peer"]["id"], event["reason"]
         self._labels.clear()
         self.view.people.fresh.discard(peer_id)
@@ -5015,7 +5007,7 @@ class Narrator:
         self._gather(kind, peer_id, why)
 
     def _gather(self, kind: str, peer_id: str, reason: str) -> None:
-        """Say that a peer came or went; those who do so one after the other share a line."""
+        """Say that a peer came or went. On the screen those that follow each other share a line."""
         view = self.view
         now = view.node.loop.wall()
         if view.is_quiet and now - view.people.spoke_at.get(peer_id, float("-inf")) > LATELY:
@@ -5031,14 +5023,14 @@ class Narrator:
         scrollback.change(last, self._crowd(kind, last.members))
 
     def _crowd(self, kind: str, members: List[Tuple[str, str]]) -> str:
-        """Say in a line who came or went, each with the reason."""
+        """Return a line that says who came or went, each with the reason."""
         more = len(members) - GATHER_NAMES
         names = ", ".join(self.view.node.label(each) + reason for each, reason in members[:GATHER_NAMES])
         verb = {"gone": "is gone" if len(members) == 1 else "are gone"}.get(kind, kind)
         return names + (f", {more} more" if more > 0 else "") + f" {verb}"
 
     def on_renamed(self, event: Event) -> None:
-        """Say that a peer, or the user, has another name or address."""
+        """Say that a peer or the user has another name or address, and go on with the new id."""
         view, old, new = self.view, event["old"], event["peer"]
         self._labels.clear()
         view.people.rename(old["id"], new["id"])
@@ -5052,7 +5044,7 @@ class Narrator:
         self._warn_of_namesake()
 
     def _warn_of_namesake(self) -> None:
-        """Say once that somebody else has the user's name: nothing else on the screen shows it."""
+        """Say once that somebody else has the user's name, too: nothing else on the screen shows it."""
         me = self.view.node.me
         if self._namesake != me.username and self.view.node.find(me.username):
             self._namesake = me.username
@@ -5065,7 +5057,7 @@ class Narrator:
         self.view.notice(f"You are {event['id']}. /help lists the commands.")
 
     def on_settled(self, event: Event) -> None:
-        """The first look around is over: say why nobody is here, if so."""
+        """The first look around is over: if nobody is here, say why."""
         self.view.people.fresh.clear()
         alone = [line for line in self.view.node.alone() if line != f"You are {self.view.node.me.id}."]
         if alone:
@@ -5077,7 +5069,6 @@ class Narrator:
                          f"No server at {address} ({reason}). P2P mode: the chat goes on without it.")
 
     def on_network(self, event: Event) -> None:
-        """Say that everybody fell silent at once, or is back."""
         if event["gone"]:
             self.view.notice("Nobody answers: this machine seems to be cut off from the network.", "error")
         else:
@@ -5091,7 +5082,7 @@ class Narrator:
 
 
 class Key(NamedTuple):
-    """What a key does. `run` gets the line editor or the keyboard."""
+    """Some keys that do the same. `run` is called with the LineEditor (EDIT_KEYS) or the Keyboard (VIEW_KEYS)."""
 
     names: str
     help: str
@@ -5130,7 +5121,7 @@ VIEW_KEYS: Tuple[Key, ...] = (
     Key("End", "to the newest message, and to the end of the line", lambda keys: keys.to_end()),
     Key("Ctrl-C", "drop the line; twice: leave", lambda keys: keys.interrupt()),
     Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda keys: keys.end_input()),
-    Key("Ctrl-L", "draw the screen anew", lambda keys: None),  # the screen's own, like the next
+    Key("Ctrl-L", "draw the screen anew", lambda keys: None),  # this and the next one are the interface's
     Key("Ctrl-Z", "suspend; fg comes back", lambda keys: None),
 )
 KEYS = EDIT_KEYS + VIEW_KEYS
@@ -5141,7 +5132,7 @@ _KEYS["focus-out"] = Key("", "", lambda keys: keys.on_focus(False))
 
 # -- commands ------------------------------------------------------------------------------------------
 
-Handle = Callable[["Commands", str], None]  # gets what stands behind the command
+Handle = Callable[["Commands", str], None]  # is called with what stands behind the command
 
 
 class Command(NamedTuple):
@@ -5157,7 +5148,7 @@ COMMANDS: Dict[str, Command] = {}
 
 
 def command(usage: str) -> Callable[[Handle], Handle]:
-    """Enter a method in the table of commands; its docstring is the command's help."""
+    """Put a method into the table of commands. Its docstring is the command's help."""
     def enter(method: Handle) -> Handle:
         name = usage.split()[0]
         COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method)
@@ -5166,15 +5157,15 @@ def command(usage: str) -> Callable[[Handle], Handle]:
 
 
 class Commands:
-    """Does what was entered: sends it, or runs a command. Raises ChatError, in `enter` only answers it."""
+    """Sends what was entered, or runs it as a command. Commands raise ChatError when they can't be done."""
 
     def __init__(self, view: ChatView) -> None:
         self.view = view
         self.node = view.node
-        self._blanks_in: Tuple[List[Peer], int] = ([], 0)  # a list of peers, and the most blanks in one of their names
+        self._most_blanks: Tuple[List[Peer], int] = ([], 0)  # some peers, and the most blanks in one of their names
 
     def enter(self, text: str) -> bool:
-        """Do what a line says; return whether that was possible."""
+        """Do what a line says; return whether that was possible, and if not, say why."""
         try:
             if text.startswith("//"):
                 self._send(text[1:])
@@ -5189,7 +5180,7 @@ class Commands:
         return True
 
     def _send(self, text: str) -> None:
-        """Send a text to whom the window is for."""
+        """Send a text to the window's receiver."""
         target = self.view.window.target
         if target is None:
             self.node.broadcast_chat_message(text)
@@ -5213,7 +5204,7 @@ class Commands:
     # -- names in what was typed -----------------------------------------------------------------------
 
     def _split_name(self, text: str) -> Tuple[Peer, str]:
-        """Return the peer whom the beginning of a text names, and what stands behind. The longest name counts."""
+        """Return the peer whose name a text begins with, and what stands behind it. The longest name counts."""
         if not text:
             raise ChatError("Whom? Say a name; /who lists them.")
         if text.startswith('"') and '"' in text[1:]:
@@ -5229,20 +5220,20 @@ class Commands:
         return self._only([], text.split()[0].rstrip(":,")), ""
 
     def _name_ends(self, text: str) -> List[int]:
-        """Where a name may end that a text begins with, the last place first; no name here has more blanks."""
+        """Return where a name at the beginning of a text may end, last first. No peer's name has more blanks."""
         present = self.node.present()
-        if present is not self._blanks_in[0]:
-            self._blanks_in = (present, max((peer.username.count(" ") for peer in present), default=0))
+        if present is not self._most_blanks[0]:
+            self._most_blanks = (present, max((peer.username.count(" ") for peer in present), default=0))
         ends = (at for at in range(1, min(len(text), MAX_ID) + 1) if at == len(text) or text[at].isspace())
-        return list(itertools.islice(ends, self._blanks_in[1] + 1))[::-1]
+        return list(itertools.islice(ends, self._most_blanks[1] + 1))[::-1]
 
     def _peer(self, text: str) -> Peer:
-        """Return the peer whom a text names, with nothing behind the name."""
+        """Return the peer that a text names; nothing may stand behind the name."""
         peer, rest = self._split_name(text)
         return self._only([], text) if rest else peer
 
     def _only(self, found: List[Peer], name: str) -> Peer:
-        """Return the one peer that was found; else say what is wrong with the name."""
+        """Return the one peer that was found for a name. Raises ChatError if there is none, or a choice."""
         if len(found) == 1:
             return found[0]
         labels = self.view.labels(found or self.node.present())
@@ -5302,7 +5293,7 @@ class Commands:
     def _peers(self, rest: str) -> None:
         """show or hide the list of peers."""
         if self.view.on_screen and self.view.cols >= SIDE_COLS:
-            self.view.side = not self.view.side
+            self.view.has_side = not self.view.has_side
             return
         labels = self.view.labels(self.node.present())
         names = f": {', '.join(labels)}" if labels else ""
@@ -5438,16 +5429,16 @@ class Commands:
 
 
 class Completion:
-    """Tab: completes the word before the cursor; pressed again, it takes the next candidate."""
+    """Completes the word before the cursor; done again, it takes the next candidate."""
 
     def __init__(self, view: ChatView) -> None:
         self.view = view
         self._before = ""  # what stands before the word
         self._candidates: List[str] = []
-        self._at = 0  # the candidate that is shown
+        self._at = 0  # index of the candidate that is shown
 
     def complete(self, step: int, again: bool) -> None:
-        """Put a candidate in the place of the word, or the next one."""
+        """Put the first candidate in the place of the word; with `again`, go on by `step` candidates."""
         line = self.view.window.line
         if again and self._candidates:
             self._at = (self._at + step) % len(self._candidates)
@@ -5458,7 +5449,7 @@ class Completion:
             line.left = self._before + self._candidates[self._at]
 
     def _find(self, text: str, start: int) -> List[str]:
-        """What the word that begins at `start` can become: commands, or names, the latest speakers' first."""
+        """Return what the word at `start` can become: commands, or names, the latest speakers first."""
         view, word, before = self.view, text[start:].casefold(), text[:start].split()
         if word.startswith("/") and (not before or before == ["/help"]):
             return [name + " " for name in COMMANDS if name.startswith(word)]
@@ -5478,22 +5469,22 @@ class Keyboard:
         self.view = view
         self._completion = Completion(view)
         self._key = self._key_before = ""
-        self._has_asked = False  # whether Enter sends a long text now
+        self._has_asked = False  # the next Enter sends even a long text
 
     def press(self, name: str) -> None:
-        """A key was pressed."""
+        """Do what a key says."""
         key = _KEYS.get(name)
         if key is not None:
             self._begin(name)
             key.run(self.view.window.line if key in EDIT_KEYS else self)
 
     def type(self, text: str) -> None:
-        """Text was typed."""
+        """Insert what was typed."""
         self._begin("")
         self.view.window.line.insert(text)
 
     def paste(self, text: str) -> None:
-        """Text was pasted: it is one message, however many lines it has."""
+        """Insert what was pasted, as one message, however many lines it has."""
         self._begin("")
         text = clean(text, newlines=True).rstrip("\n")
         lines = text.count("\n") + 1
@@ -5504,7 +5495,7 @@ class Keyboard:
             self.view.hint = f"{lines} lines were pasted: they are one message." if lines > 1 else ""
 
     def _begin(self, name: str) -> None:
-        """Before each key: clear what was only shown until the next one."""
+        """Before each key, clear what is shown only until the next key."""
         self._key_before, self._key = self._key, name
         if name not in ("focus-in", "focus-out"):
             self.view.hint = ""
@@ -5522,12 +5513,12 @@ class Keyboard:
             view.hint = f"{lines} lines: Enter sends, Ctrl-C drops them."
             return
         self._has_asked = False
-        view.window.scrollback.anchor = None  # what the last search found stays: /search goes on from there
+        view.window.scrollback.anchor = None  # to the bottom; what was found stays, for /search goes on from there
         if not view.enter(line.enter()):
             view.hint = "Up brings the line back."
 
     def interrupt(self) -> None:
-        """Drop the line; the second time, leave."""
+        """Drop the line; when pressed twice, leave."""
         view, line = self.view, self.view.window.line
         if self._key_before == "ctrl-c":
             view.node.leave()
@@ -5551,11 +5542,10 @@ class Keyboard:
         self._completion.complete(step, again=self._key_before in ("tab", "shift-tab"))
 
     def scroll(self, rows: int) -> None:
-        """Scroll by rows, up if negative."""
         self.view.window.scrollback.scroll(rows, self.view.area())
 
     def page(self, pages: int) -> None:
-        """Scroll by screenfuls, one row of which stays."""
+        """Scroll by screenfuls; one row stays on screen."""
         area = self.view.area()
         self.view.window.scrollback.scroll(pages * max(1, area.height - 1), area)
 
@@ -5571,7 +5561,7 @@ class Keyboard:
         self.view.window.line.move(len(self.view.window.line.text))
 
     def on_focus(self, has_focus: bool) -> None:
-        """The terminal got or lost the focus."""
+        """Note that the terminal got or lost the focus."""
         if has_focus:
             self.view.people.fresh.clear()
         else:
@@ -5579,29 +5569,29 @@ class Keyboard:
 
 
 class ChatView:
-    """What the user sees, in parts, and what they share. It is told of events, keys and lines."""
+    """The model: its parts, and what they share. Interfaces hand in events, lines and keys, and draw it."""
 
     def __init__(self, node: PeerNode, clock: Clock, transcript: Optional[Transcript] = None) -> None:
         self.node = node
         self.clock = clock
-        self.transcript = transcript  # in the place of all scrollbacks, where there is no screen
+        self.transcript = transcript  # where there is no screen
         self.on_screen = transcript is None
         self.rows, self.cols = 24, 80
         self.people = People()
         self.window = Window(Scrollback(clock, node.label))
         self.outgoing = Outgoing()
-        self.lost: List[str] = []  # what could not be delivered any more while leaving
+        self.lost: List[str] = []  # lines about what was not delivered while leaving
         self.log: Deque[str] = collections.deque(maxlen=500)
         self.refused = 0  # lines that could not be done
-        self.hint = ""  # shown above the input line until the next key
-        self.side = True  # the list of peers is shown
-        self.is_quiet = False  # joins and leaves of those who have not spoken lately are hidden
+        self.hint = ""  # is shown above the input line until the next key
+        self.has_side = True  # the list of peers is shown
+        self.is_quiet = False  # joins and leaves of peers that have not spoken lately are hidden
         self.may_ring = True
-        self.is_rung = False  # the bell is to be rung
+        self.has_rung = False  # the interface has yet to ring the bell
         self.on_answer: Callable[[str, str], None] = lambda text, kind: None
-        self._narrator = Narrator(self)
+        self.keyboard = Keyboard(self)
         self._commands = Commands(self)
-        self._keyboard = Keyboard(self)
+        self._narrator = Narrator(self)
 
     def handle(self, events: List[Event]) -> None:
         """Take in the events of one turn."""
@@ -5611,21 +5601,9 @@ class ChatView:
         """Do what an entered line says; return whether that was possible."""
         return self._commands.enter(text)
 
-    def key(self, name: str) -> None:
-        """A key was pressed."""
-        self._keyboard.press(name)
-
-    def type(self, text: str) -> None:
-        """Text was typed."""
-        self._keyboard.type(text)
-
-    def paste(self, text: str) -> None:
-        """Text was pasted."""
-        self._keyboard.paste(text)
-
     def add(self, kind: str, text: str, style: str = "", sender: str = "", to: str = "", own: bool = False
             ) -> Optional[Entry]:
-        """Show a message or a notice; `sender` and `to` are labels. Return its entry, if there is a scrollback."""
+        """Show a message or a notice; `sender` and `to` are labels. Return its entry, if there is a screen."""
         now = self.node.loop.wall()
         if self.transcript is None:
             return self.window.scrollback.add(now, kind, text, style, sender, to)
@@ -5637,7 +5615,7 @@ class ChatView:
         self.add(kind, text, {"notice": "dim", "error": "error"}.get(kind, ""))
 
     def answer(self, text: str, kind: str = "answer") -> None:
-        """Say something in answer to the user; what is longer than the screen is shown from its beginning."""
+        """Answer the user. An answer that is longer than the screen is shown from its beginning."""
         self.notice(text, kind)
         if self.on_screen:
             scrollback, area = self.window.scrollback, self.area()
@@ -5645,11 +5623,10 @@ class ChatView:
         self.on_answer(text, kind)
 
     def labels(self, peers: Iterable[Peer]) -> List[str]:
-        """The labels of some peers."""
         return [self.node.label(peer.id) for peer in peers]
 
     def area(self) -> Area:
-        """The size of the part of the screen that shows messages."""
+        """Return the size of the part of the screen that shows messages."""
         part = layout(self, self.rows, self.cols)
         return Area(max(1, part.messages), self.cols - part.side)
 
@@ -5657,33 +5634,25 @@ class ChatView:
 # -- the start form ------------------------------------------------------------------------------------
 
 
-class Field(NamedTuple):
-    """A row of the form."""
-
-    label: str
-    line: LineEditor
-    placeholder: str = ""  # shown while the line is empty
-
-
 class StartForm:
-    """What is asked before the chat begins: the name, the server. Each row is edited as the chat's input line is."""
+    """What is asked before the chat begins: the name, the server. Each row is edited like the chat's input line."""
 
     def __init__(self, name: str, server: str, port: str) -> None:
         self.name, self.server = LineEditor(name), LineEditor(server)
         none = "(none: whoever is found on this network)"
-        self.fields = [Field("Name", self.name), Field("Server", self.server, none)]
+        self.fields = [("Name", self.name, ""), ("Server", self.server, none)]  # label, line, and for an empty one
         self.port = port
-        self.at = 0  # the field being written
+        self.at = 0  # index of the field that is being written
         self.message = ""
         self.is_busy = False  # a server is being tried: nothing is typed meanwhile
 
     @property
     def line(self) -> LineEditor:
-        """The line being written."""
-        return self.fields[self.at].line
+        """The line that is being written."""
+        return self.fields[self.at][1]
 
-    def key(self, name: str) -> None:
-        """A key was pressed: it goes to another field, or edits this one."""
+    def press(self, name: str) -> None:
+        """Go to another field, or edit this one."""
         key = _KEYS.get(name)
         if self.is_busy:
             return
@@ -5697,7 +5666,7 @@ class StartForm:
             key.run(self.line)
 
     def type(self, text: str) -> None:
-        """Text was typed, or pasted."""
+        """Insert what was typed or pasted."""
         if not self.is_busy:
             self.line.insert(clean(text.strip("\r\n")))
 
@@ -5705,7 +5674,7 @@ class StartForm:
 
 
 def render_form(form: StartForm, rows: int, cols: int) -> Screen:
-    """Draw the form; on a small screen the field being written, then the message, then the rest."""
+    """Draw the form. A small screen shows the field that is being written, then the message, then the rest."""
     ranked: List[Tuple[int, Line]] = [(6, [Span(" p2pchat: chat for everyone on this network", "bold")]), (6, [])]
     column = 0
     for at, (label, line, placeholder) in enumerate(form.fields):
@@ -5717,7 +5686,7 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
     ranked += [(5, [Span(f" Port    {form.port}", "dim")]), (5, [])]
     ranked += [(1, [Span(f" {text}", "error")]) for text in wrap(form.message, max(1, cols - 1)) if form.message]
     ranked += [(7, [])] + [(4, [Span(f" {text}", "dim")]) for text in wrap(keys, max(1, cols - 1))]
-    shown = sorted(sorted(range(len(ranked)), key=lambda at: ranked[at][0])[:rows])  # the highest ranks go first
+    shown = sorted(sorted(range(len(ranked)), key=lambda at: ranked[at][0])[:rows])  # high ranks are left out first
     lines = [clip(ranked[at][1], cols) for at in shown]
     blank: Line = []
     return Screen(lines + [blank] * (rows - len(lines)), (shown.index(2 + form.at), column))
@@ -5726,21 +5695,21 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
 # ======================================================================================================
 # Interfaces
 #
-# Three thin shells around the chat view: a curses screen, plain lines, JSON lines. Each turns what comes
-# from its user into calls on the model, and what changed into output. None has a loop of its own: keys and
-# lines are read when they are there, drawing is a timer while something has changed. Curses only draws;
-# keys are decoded here, from bytes, so nothing waits inside curses. However it ends, the terminal is put
-# back as it was.
+# Three thin shells around the chat view: a curses screen, plain lines, JSON lines. Each hands events and what
+# its user types to the view, and turns what changed into output. None has a loop of its own, and none ever
+# waits: input is read when it is there, in portions that leave time for the network; output is written as far
+# as it is taken; a timer draws the screen while something has changed. Curses only draws: keys are decoded
+# here, from bytes. However it ends, the terminal is put back as it was.
 # ======================================================================================================
 
 FRAME = 1 / 30  # seconds between two drawings: faster than anybody reads
-ESCAPE_TIME = 0.025  # an ESC that nothing follows within so many seconds is the key of that name
-MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are looked at
-READ_SIZE = 64 * 1024  # bytes of input read at a time: all that a pipe holds
-INPUT_TIME = 0.01  # seconds of one turn for what was typed: what is left waits for the next
-MAX_UNREAD = 64 * 1024 * 1024  # bytes of output that wait for a program that does not read them
+ESCAPE_TIME = 0.025  # seconds after which an ESC that nothing followed is the Esc key
+MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
+PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
+SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
+INPUT_TIME = 0.01  # seconds of a turn for lines of input: the others wait for the next turn
+MAX_UNREAD = 64 * 1024 * 1024  # bytes of output kept for a program that does not read them
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes if it takes any
 
 PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
 Press = Tuple[str, str]
@@ -5765,21 +5734,21 @@ _PRESS = re.compile(r"""  # what is complete; what matches none of these has to 
 
 
 class KeyReader:
-    """Makes keys, typed text and pastes of the bytes that a terminal sends, however they are cut."""
+    """Turns the bytes that a terminal sends into keys, typed text and pastes, however the bytes are cut."""
 
     def __init__(self, known: Optional[Dict[str, str]] = None) -> None:
-        self._known = known or {}  # sequences of this terminal, beside those that all have
+        self._known = known or {}  # this terminal's own sequences
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._rest = ""
-        self.brackets = False  # the terminal says what was pasted
+        self.has_brackets = False  # whether this terminal marks what was pasted
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it depends on what comes next what the last bytes were."""
+        """Whether the meaning of the last bytes depends on what comes next."""
         return bool(self._rest) and not self._rest.startswith(_PASTE_START)
 
     def feed(self, data: bytes) -> List[Press]:
-        """Take bytes; return what they are."""
+        """Take in bytes; return what they mean."""
         self._rest += self._decode(data)
         presses: List[Press] = []
         while self._rest:
@@ -5790,13 +5759,13 @@ class KeyReader:
         return presses
 
     def flush(self) -> List[Press]:
-        """Nothing came: what waits is an ESC, and what was typed behind it."""
+        """Nothing came: what waits is the Esc key, and what was typed after it."""
         rest, self._rest = self._rest, ""
         return [(PRESS, "esc")] + ([(TEXT, rest[1:])] if rest[1:].isprintable() and rest[1:] else [])
 
     def _paste(self, presses: List[Press]) -> int:
-        """A paste; 0 if its end has not come. What is too much goes, but for what may be half of the end."""
-        self.brackets = True
+        """Take a paste; return its length, 0 if its end has not come. Of too long a one, only the beginning is kept."""
+        self.has_brackets = True
         text, end, _ = self._rest[len(_PASTE_START):].partition(_PASTE_END)
         if end:
             presses.append((PASTE, text[:MAX_PASTE]))
@@ -5806,7 +5775,7 @@ class KeyReader:
         return 0
 
     def _press(self, presses: List[Press]) -> int:
-        """One key, or a run of text; 0 if it is not complete."""
+        """Take one key or a run of text; return its length, 0 if it is not complete."""
         for sequence, name in self._known.items():
             if self._rest.startswith(sequence):
                 presses.append((PRESS, name))
@@ -5831,7 +5800,7 @@ class KeyReader:
 
 
 def without_burst(presses: List[Press]) -> List[Press]:
-    """Three lines that came at once, and no key that edits, were pasted into a terminal that does not say so."""
+    """Three lines at once with no editing key were pasted, in a terminal that does not mark pastes: make them one."""
     plain = {(PRESS, "enter"): "\n", (PRESS, "ctrl-j"): "\n", (PRESS, "tab"): "\t"}
     edited = any(kind != TEXT and (kind, value) not in plain for kind, value in presses)
     if edited or presses.count((PRESS, "enter")) < 3:
@@ -5840,7 +5809,7 @@ def without_burst(presses: List[Press]) -> List[Press]:
 
 
 class LogTail(logging.Handler):
-    """Keeps the last lines of the log for /log."""
+    """Keeps the last lines of the log, for /log."""
 
     def __init__(self, lines: Deque[str]) -> None:
         super().__init__(logging.INFO)
@@ -5851,7 +5820,7 @@ class LogTail(logging.Handler):
 
 
 def show_time(when: float) -> str:
-    """Hours and minutes of a Unix time, here."""
+    """Return hours and minutes of a Unix time. Each minute is formatted once."""
     return _time_of_minute(int(when // 60))
 
 
@@ -5866,9 +5835,9 @@ def _time_of_second(second: int) -> str:
 
 
 class Interface:
-    """What the three have in common. `failure` is a bug of ours: it ends the program in an orderly way."""
+    """What the three have in common. A `failure` is a bug of ours; it ends the program in an orderly way."""
 
-    transcript: Optional[Transcript] = None  # for what has no screen
+    transcript: Optional[Transcript] = None  # of an interface without a screen
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
@@ -5889,7 +5858,7 @@ class Interface:
         except Exception as error:
             if isinstance(error, OSError) and self.node is not None and not self.node.me.port:
                 sys.stderr.write(f"p2pchat: {port_problem(self.settings.host, self.settings.port, error)}\n")
-                return 1  # it did not get as far as listening
+                return 1  # the port can't be had
             self.failure = error
         finally:
             log.removeHandler(tail)
@@ -5904,22 +5873,22 @@ class Interface:
         raise NotImplementedError
 
     def status(self) -> int:
-        """The exit status when nothing broke."""
+        """Return the exit status if there was no failure."""
         return 0
 
     def start_node(self, settings: Settings) -> None:
-        """Begin to chat. Raises OSError when the port can't be had."""
+        """Start a node and its view. Raises OSError if the port can't be had."""
         self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events))
         self.view = ChatView(node, show_time, self.transcript)
         self.view.log = self.log
         node.start()
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
-        """So much happened at the node."""
+        """Show what happened at the node in one turn."""
         raise NotImplementedError
 
     def guard(self, call: Callable[..., None], *args: Any) -> None:
-        """Make a call whose failure is the interface's own, not that of the connection that led to it."""
+        """Make a call. Its failure ends the program: the loop would blame the connection that led to it."""
         try:
             call(*args)
         except Exception as error:
@@ -5927,19 +5896,19 @@ class Interface:
             self.loop.stop()
 
     def listen_for_signals(self) -> None:
-        """Leave when asked to."""
+        """Leave when a signal asks for it."""
         for number in _ENDING:
             self.loop.on_signal(number, self.interrupt if number == signal.SIGINT else self.leave)
 
     def leave(self) -> None:
-        """Tell everybody, and end when that is done."""
+        """Say goodbye, and end when that is done."""
         if self.node is None:
             self.loop.stop()
         else:
             self.node.leave()
 
     def interrupt(self) -> None:
-        """Leave; when already doing so, wait for nothing more; then end at once."""
+        """Leave; the second time, wait for nothing more; the third time, end at once."""
         if self.node is None or self.node.stopping:
             self.loop.stop()
         elif self.node.leaving:
@@ -5948,7 +5917,7 @@ class Interface:
             self.leave()
 
     def _report(self, failure: BaseException) -> str:
-        """One line: what happened, and where more is said about it."""
+        """Return one line: what happened, and which file says more."""
         import tempfile
         import traceback
         log.error("[P2P] an error in the program", exc_info=failure)
@@ -5966,7 +5935,7 @@ class Interface:
 
 
 class Terminal:
-    """The terminal while the screen is ours: a context manager that puts it back as it was."""
+    """The terminal while it shows our screen: a context manager that puts it back as it was."""
 
     _ASCII = str.maketrans("✗●○→…─│·◌", "x*o>~-|-o")
 
@@ -5976,7 +5945,7 @@ class Terminal:
         import termios
         self._curses: Any = curses
         self._termios: Any = termios
-        for name in ("", "C.UTF-8", "C"):  # the one that is asked for may not be installed here
+        for name in ("", "C.UTF-8", "C"):  # the first one may not be installed here
             try:
                 locale.setlocale(locale.LC_CTYPE, name)
                 break
@@ -5992,7 +5961,7 @@ class Terminal:
         self._window = self._curses.initscr()
         try:
             ansi = (self._curses.tigetstr("cup") or b"").startswith(b"\x1b[")
-            if ansi:  # bracketed paste and focus reports; what does not know them ignores them
+            if ansi:  # marked pastes and focus reports; terminals that don't know them ignore them
                 self._modes = (b"\x1b[?2004h\x1b[?1004h", b"\x1b[?1004l\x1b[?2004l")
             self._make_styles()
             self.resume()
@@ -6008,18 +5977,18 @@ class Terminal:
         """Take the screen, for the first time or again."""
         for call in (self._curses.raw, self._curses.noecho, self._curses.nonl):
             self._quietly(call)
-        self._quietly(self._curses.typeahead, -1)  # nobody reads through curses: it need not look for keys
+        self._quietly(self._curses.typeahead, -1)  # curses reads no keys, and so need not look for them
         self._quietly(os.write, 1, self._modes[0])
         self.resize()
 
     def suspend(self) -> None:
-        """Give it back; harmless when that has been done."""
+        """Give the terminal back; harmless if that was done before."""
         self._quietly(os.write, 1, self._modes[1])
         self._quietly(self._curses.endwin)
         self._quietly(self._termios.tcsetattr, 0, self._termios.TCSADRAIN, self._before)
 
     def resize(self) -> None:
-        """It may have another size; draw everything anew."""
+        """Ask for the size, which may be another one, and draw everything anew."""
         try:
             cols, rows = os.get_terminal_size(0)
         except OSError:
@@ -6029,7 +5998,7 @@ class Terminal:
         self._window.clear()
 
     def _quietly(self, call: Callable[..., Any], *args: Any) -> None:
-        """Make a call that fails when the terminal is gone, which is noticed elsewhere, or is a poor one."""
+        """Make a call that may fail: the terminal is a poor one, or gone, which is noticed elsewhere."""
         try:
             call(*args)
         except (OSError, self._curses.error, self._termios.error):
@@ -6041,20 +6010,19 @@ class Terminal:
         return int(rows), int(cols)
 
     def keys(self) -> Dict[str, str]:
-        """The sequences that this terminal sends for its keys."""
+        """Return the sequences that this terminal sends for its keys."""
         found = {self._curses.tigetstr(name): key for name, key in _TERMINFO_KEYS.items()}
         return {code.decode("latin-1"): key for code, key in found.items() if code and len(code) > 1}
 
     def beep(self) -> None:
-        """Ring."""
         self._curses.beep()
 
     def draw(self, screen: Screen) -> None:
-        """Show a screen; what of it is new to the terminal is curses' business."""
+        """Show a screen. Curses sends only what has changed."""
         self._window.erase()
         for row, line in enumerate(screen.lines):
-            self._quietly(self._draw_row, row, line)  # behind the last cell is no place for the cursor: it is drawn
-        self._quietly(self._window.move, *screen.cursor)  # the screen may be smaller by now than it was
+            self._quietly(self._draw_row, row, line)  # fails behind the last cell, but draws it
+        self._quietly(self._window.move, *screen.cursor)  # the terminal may be smaller by now
         self._quietly(self._window.refresh)
 
     def _draw_row(self, row: int, line: Line) -> None:
@@ -6063,14 +6031,14 @@ class Terminal:
             self._window.addstr(self._drawable(text), self._styles.get(style, 0))
 
     def _drawable(self, text: str) -> str:
-        """A text in what the locale can show, at the same width."""
+        """Return a text in characters that the locale has, at the same width."""
         if self._utf8 or text.isascii():
             return text
         clusters = (cluster.translate(self._ASCII) for cluster in graphemes(text))
         return "".join(cluster if cluster.isascii() else "?" * width(cluster) for cluster in clusters)
 
     def _make_styles(self) -> None:
-        """What the styles look like: in colour where there is some, and never by colour alone."""
+        """Choose what the styles look like: in colour if there is any, but never by colour alone."""
         curses, styles = self._curses, self._styles
         bold = curses.A_BOLD
         styles.update(dim=curses.A_DIM, bold=bold, bar=curses.A_REVERSE, rule=bold, error=bold, private=bold,
@@ -6078,7 +6046,7 @@ class Terminal:
         try:
             curses.start_color()
             curses.use_default_colors()
-            many = curses.COLORS >= 256  # of 256 there are some that can be read on white as on black
+            many = curses.COLORS >= 256  # some of them can be read on white and on black
             nicks = (31, 64, 97, 130, 132, 166, 29, 161) if many else (1, 2, 5, 6, 1, 2, 5, 6)
             for pair, colour in enumerate((*nicks, 1, 5, 3 if not many else 172), 1):
                 curses.init_pair(pair, colour, -1)
@@ -6090,12 +6058,12 @@ class Terminal:
 
 
 class CursesInterface(Interface):
-    """The screen. Before there is a name, a form; `form` is what stands in front of the chat."""
+    """The screen. As long as there is a form, it is shown in place of the chat."""
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         super().__init__(loop, settings)
         self.form: Optional[StartForm] = None
-        self._next: Optional[Settings] = None  # to be started with, when the node before has stopped
+        self._next: Optional[Settings] = None  # of the next node, which starts when this one has stopped
         self._frame = Timer()
         self._drawn_at = 0.0
         self._escape = Timer()
@@ -6110,10 +6078,10 @@ class CursesInterface(Interface):
         with Terminal() as self.terminal:
             self._keys = KeyReader(self.terminal.keys())
             self.listen_for_signals()
-            self.loop.on_signal(signal.SIGWINCH, self._resized)
+            self.loop.on_signal(signal.SIGWINCH, self._on_resize)
             self.loop.on_signal(signal.SIGTSTP, self._suspend)
-            self.loop.on_signal(signal.SIGCONT, self._continued)
-            self.loop.watch(0, self._readable)
+            self.loop.on_signal(signal.SIGCONT, self._on_continue)
+            self.loop.watch(0, self._on_readable)
             self.changed()
             self.loop.run()
         lost = self.view.lost if self.node is not None else []
@@ -6125,7 +6093,7 @@ class CursesInterface(Interface):
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
         if node is not self.node:
-            return  # the user has taken another name or server meanwhile, and so another node
+            return  # with another name or server from the form, there is another node
         self.view.handle(events)
         for event in events:
             if event["event"] == "server" and self.form is not None and self.form.is_busy:
@@ -6137,7 +6105,7 @@ class CursesInterface(Interface):
         self.changed()
 
     def changed(self) -> None:
-        """Draw soon: at the end of this turn, or when the frame before has been seen."""
+        """Draw soon: in the next turn, or when the frame before was shown long enough."""
         if not self._frame.active:
             wait = max(0.0, self._drawn_at + FRAME - self.loop.now())
             self._frame = self.loop.call_later(wait, self.guard, self._draw)
@@ -6151,8 +6119,8 @@ class CursesInterface(Interface):
             self.view.rows, self.view.cols = rows, cols
             screen = render(self.view, rows, cols)
             self.terminal.draw(screen)
-            if self.view.is_rung:
-                self.view.is_rung = False
+            if self.view.has_rung:
+                self.view.has_rung = False
                 self.terminal.beep()
         self._drawn_at = self.loop.now()
         if not screen.is_complete:
@@ -6160,7 +6128,7 @@ class CursesInterface(Interface):
 
     # -- in --------------------------------------------------------------------------------------------
 
-    def _readable(self) -> None:
+    def _on_readable(self) -> None:
         try:
             data = os.read(0, 65536)
         except OSError:
@@ -6171,11 +6139,11 @@ class CursesInterface(Interface):
             return
         self._escape.cancel()
         presses = self._keys.feed(data)
-        self._press(presses if self._keys.brackets else without_burst(presses))
+        self._press(presses if self._keys.has_brackets else without_burst(presses))
         if self._keys.is_waiting:
-            self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._escaped)
+            self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._on_escape_time)
 
-    def _escaped(self) -> None:
+    def _on_escape_time(self) -> None:
         if self._keys.is_waiting:
             self._press(self._keys.flush())
 
@@ -6190,30 +6158,30 @@ class CursesInterface(Interface):
             elif kind == PRESS and value == "ctrl-c" and self.node is not None and self.node.leaving:
                 self.interrupt()
             else:
-                shown = self.form or self.view
-                {PRESS: shown.key, TEXT: shown.type, PASTE: shown.paste}[kind](value)
+                keyboard = self.form or self.view.keyboard
+                {PRESS: keyboard.press, TEXT: keyboard.type, PASTE: keyboard.paste}[kind](value)
         self.changed()
 
-    def _resized(self) -> None:
+    def _on_resize(self) -> None:
         self.terminal.resize()
         self.changed()
 
     def _suspend(self) -> None:
-        """Ctrl-Z: the terminal is put back before we stop, so it is in order even if we never go on."""
+        """Stop, as Ctrl-Z asks. The terminal is put back before, so it is in order even if we never go on."""
         self.terminal.suspend()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(0, signal.SIGTSTP)
         self.loop.on_signal(signal.SIGTSTP, self._suspend)
-        self._continued()
+        self._on_continue()
 
-    def _continued(self) -> None:
+    def _on_continue(self) -> None:
         self.terminal.resume()
         self.changed()
 
     # -- the form --------------------------------------------------------------------------------------
 
     def _press_in_form(self, form: StartForm, key: str) -> None:
-        """A key that starts the chat or leaves; Enter waits until a server that is tried has answered."""
+        """Start the chat, or leave. Enter does nothing while a server is tried."""
         if key in ("ctrl-c", "ctrl-d"):
             self.leave()
         elif key == "esc":
@@ -6222,14 +6190,14 @@ class CursesInterface(Interface):
             self._submit(form, wait=True)
 
     def _submit(self, form: StartForm, wait: bool) -> None:
-        """Start with what the form says; with `wait` it stays until the server has answered."""
+        """Start with what the form says. With `wait`, it stays until the server has answered."""
         try:
             name, server = check_username(form.name.text.strip()), None
             try:
                 server = parse_address(form.server.text.strip()) if form.server.text.strip() else None
                 check_reach(self.settings.host, [server] if server else [])
             except ValueError:
-                if wait:  # else it goes on without
+                if wait:  # else start without a server
                     raise
                 server = None
         except ValueError as error:
@@ -6244,11 +6212,11 @@ class CursesInterface(Interface):
         self._next = settings
         if self.node is None:
             self._launch()
-        else:  # another name or server, or the same once more: another node
+        else:  # each try has a node of its own
             self.node.leave()
 
     def _launch(self) -> None:
-        """Begin to chat with what was submitted last."""
+        """Start a node with what was submitted last."""
         assert self.form is not None and self._next is not None
         settings, self._next = self._next, None
         try:
@@ -6275,16 +6243,16 @@ class CursesInterface(Interface):
 
 
 class LineReader:
-    """Lines from standard input, be it a terminal, a pipe, a file or nothing. Never waits for it."""
+    """Reads lines from standard input, be it a terminal, a pipe, a file or nothing. Never waits for it."""
 
     def __init__(self, loop: Loop, on_lines: Callable[[List[str]], None], on_end: Callable[[], None]) -> None:
         self._loop = loop
-        self._on_lines = on_lines  # is given all lines of one read
+        self._on_lines = on_lines  # is called with all lines of one read
         self._on_end = on_end
-        self._rest = b""  # a line whose end has not come
+        self._rest = b""  # the beginning of a line
         self._source: Any = 0
         self._read: Callable[[int], bytes] = functools.partial(os.read, 0)
-        self._state = "paused"  # watching, polling (a file, which can always be read), paused, ended
+        self._state = "paused"  # watching, polling (a file: it can't be watched), paused, ended
         self._poll = Timer()
         if sys.platform == "win32":
             self._start_thread()
@@ -6300,7 +6268,7 @@ class LineReader:
                 self._poll = self._loop.call_later(0, self._on_readable)
 
     def pause(self) -> None:
-        """Leave what comes where it is."""
+        """Read nothing more for now."""
         if self._state == "watching":
             self._loop.unwatch(self._source)
         self._poll.cancel()
@@ -6309,7 +6277,7 @@ class LineReader:
 
     def _on_readable(self) -> None:
         try:
-            data = self._read(READ_SIZE)
+            data = self._read(PIPE_SIZE)
         except OSError:
             data = b""
         if self._state == "polling":
@@ -6323,7 +6291,7 @@ class LineReader:
             self._on_end()
 
     def _cut(self, data: bytes) -> List[str]:
-        """Return the lines that these bytes complete; the end of the input, or MAX_LINE, completes one, too."""
+        """Return the lines that these bytes complete. The end of input completes a line, and so does MAX_LINE."""
         end = data.rfind(b"\n") + 1
         if not end and data:
             if len(self._rest) + len(data) <= MAX_LINE:
@@ -6334,7 +6302,7 @@ class LineReader:
         return [line.rstrip("\r") for line in text.split("\n") if line and not line.isspace()]
 
     def _start_thread(self) -> None:
-        """Windows can't wait for stdin and sockets together: there, and only there, a thread reads it."""
+        """Read in a thread on Windows, and only there: it can't wait for a console or pipe and sockets together."""
         import threading
         self._source, far_end = socket.socketpair()
         self._read = self._source.recv
@@ -6347,11 +6315,11 @@ class LineReader:
 
 
 class LineWriter:
-    """Lines to standard output, without waiting for it: what it does not take now is kept."""
+    """Writes lines to standard output. Never waits for it: what is not taken at once is kept."""
 
     def __init__(self, loop: Loop, on_broken: Callable[[str], None]) -> None:
         self._loop = loop
-        self._on_broken = on_broken  # is told why; "" if whoever read is gone, as is their right
+        self._on_broken = on_broken  # is told why; "" if the reader is gone, as is its right
         self._lines: List[str] = []  # since the last flush
         self._output = bytearray()
         self._state = "idle"  # idle, waiting, broken
@@ -6359,14 +6327,14 @@ class LineWriter:
         own = _own_pipe()
         self._descriptor: Any = 1 if own is None else own
         self._is_own = own is not None
-        self._most = READ_SIZE if self._is_own or stat.S_ISREG(os.fstat(1).st_mode) else PIPE_CHUNK  # bytes of a write
+        self._most = PIPE_SIZE if self._is_own or stat.S_ISREG(os.fstat(1).st_mode) else SAFE_WRITE  # bytes of a write
 
     def write(self, line: str) -> None:
         """Write a line at the next flush."""
         self._lines.append(line)
 
     def flush(self, events: int = 0) -> None:
-        """Write what is taken at once; the rest follows when it can."""
+        """Write what is taken at once; the rest follows when there is room."""
         if self._lines:
             self._lines.append("")
             self._output += "\n".join(self._lines).encode("utf-8", "replace")
@@ -6378,7 +6346,7 @@ class LineWriter:
             while self._output and self._may_write():
                 del self._output[:os.write(self._descriptor, self._output[:self._most])]
         except BlockingIOError:
-            pass  # it is full; or shared with a program that made it non-blocking
+            pass  # the pipe is full
         except OSError as error:
             self._break("" if isinstance(error, BrokenPipeError) else error_text(error))
             return
@@ -6394,12 +6362,12 @@ class LineWriter:
             call()
 
     def _may_write(self) -> bool:
-        """Whether a write of `_most` bytes does not wait. Windows can ask that of sockets only."""
+        """Whether a write of `_most` bytes returns at once. Windows can tell that of sockets only."""
         import select
         return self._is_own or sys.platform == "win32" or bool(select.select([], [self._descriptor], [], 0)[1])
 
     def _await(self, more: bool) -> None:
-        """Wait until it can be written to, if there is more to write."""
+        """Be called when there is room, if there is more to write."""
         if more != (self._state == "waiting"):
             self._loop.set_interest(self._descriptor, selectors.EVENT_WRITE if more else 0, self.flush)
         self._state = "waiting" if more else "idle"
@@ -6407,7 +6375,7 @@ class LineWriter:
             self._on_empty()
 
     def _break(self, why: str) -> None:
-        """Nothing can be written any more."""
+        """Give up: nothing can be written any more."""
         self._await(False)
         self._state = "broken"
         self._output.clear()
@@ -6415,15 +6383,17 @@ class LineWriter:
 
 
 def _own_pipe() -> Optional[int]:
-    """Open the pipe that standard output is a second time, so that writing to it never waits; None if that can't be.
+    """If standard output is a pipe, open it once more, non-blocking, for ourselves. Return None if that can't be done.
 
-    Being non-blocking is a trait of what was opened, not of the descriptor: set on standard output it would hold for
-    all programs that share it, a shell among them. What Linux opens here is the same pipe, but ours alone."""
+    O_NONBLOCK belongs to the open file, not to the descriptor: set on standard output, it would hold for all programs
+    that share it, such as a shell. Linux opens the same pipe here, but as a file that is ours alone. So a write takes
+    as much as fits, up to all that a pipe holds, and returns. Asking first could not do that: a pipe counts pages, so
+    nobody knows how many bytes fit, and another writer may come between."""
     try:
         if sys.platform == "linux" and stat.S_ISFIFO(os.fstat(1).st_mode):
             return os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
-        pass  # no /proc, somebody else's pipe, or nobody reads it
+        pass  # there is no /proc, or the pipe is another user's, or nobody reads it
     return None
 
 
@@ -6432,24 +6402,24 @@ class PlainInterface(Interface):
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         super().__init__(loop, settings._replace(username=settings.username or login_name()))
-        self._by_hand = os.isatty(0)  # then what was typed is on the screen already
+        self._by_hand = os.isatty(0)  # if so, what was typed is on the screen already
         self._reader = LineReader(loop, functools.partial(self.guard, self._on_lines),
                                   functools.partial(self.guard, self._on_end))
         self._writer = LineWriter(loop, self._on_broken)
         self.transcript = self.make_transcript()
-        self._input: Deque[str] = collections.deque()  # lines that came and were not done yet
-        self._has_ended = False  # no more will come
+        self._input: Deque[str] = collections.deque()  # lines that came and wait
+        self._has_ended = False  # the input has
         self._next_lines = Timer()
-        self._lost = False  # output that could not be written
+        self._is_broken = False  # the output is
 
     def make_transcript(self) -> Transcript:
-        """Where what is said goes."""
+        """Return where what is said goes."""
         return Transcript(show_time, self._writer.write, echo=not self._by_hand)
 
     def status(self) -> int:
-        """1 if something was not delivered, not understood (in a script) or not written."""
+        """1 if something was not delivered, not written, or, in a script, not understood."""
         assert self.node is not None
-        return int(bool(self.node.undelivered or self._lost or self.view.refused and not self._by_hand))
+        return int(bool(self.node.undelivered or self._is_broken or self.view.refused and not self._by_hand))
 
     def chat(self) -> None:
         self.start_node(self.settings)
@@ -6462,7 +6432,7 @@ class PlainInterface(Interface):
         self.view.handle(events)
         self.show(events)
         kinds = {event["event"] for event in events}
-        if "settled" in kinds:  # what is piped in goes to those who are there, not to nobody
+        if "settled" in kinds:  # before, what is piped in would go to nobody
             self._reader.resume()
         if self._input and not self._next_lines.active:
             self._enter_lines()
@@ -6472,7 +6442,7 @@ class PlainInterface(Interface):
             self._writer.when_empty(self.loop.stop)
 
     def show(self, events: List[Event]) -> None:
-        """Print what the transcript does not: nothing."""
+        """Print events that the transcript does not print; here it prints them all."""
 
     def _on_lines(self, lines: List[str]) -> None:
         self._input += lines
@@ -6483,13 +6453,13 @@ class PlainInterface(Interface):
         self._enter_lines()
 
     def _enter_lines(self) -> None:
-        """Do what was typed: as much as this turn has time for, and no more than can be under way."""
+        """Do what the input says, as far as this turn has time and not too much is under way."""
         until = self.loop.now() + INPUT_TIME
         while self._input and not self.view.outgoing.is_full and self.loop.now() < until:
             self.view.enter(self._input.popleft())
         if self._input:
             self._reader.pause()
-            if not self.view.outgoing.is_full:  # else it goes on when some have arrived
+            if not self.view.outgoing.is_full:  # else the next deliveries go on with it
                 self._next_lines = self.loop.call_later(0, self.guard, self._enter_lines)
         elif self._has_ended:
             self.leave()
@@ -6498,9 +6468,9 @@ class PlainInterface(Interface):
         self._writer.flush()
 
     def _on_broken(self, why: str) -> None:
-        """The output can't be written: leave, for there is nobody to talk to."""
+        """Leave: nobody would read what is said."""
         if why:
-            self._lost = True
+            self._is_broken = True
             log.error("[P2P] the output can't be written: %s", why)
             sys.stderr.write(f"p2pchat: the output can't be written: {why}\n")
         self.leave()
@@ -6510,7 +6480,7 @@ class JsonInterface(PlainInterface):
     """The same input; every event as a JSON object on a line of its own, answers to commands as notices."""
 
     def make_transcript(self) -> Transcript:
-        """Where what is said goes: it is not printed, for the events are."""
+        """Return where what is said goes. It is not printed, for the events are."""
         return Transcript(show_time)
 
     def start_node(self, settings: Settings) -> None:
@@ -6522,7 +6492,7 @@ class JsonInterface(PlainInterface):
         self.show([{"event": "notice", "text": text, **({"error": True} if kind == "error" else {})}])
 
     def show(self, events: List[Event]) -> None:
-        """Print events, but not what those say who are ignored."""
+        """Print events, but not the messages of ignored peers."""
         ignored = self.view.people.ignored
         if ignored:
             events = [each for each in events if each["event"] != "chat" or each["from"]["id"] not in ignored]
@@ -6534,10 +6504,10 @@ _EVENT_ENCODER = json.JSONEncoder()
 
 
 def encode_events(events: List[Event], now: float) -> str:
-    """Encode events as JSON, a line each, with the time behind the first key, which is "event".
+    """Encode events as JSON, each on a line, with the time behind the first key, which is "event".
 
-    They are encoded as one list, for that is faster; then the time and the line breaks are put in. Both go where a
-    quote stands that is not escaped, and so never into a text."""
+    They are encoded as one list, which is faster; then times and line breaks are put in. Both are found by quotes
+    that are not escaped, and such quotes are in no text."""
     text = _EVENT_ENCODER.encode(events)[1:-1]
     for kind in {event["event"] for event in events}:
         start = f'{{"event": "{kind}"'
@@ -6546,7 +6516,7 @@ def encode_events(events: List[Event], now: float) -> str:
 
 
 def login_name() -> str:
-    """The name of whoever is logged in, as far as it can be used."""
+    """Return the login name, as far as it can be used."""
     import getpass
     try:
         return check_username(clean(getpass.getuser())[:MAX_NAME].strip())
@@ -6555,7 +6525,7 @@ def login_name() -> str:
 
 
 def has_screen() -> bool:
-    """Whether there is a terminal on which curses can put the cursor where it wants."""
+    """Whether there is a terminal on which curses can move the cursor."""
     if not (os.isatty(0) and os.isatty(1)):
         return False
     try:

@@ -159,9 +159,9 @@ def view_keys(view, *keys):
     """Press keys: names in <>, everything else is typed."""
     for key in keys:
         if key.startswith("<"):
-            view.key(key[1:-1])
+            view.keyboard.press(key[1:-1])
         else:
-            view.type(key)
+            view.keyboard.type(key)
 
 
 def view_screen(view, rows=24, cols=80):
@@ -363,7 +363,7 @@ def test_long_input_grows_and_follows_the_cursor():
 
 def test_pasted_lines_are_one_message():
     view = view_make("Bob")
-    view.paste("def f():\r\n\treturn 1\r\n")
+    view.keyboard.paste("def f():\r\n\treturn 1\r\n")
     assert view.window.line.text == "def f():\n\treturn 1" and view.node.sent == []
     assert any("return 1" in row for row in view_screen(view)[-3:]) and "2 lines were pasted" in view.hint
     view_keys(view, "<enter>")
@@ -372,13 +372,13 @@ def test_pasted_lines_are_one_message():
 
 def test_a_long_paste_asks_first():
     view = view_make("Bob")
-    view.paste("x = 1\n" * 500)
+    view.keyboard.paste("x = 1\n" * 500)
     view_keys(view, "<enter>")
     assert view.node.sent == [] and "500 lines" in "".join(view_screen(view))
     view_keys(view, "<left>", "<enter>")
     assert view.node.sent == []  # another key, asked again
     view_keys(view, "<ctrl-c>")
-    view.paste("x = 1\n" * 500)
+    view.keyboard.paste("x = 1\n" * 500)
     view_keys(view, "<enter>", "<focus-out>", "<focus-in>")
     assert view.node.sent == [] and "Ctrl-C drops" in "".join(view_screen(view, 12, 40))
     view_keys(view, "<enter>")
@@ -388,9 +388,9 @@ def test_a_long_paste_asks_first():
 def test_a_paste_that_is_too_long_is_refused_and_never_cut():
     view = view_make("Bob")
     for text in ("y" * (p2pchat.MAX_TEXT + 1), "日" * (p2pchat.MAX_TEXT // 3 + 1)):
-        view.paste(text)
+        view.keyboard.paste(text)
         assert view.window.line.text == "" and "Not pasted" in view_screen(view)[-2]
-    view.paste("\x1b[201~\x1b]0;title\x07 \u202e" + "日" * 5000)
+    view.keyboard.paste("\x1b[201~\x1b]0;title\x07 \u202e" + "日" * 5000)
     assert "\x1b" not in view.window.line.text and view.window.line.text.count("日") == 5000
 
 
@@ -493,7 +493,7 @@ def test_nothing_that_was_typed_is_dropped():
     for command in p2pchat.COMMANDS.values():
         if command.usage == command.name:
             assert "nothing behind it" in view_answer(view, f"{command.name} x"), command
-    assert view.node.calls == [] and view.side
+    assert view.node.calls == [] and view.has_side
     view.enter("/query Bob what about this")
     assert view.node.sent == [("what about this", view.window.target)] and view.window.target == view_peer(view, "Bob")["id"]
 
@@ -603,19 +603,19 @@ def test_styles_tell_messages_apart():
 def test_the_bell_rings_rarely():
     view = view_make("Bob")
     view_chat(view, "Bob", "nothing")
-    assert not view.is_rung
+    assert not view.has_rung
     view_chat(view, "Bob", "Alice!")
-    assert view.is_rung
-    view.is_rung = False
+    assert view.has_rung
+    view.has_rung = False
     view_chat(view, "Bob", "Alice!")
-    assert not view.is_rung
+    assert not view.has_rung
     view.node.loop.seconds += 10
     view.enter("/bell off")
     view_chat(view, "Bob", "private", private=True)
-    assert not view.is_rung
+    assert not view.has_rung
     view.enter("/bell on")
     view_chat(view, "Bob", "private", private=True)
-    assert view.is_rung
+    assert view.has_rung
 
 
 def test_scrolling_is_anchored():
@@ -1080,7 +1080,7 @@ def test_the_start_form():
     form = p2pchat.StartForm("anna", "", "chosen by the system")
     assert form.line is form.name
     for name in ("tab", "shift-tab", "ctrl-u", "ctrl-j", "no such key"):
-        form.key(name)
+        form.press(name)
     form.line.insert("Bob")
     form.message = "That name can't be."
     rows = ["".join(span.text for span in line) for line in p2pchat.render_form(form, 24, 80).lines]
@@ -1092,12 +1092,12 @@ def test_the_start_form():
     row, column = p2pchat.render_form(form, 24, 80).cursor
     assert rows[row][:column].endswith("Bob")
     form.line.insert("by the window in the corner")
-    form.key("tab")
+    form.press("tab")
     small = "\n".join("".join(span.text for span in line) for line in p2pchat.render_form(form, 5, 20).lines)
     assert small.startswith(" Name    Bobby the w\n"), "a field that is not being written shows its beginning"
-    form.key("tab")
+    form.press("tab")
     for name in ("ctrl-w", "left", "right", "ctrl-w", "ctrl-y"):
-        form.key(name)
+        form.press(name)
     assert form.line.text == "Bobby the window in the ", "only what is cut at one go is kept as one"
 
 
@@ -6474,8 +6474,8 @@ def test_several_lines_at_once_are_a_paste():
         presses = p2pchat.KeyReader().feed(typed_ahead)
         assert p2pchat.without_burst(presses) == presses
     reader = p2pchat.KeyReader()
-    assert not reader.brackets
-    assert reader.feed(b"\x1b[200~x") == [] and reader.brackets
+    assert not reader.has_brackets
+    assert reader.feed(b"\x1b[200~x") == [] and reader.has_brackets
 
 
 def test_type_ahead_is_no_paste_where_pastes_are_marked():
@@ -6519,7 +6519,7 @@ def test_the_script_in_process():
     reader = p2pchat.KeyReader({"\x1bA": "up"})
     for typed, expected in PTY_SCRIPT:
         for kind, value in reader.feed(typed.encode()):
-            {"press": view.key, "text": view.type, "paste": view.paste}[kind](value)
+            {"press": view.keyboard.press, "text": view.keyboard.type, "paste": view.keyboard.paste}[kind](value)
         for number in range(len(view.node.sent)):
             view_event(view, {"event": "delivered", "id": f"me-{number + 1}", "to": view_peer(view, "Bob")})
         assert expected in "\n".join(view_screen(view)), (typed, view_screen(view))
@@ -6594,7 +6594,7 @@ def test_a_terminal_that_goes_away():
             assert bob.event("left")["reason"] == "left" and alice.process.wait(PTY_LIMIT) == 0
 
 
-@pytest.mark.parametrize("where", ["ChatView.handle", "render", "ChatView.key"])
+@pytest.mark.parametrize("where", ["ChatView.handle", "render", "Keyboard.press"])
 def test_the_terminal_is_restored_after_an_exception(where):
     code = f"""if True:
         import p2pchat, sys
@@ -6602,7 +6602,7 @@ def test_the_terminal_is_restored_after_an_exception(where):
         p2pchat.{where} = broken
         sys.exit(p2pchat.main(sys.argv[1:]))"""
     with PtyProgram(*pty_peer("Alice"), code=code, term="xterm") as alice:
-        if where == "ChatView.key":
+        if where == "Keyboard.press":
             alice.wait_for(lambda: b"/help lists" in alice.output, "the screen")
             alice.type("\r")
         alice.ends(1)
