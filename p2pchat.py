@@ -6104,10 +6104,12 @@ class CursesInterface(Interface):
                 self._launch()
         self.changed()
 
-    def changed(self) -> None:
-        """Draw soon: in the next turn, or when the frame before was shown long enough."""
+    def changed(self, by_user: bool = False) -> None:
+        """Draw: in the next turn what the user did, else when the frame before was shown long enough."""
+        if by_user:
+            self._frame.cancel()
         if not self._frame.active:
-            wait = max(0.0, self._drawn_at + FRAME - self.loop.now())
+            wait = 0.0 if by_user else max(0.0, self._drawn_at + FRAME - self.loop.now())
             self._frame = self.loop.call_later(wait, self.guard, self._draw)
 
     def _draw(self) -> None:
@@ -6160,7 +6162,7 @@ class CursesInterface(Interface):
             else:
                 keyboard = self.form or self.view.keyboard
                 {PRESS: keyboard.press, TEXT: keyboard.type, PASTE: keyboard.paste}[kind](value)
-        self.changed()
+        self.changed(by_user=True)
 
     def _on_resize(self) -> None:
         self.terminal.resize()

@@ -6552,6 +6552,34 @@ def test_resizing():
         alice.ends(0)
 
 
+class FrameLoop(p2pchat.Loop):
+    """A loop whose clock stands still until the test moves it."""
+
+    seconds = 100.0
+
+    def now(self):
+        return self.seconds
+
+
+def test_frames_wait_for_one_another_but_not_a_key():
+    """However much is said, there are 30 drawings a second; what is typed is on the screen in the next turn."""
+    loop, drawn = FrameLoop(), []
+    screen = p2pchat.CursesInterface(loop, p2pchat.Settings())
+    screen.form = p2pchat.StartForm("Alice", "", "")
+    screen.terminal = types.SimpleNamespace(size=lambda: (24, 80), draw=drawn.append)
+    screen._keys = p2pchat.KeyReader()
+    counts = []
+    for moment, key in ((0, ""), (0.001, ""), (0.01, ""), (0.034, ""), (0.035, "x"), (0.036, "y"), (0.037, ""), (0.07, "")):
+        loop.seconds = 100.0 + moment
+        screen.changed()
+        if key:
+            screen._press([("text", key)])
+        loop.turn(0)
+        counts.append(len(drawn))
+    assert counts == [1, 1, 1, 2, 3, 4, 4, 5]
+    assert "Alicexy" in "".join(span.text for line in drawn[3].lines for span in line)
+
+
 # -- however it ends, the terminal is as it was --------------------------------------------------------
 
 PTY_RESTORED = (b"\x1b[?2004l", b"\x1b[?1004l", b"\x1b[?1049l")
