@@ -4201,6 +4201,7 @@ class Span(NamedTuple):
 
 Line = List[Span]
 _MARKS = {"error": Span("! ", "error"), "joined": Span("+ ", "dim")}  # before what nobody said; else "- "
+EntryRow = Tuple[Tuple[Span, ...], str, str]  # of an entry: what stands before a text, the text, its style
 Place = Tuple[int, int]  # in a scrollback: the seq of an entry, and one of its rows
 Clock = Callable[[float], str]  # turns Unix time into what is shown
 
@@ -4456,7 +4457,7 @@ class Scrollback:
         self.entries: List[Entry] = []
         self.next = 0  # seq of the next entry
         self._size = 0  # characters of all entries
-        self._drawn: Dict[int, Tuple[Tuple[Any, ...], List[Line]]] = {}  # by seq: rows, and the state that they show
+        self._drawn: Dict[int, Tuple[Tuple[Any, ...], List[EntryRow]]] = {}  # by seq: the state that is shown, and rows
         self._drawn_rows = 0  # at most so many
         self._portion = DRAW_PORTION  # characters that may still be wrapped for this drawing
         self.anchor: Optional[Place] = None
@@ -4501,7 +4502,7 @@ class Scrollback:
 
     # -- rows ------------------------------------------------------------------------------------------
 
-    def rows(self, entry: Entry, cols: int) -> List[Line]:
+    def rows(self, entry: Entry, cols: int) -> List[EntryRow]:
         """Return an entry as rows. Once enough was wrapped for this drawing, other entries come without their text."""
         receipts = entry.receipts
         style = "found" if entry.seq == self.found else "dim" if receipts and receipts.waiting else entry.style
@@ -4529,29 +4530,29 @@ class Scrollback:
         """Whether the drawing has all texts."""
         return self._portion > 0
 
-    def _draw(self, entry: Entry, cols: int, style: str, text: str) -> List[Line]:
+    def _draw(self, entry: Entry, cols: int, style: str, text: str) -> List[EntryRow]:
         """Draw an entry: its head, the text wrapped beside it, and below it the failures."""
-        when = [Span(self._clock(entry.added_at) + " ", "dim")] if cols >= TIME_COLS else []
-        first: Line = [*when, *head(entry.kind, entry.sender, entry.to)]
+        when = (Span(self._clock(entry.added_at) + " ", "dim"),) if cols >= TIME_COLS else ()
+        first = when + head(entry.kind, entry.sender, entry.to)
         indent = sum(width(span.text) for span in first)
-        rows: List[Line] = []
+        rows: List[EntryRow] = []
         if entry.seq - 1 == self.unread:
-            rows.append([Span("─── new " + "─" * (cols - 8), "rule")])
+            rows.append(((), "─── new " + "─" * (cols - 8), "rule"))
         if indent > cols // 2:  # the text has no room beside the head
-            rows.append(first)
+            rows.append((first, "", ""))
             indent = min(2, cols // 4)
-            first = [Span(" " * indent)]
-        rest = [Span(" " * indent)]
+            first = (Span(" " * indent),)
+        rest = (Span(" " * indent),)
         texts = wrap(text, max(1, cols - indent), table=entry.kind == "answer")
-        rows += [[*(rest if at else first), Span(text, style)] for at, text in enumerate(texts)]
+        rows += [(rest if at else first, text, style) for at, text in enumerate(texts)]
         for failure in entry.receipts.failures(self._label) if entry.receipts else []:
-            rows += [[*rest, Span(text, "error")] for text in wrap(failure, max(1, cols - indent))]
+            rows += [(rest, text, "error") for text in wrap(failure, max(1, cols - indent))]
         return rows
 
     def visible(self, area: Area) -> List[Line]:
         """Return exactly as many rows as fit, filled to their width; the anchor or the newest row is the lowest."""
         height, cols = area
-        rows: List[Line] = []
+        rows: List[EntryRow] = []
         if height > 0 and self.entries:
             low = (self.entries[-1].seq, sys.maxsize)
             if self.anchor is not None:
@@ -4561,8 +4562,8 @@ class Scrollback:
                 rows += reversed(block[:low[1] + 1] if self.entries[index].seq == low[0] else block)
                 if len(rows) >= height:
                     break
-        rows += [[]] * (height - len(rows))
-        return [fill(tuple(row), cols) for row in rows[height - 1::-1]] if height > 0 else []
+        rows = rows[:height] + [((), "", "")] * (height - len(rows))
+        return [fill((*before, Span(text, style)), cols) for before, text, style in reversed(rows)]
 
     # -- where the reader is ---------------------------------------------------------------------------
 
@@ -4902,7 +4903,7 @@ class Narrator:
 
     def __init__(self, view: ChatView) -> None:
         self.view = view
-        self._labels: Dict[str, str] = {}  # by id, looked up for the events of this turn
+        self._labels: Dict[str, str] = {}  # by id; the same for all events of a turn, which come when all is done
         self._failures: List[Receipts] = []  # of messages that failed and came to their end in this turn
         self._rang_at = float("-inf")
         self._namesake = ""  # the user's own name, once it was said that somebody else has it, too
@@ -4994,14 +4995,12 @@ class Narrator:
     # -- who is here -----------------------------------------------------------------------------------
 
     def on_joined(self, event: Event) -> None:
-        self._labels.clear()
         self.view.people.fresh.add(event["peer"]["id"])
         self._gather("joined", event["peer"]["id"], "")
         self._warn_of_namesake()
 
     def on_left(self, event: Event) -> None:
         peer_id, reason = event["peer"]["id"], event["reason"]
-        self._labels.clear()
         self.view.people.fresh.discard(peer_id)
         kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
         self._gather(kind, peer_id, why)
@@ -5032,7 +5031,6 @@ class Narrator:
     def on_renamed(self, event: Event) -> None:
         """Say that a peer or the user has another name or address, and go on with the new id."""
         view, old, new = self.view, event["old"], event["peer"]
-        self._labels.clear()
         view.people.rename(old["id"], new["id"])
         view.outgoing.rename(old["id"], new["id"])
         view.window.target = new["id"] if view.window.target == old["id"] else view.window.target

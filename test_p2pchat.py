@@ -731,6 +731,17 @@ def test_a_namesake_is_told_of_once():
     assert "another Bob here" in view.window.scrollback.entries[-1].text
 
 
+def test_messages_tell_namesakes_apart_from_the_turn_on_in_which_the_second_came():
+    view = view_make("Bob")
+    bob = view_peer(view, "Bob")
+    view_chat(view, "Bob", "alone")
+    second = view.node.join("Bob", "10.0.0.7")
+    view.handle([{"event": "joined", "peer": second}] + [
+        {"event": "chat", "from": each, "to": "*", "text": "hi", "id": "x"} for each in (bob, second)])
+    rows = [row for row in view_screen(view, 24, 59) if ": " in row]
+    assert [row[6:].strip() for row in rows] == ["Bob: alone", "Bob@10.0.0.2: hi", "Bob@10.0.0.7: hi"]
+
+
 def test_joins_and_leaves_are_gathered():
     view = view_make()
     joined = [view.node.join(name, tell=True) for name in ("Bob", "Carol", "Dave")]
@@ -6916,6 +6927,7 @@ sys.stderr.write(f"{sum(sizes)} {told}")
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=dict(os.environ, PYTHONPATH=os.path.dirname(PTY_PROGRAM))) as process:
+        assert select.select([process.stderr], [], [], PTY_LIMIT)[0] or process.kill(), "it waits"
         assert process.stderr.readline() == b"[49152, 16384] 0\n"
         assert process.stdout.read() == (b"x" * 49_151 + b"\n") * 5
         assert process.stderr.read() == b"245760 []"
