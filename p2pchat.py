@@ -49,6 +49,7 @@ import re
 import selectors
 import signal
 import socket
+import stat
 import sys
 import time
 import unicodedata
@@ -4535,33 +4536,53 @@ class PeerNode:
 # ======================================================================================================
 # Chat view
 #
-# The model behind all three interfaces: what was said, the line being written, who is ignored, where the
-# reader is. One table of commands and one of keys; each is help, completion and documentation at once.
-# render(view, rows, cols) turns the model into lines of styled spans and a cursor: pure, at every size.
-# Nothing here knows curses, a socket or a clock of its own; what it is told is already clean.
+# The model behind all three interfaces. ChatView stands at the end of the section and holds the parts: a
+# Window (scrollback, input line, receiver) for a conversation; People and Outgoing, what is kept of other
+# peers and of the user's own messages; Narrator, which shows what happened at the node; Commands and
+# Keyboard, which do what the user says. The tables of commands and of keys are help, completion and the
+# README's tables at once. Where there is no screen, a Transcript takes the place of all scrollbacks.
+# render(view, rows, cols) draws the view as lines of styled spans: a pure function, for every size. Nothing
+# here knows curses, sockets or a clock, and every text that comes in is clean already.
 # ======================================================================================================
 
-MAX_ENTRIES = 5000  # kept to scroll back through; with texts of the usual length some 3 MiB
-MAX_SCROLLBACK = 8 * 1024 * 1024  # characters of all of them: 500 texts of the greatest length
-GATHER_TIME = 60.0  # joins that follow each other within so many seconds make one line
-GATHER_NAMES = 5  # of them are named, the others counted
-LATELY = 1800.0  # who spoke within so many seconds is told of by /quiet, too
-BELL_INTERVAL = 3.0  # seconds between two bells
-ASK_LINES = 20  # a message of more lines is sent only when Enter is pressed again
+MAX_ENTRIES = 5000  # in a scrollback; with texts of the usual length some 3 MiB
+MAX_SCROLLBACK = 4 * 1024 * 1024  # characters of all entries: 250 of the longest texts, which /search reads in 30 ms
+DRAW_PORTION = 48 * 1024  # characters wrapped for one drawing, those beyond ASCII counted threefold: some 30 ms
+MAX_DRAWN = 50_000  # rows kept as they were drawn: more than the largest screen and the longest texts on it have
+MAX_DELIVERIES = 10_000  # awaited at a time while lines are piped in: enough to keep every link busy
+MAX_SENDING = 1024 * 1024  # characters of the texts under way meanwhile: a quarter of a receiver's outbox
+GATHER_TIME = 60.0  # seconds within which joins, or leaves, that follow each other share a line
+GATHER_NAMES = 5  # names in such a line; the other peers are counted
+LATELY = 1800.0  # seconds: of a peer that spoke within them, /quiet shows joins and leaves
+BELL_INTERVAL = 3.0  # seconds between two rings
+ASK_LINES = 20  # a message of more lines is sent only when Enter is pressed twice
 SIDE_COLS = 60  # a narrower screen has no list of peers
-TIME_COLS = 32  # a narrower screen has no times
-NICK_STYLES = 8  # colours for names, "nick0" and on
+TIME_COLS = 32  # a narrower screen shows no times
+NICK_STYLES = 8  # colours of names: the styles nick0 to nick7
 PROMPT = "> "
+ACTION = "/me "  # begins a text that says what its sender does
+CHAT_KINDS = ("chat", "action")  # kinds of entries that somebody said
 
 
 class Span(NamedTuple):
-    """A piece of a line in one style. Styles are words; what they look like is up to the terminal's owner."""
+    """A piece of a line in one style. Styles are words; what they look like is the terminal's business."""
 
     text: str
     style: str = ""
 
 
 Line = List[Span]
+_MARKS = {"error": Span("! ", "error"), "joined": Span("+ ", "dim")}  # before what nobody said; else "- "
+EntryRow = Tuple[Tuple[Span, ...], str, str]  # of an entry: what stands before a text, the text, its style
+Place = Tuple[int, int]  # in a scrollback: the seq of an entry, and one of its rows
+Clock = Callable[[float], str]  # turns Unix time into what is shown
+
+
+class Area(NamedTuple):
+    """The size of the part of the screen that shows messages."""
+
+    height: int
+    cols: int
 
 
 class Screen(NamedTuple):
@@ -4569,18 +4590,21 @@ class Screen(NamedTuple):
 
     lines: List[Line]
     cursor: Tuple[int, int]
+    is_complete: bool = True  # else some texts are missing, and the next drawing has more
 
 
 class LineEditor:
-    """A line being written, as what is left and what is right of the cursor; its history; what was cut."""
+    """A line that is being written, its history, and what was cut from it.
+
+    The line is held in two parts, left and right of the cursor."""
 
     def __init__(self, text: str = "") -> None:
         self.left, self.right = text, ""
         self._history: List[str] = []
-        self._place = 0  # in the history; at its end is the line being written
-        self._draft = ""
+        self._at = 0  # index in the history; its length stands for the line that is being written
+        self._draft = ""  # that line, while the history is shown
         self._cut = ""
-        self._joining = False  # nothing was done since the last cut: what is cut now belongs to it
+        self._is_cutting = False  # the last key cut something: what is cut now is joined to it
 
     @property
     def text(self) -> str:
@@ -4588,20 +4612,20 @@ class LineEditor:
         return self.left + self.right
 
     def set(self, text: str) -> None:
-        """Another line in its place, the cursor at its end."""
-        self.left, self.right, self._joining = text, "", False
+        """Replace the line, and put the cursor at its end."""
+        self.left, self.right, self._is_cutting = text, "", False
 
     def insert(self, text: str) -> None:
-        """Put a text at the cursor."""
+        """Insert a text at the cursor."""
         self.left += text
-        self._joining = False
+        self._is_cutting = False
 
     def move(self, left: int) -> None:
         """Put the cursor so many characters from the beginning."""
-        self.left, self.right, self._joining = self.text[:left], self.text[left:], False
+        self.left, self.right, self._is_cutting = self.text[:left], self.text[left:], False
 
     def before(self) -> int:
-        """Where the character left of the cursor begins; what a reader takes for one is one."""
+        """Where the character left of the cursor begins: what a reader takes for one character."""
         return len(self.left) - len((graphemes(self.left[-64:]) or [""])[-1])
 
     def behind(self) -> int:
@@ -4617,13 +4641,13 @@ class LineEditor:
         return len(self.left) + _first_word(self.right)
 
     def blank_before(self) -> int:
-        """Where the word left of the cursor begins, if only blanks part words."""
+        """Where the word left of the cursor begins, if only blanks separate words."""
         words = self.left.rstrip()
         return next((at + 1 for at in range(len(words) - 1, -1, -1) if words[at].isspace()), 0)
 
     def delete(self, where: int) -> str:
-        """Take out, and return, what stands between the cursor and a place."""
-        self._joining = False
+        """Delete what stands between the cursor and an index; return it."""
+        self._is_cutting = False
         if where < len(self.left):
             gone, self.left = self.left[where:], self.left[:where]
         else:
@@ -4632,760 +4656,35 @@ class LineEditor:
         return gone
 
     def cut(self, where: int) -> None:
-        """The same, and keep it for yank(); pieces cut one after the other are kept as one."""
-        backwards, joining = where < len(self.left), self._joining
+        """Delete, and keep it for yank(); pieces that are cut one after the other are kept as one."""
+        backwards, is_cutting = where < len(self.left), self._is_cutting
         gone = self.delete(where)
-        if joining:
+        if is_cutting:
             gone = gone + self._cut if backwards else self._cut + gone
         if gone:
-            self._cut, self._joining = gone, True
+            self._cut, self._is_cutting = gone, True
 
     def yank(self) -> None:
         """Insert what was cut last."""
         self.insert(self._cut)
 
     def enter(self) -> str:
-        """Return the line, empty it, and keep it in the history."""
+        """Return the line, add it to the history, and begin an empty one."""
         text = self.text
         if text.strip() and self._history[-1:] != [text]:
             self._history = self._history[-499:] + [text]
-        self._place = len(self._history)
+        self._at = len(self._history)
         self.set("")
         return text
 
     def recall(self, step: int) -> None:
-        """Go through the history; the line being written waits at its end."""
-        if self._place == len(self._history):
+        """Show another line of the history; the one that is being written waits at its end."""
+        if self._at == len(self._history):
             self._draft = self.text
-        place = self._place + step
-        if 0 <= place <= len(self._history):
-            self._place = place
-            self.set((self._history + [self._draft])[place])
-
-
-class Entry:
-    """One message or notice of the scrollback."""
-
-    __slots__ = ("seq", "time", "kind", "head", "text", "style", "who", "fates")
-
-    def __init__(self, seq: int, when: float, kind: str, head: Line, text: str, style: str) -> None:
-        self.seq = seq  # consecutive: its place in the scrollback is seq - the first one's
-        self.time = when
-        self.kind = kind  # chat, notice, answer, error, joined, left, gone
-        self.head = head  # who speaks
-        self.text = text
-        self.style = style
-        self.who: List[Tuple[str, str]] = []  # joined, left, gone: ids, each with the reason
-        self.fates: Dict[str, Optional[str]] = {}  # own, by receiver: None under way, "" has it, else why not
-
-    @property
-    def under_way(self) -> bool:
-        """Whether somebody has yet to get it."""
-        return None in self.fates.values()
-
-
-Handle = Callable[["ChatView", str], None]  # of a command: gets the view and what stands behind the command
-
-
-class Command(NamedTuple):
-    """What can be typed after a slash."""
-
-    name: str
-    usage: str
-    help: str
-    run: Handle
-
-
-class Key(NamedTuple):
-    """What a key does. `run` gets the line editor or the view."""
-
-    names: str
-    help: str
-    run: Callable[[Any], None]
-
-
-COMMANDS: Dict[str, Command] = {}
-
-
-def command(usage: str) -> Callable[[Handle], Handle]:
-    """Enter a method in the table of commands; its docstring is the command's help."""
-    def enter(method: Handle) -> Handle:
-        name = usage.split()[0]
-        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method)
-        return method
-    return enter
-
-
-class ChatView:
-    """The model. It is told of events, keys and lines; `clock` turns Unix time into what is shown."""
-
-    def __init__(self, node: PeerNode, clock: Callable[[float], str], on_screen: bool = True) -> None:
-        self.node = node
-        self.clock = clock
-        self.on_screen = on_screen  # else every change becomes an entry, for whoever prints them
-        self.entries: List[Entry] = []
-        self._size = 0  # characters in them
-        self.next = 0  # seq of the next one
-        self.line = LineEditor()
-        self.anchor: Optional[Tuple[int, int]] = None  # scrolled back: (seq, row) of the lowest row on screen
-        self.away = -1  # seq of the last entry that was there when the reader scrolled away
-        self.unread: Optional[int] = None  # seq of the last entry that was read: what follows is marked as new
-        self._missed = False  # that mark is from a loss of focus, and has yet to be found
-        self.found: Optional[int] = None  # seq of what /search found
-        self.rows, self.cols = 24, 80
-        self.side = True
-        self.hint = ""  # said above the input line until the next key
-        self.target: Optional[str] = None  # /query: id of the peer whom what is typed goes to
-        self.ignored: Dict[str, None] = {}  # ids of peers
-        self.fresh: Set[str] = set()  # ids of those who came since the last key
-        self.log: Deque[str] = collections.deque(maxlen=500)
-        self.rung = False  # the bell is to be rung
-        self._bell = True
-        self._bell_time = float("-inf")
-        self._quiet = False
-        self._spoke: Dict[str, float] = {}  # id -> when, the latest last
-        self._private: Optional[str] = None  # id of who last wrote privately
-        self.mine: Dict[str, Entry] = {}  # own messages under way, by message id
-        self._last_mine: Optional[Entry] = None
-        self.lost: List[str] = []  # what could not be delivered any more while leaving
-        self._search = ""
-        self._key = self._before = ""  # the last one, and the one before it
-        self._asked = False  # Enter was pressed for a long text
-        self._namesake = ""  # one's own name, once it was said that another has it, too
-        self.refused = 0  # lines that could not be done
-        self._completion: Tuple[str, List[str], int] = ("", [], 0)  # what stands before, candidates, which one
-        self.on_answer: Callable[[str, str], None] = lambda text, kind: None
-
-    # -- what was said ---------------------------------------------------------------------------------
-
-    def handle(self, event: Event) -> None:
-        """Take in an event of the node."""
-        method = getattr(self, "_on_" + event["event"], None)
-        if method is not None:
-            method(event)
-
-    def answer(self, text: str, kind: str = "answer") -> None:
-        """Say something in answer to the user."""
-        self._notice(text, kind)
-        if self.on_screen:  # what is longer than the screen: from its beginning
-            self._go((self.next - 1, self._height() - 1))
-        self.on_answer(text, kind)
-
-    def add(self, kind: str, head: Line, text: str, style: str = "") -> Entry:
-        """Append to the scrollback, within its bounds."""
-        entry = Entry(self.next, self.node.loop.wall(), kind, head, text, style)
-        self.next += 1
-        self._size += len(text)
-        self.entries.append(entry)
-        if len(self.entries) > MAX_ENTRIES + 500 or self._size > MAX_SCROLLBACK:
-            self._trim()
-        return entry
-
-    def _trim(self) -> None:
-        """Forget the oldest, many at once: that is cheaper, and nobody is reading there."""
-        drop = max(len(self.entries) - MAX_ENTRIES, 1)
-        while self._size - sum(len(entry.text) for entry in self.entries[:drop]) > MAX_SCROLLBACK * 0.9:
-            drop *= 2
-        self._size -= sum(len(entry.text) for entry in self.entries[:drop])
-        del self.entries[:drop]
-
-    def _notice(self, text: str, kind: str = "notice") -> None:
-        style = {"notice": "dim", "error": "error"}.get(kind, "")
-        self.add(kind, [Span("! ", "error") if kind == "error" else Span("- ", "dim")], text, style)
-
-    def name(self, peer_id: str) -> Span:
-        """A peer's label, in its colour. One's own name needs no address: it is the others' that have one."""
-        label = self.node.me.username if peer_id == self.node.me.id else self.node.label(peer_id)
-        return Span(label, f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}")
-
-    def _say(self, sender: str, to: str, text: str, style: str) -> Entry:
-        """Who speaks, to whom if not to all, and what."""
-        action = text.startswith("/me ")
-        aside = [Span(" → ", "private"), self.name(to)] if to != EVERYONE else []
-        head = [Span("* " if action else "", "dim"), self.name(sender), *aside, Span(" " if action else ": ")]
-        return self.add("chat", head, text[4:] if action else text, style)
-
-    def _on_chat(self, event: Event) -> None:
-        sender, to, text = event["from"]["id"], event["to"], event["text"]
-        if sender in self.ignored:
-            return
-        now = self.node.loop.wall()
-        self._spoke.pop(sender, None)
-        self._spoke[sender] = now
-        if len(self._spoke) > 2 * MAX_PEERS:
-            del self._spoke[next(iter(self._spoke))]
-        private = to != EVERYONE
-        if private:
-            self._private = sender
-        called = private or _mentions(text, self.node.me.username)
-        self._say(sender, to, text, "private" if private else "mention" if called else "")
-        if called and self._bell and now - self._bell_time >= BELL_INTERVAL:
-            self._bell_time = now
-            self.rung = True
-
-    def _on_sent(self, event: Event) -> None:
-        entry = self._say(self.node.me.id, event["to"], event["text"], "")
-        entry.fates = dict.fromkeys(event["receivers"])
-        self._last_mine = entry
-        self.found = None
-        if entry.under_way:
-            self.mine[event["id"]] = entry
-
-    def _on_delivered(self, event: Event) -> None:
-        self._settle(event, "")
-
-    def _on_failed(self, event: Event) -> None:
-        known = self._settle(event, event["reason"] or "it failed")
-        if not known or not self.on_screen:
-            who = self.node.label(event["to"]["id"])
-            self._notice(f"✗ not delivered to {who} ({event['reason']}): {_shortened(event['text'])}", "error")
-
-    def _settle(self, event: Event, fate: str) -> bool:
-        """A message has come to its end at one receiver."""
-        entry = self.mine.get(event["id"])
-        if entry is None:
-            return False
-        entry.fates[event["to"]["id"]] = fate
-        if not entry.under_way:
-            del self.mine[event["id"]]
-            failures = [f"{failure}: {_shortened(entry.text)}" for failure in _failures(self, entry)]
-            self.lost += failures if self.node.leaving else []
-            if self.on_screen and not self._is_seen(entry.seq):
-                for failure in failures:
-                    self._notice(failure, "error")
-        return True
-
-    def _on_ready(self, event: Event) -> None:
-        self._notice(f"You are {event['id']}. /help lists the commands.")
-
-    def _on_settled(self, event: Event) -> None:
-        self.fresh.clear()
-        alone = [line for line in self.node.alone() if line != f"You are {self.node.me.id}."]
-        if alone:
-            self._notice("\n".join(alone))
-
-    def _on_notice(self, event: Event) -> None:
-        self._notice(event["text"])
-
-    def _on_server(self, event: Event) -> None:
-        if event["online"]:
-            self._notice(f"Server {event['address']} is online.")
-        else:
-            self._notice(f"No server at {event['address']} ({event['reason']}). P2P mode: the chat goes on without it.")
-
-    def _on_network(self, event: Event) -> None:
-        if event["gone"]:
-            self._notice("Nobody answers: this machine seems to be cut off from the network.", "error")
-        else:
-            self._notice("The network is back.")
-
-    def _on_joined(self, event: Event) -> None:
-        self.fresh.add(event["peer"]["id"])
-        self._came_or_went("joined", event["peer"]["id"], "")
-        self._tell_of_namesake()
-
-    def _on_left(self, event: Event) -> None:
-        peer_id, reason = event["peer"]["id"], event["reason"]
-        self.fresh.discard(peer_id)
-        kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
-        self._came_or_went(kind, peer_id, why)
-
-    def _came_or_went(self, kind: str, peer_id: str, reason: str) -> None:
-        """Those who come or go one after the other share a line."""
-        now = self.node.loop.wall()
-        if self._quiet and now - self._spoke.get(peer_id, float("-inf")) > LATELY:
-            return
-        last = self.entries[-1] if self.entries and self.on_screen else None
-        if last is None or last.kind != kind or not 0 <= now - last.time < GATHER_TIME:
-            last = self.add(kind, [Span("+ " if kind == "joined" else "- ", "dim")], "", "dim")
-        last.who.append((peer_id, reason))
-        more = len(last.who) - GATHER_NAMES
-        names = ", ".join(self.node.label(each) + why for each, why in last.who[:GATHER_NAMES])
-        verb = {"gone": "is gone" if len(last.who) == 1 else "are gone"}.get(kind, kind)
-        last.text = names + (f", {more} more" if more > 0 else "") + f" {verb}"
-
-    def _on_renamed(self, event: Event) -> None:
-        old, new = event["old"], event["peer"]
-        self._follow(old["id"], new["id"])
-        me = new["id"] == self.node.me.id
-        who = "You are" if me else f"{old['username']} is"
-        if old["username"] != new["username"]:
-            self._notice(f"{who} now known as {self.name(new['id']).text}.")
-        else:
-            self._notice(f"{who} now at {new['ip']}:{new['port']}.")
-        self._tell_of_namesake()
-
-    def _tell_of_namesake(self) -> None:
-        """Say once that another one has the name, which the reader sees nowhere else."""
-        me = self.node.me
-        if self._namesake != me.username and self.node.find(me.username):
-            self._namesake = me.username
-            self._notice(f"There is another {me.username} here: the others see you as {self.node.label(me.id)}. "
-                         "/nick gives you another name.")
-
-    def _follow(self, old: str, new: str) -> None:
-        """A peer has another id: what we hold under the old one goes over to it."""
-        tables: List[Dict[str, Any]] = [self.ignored, self._spoke]
-        tables += [entry.fates for entry in self.mine.values()]
-        for table in tables:
-            if old in table:
-                table[new] = table.pop(old)
-        self.target = new if self.target == old else self.target
-        self._private = new if self._private == old else self._private
-
-    # -- keys ------------------------------------------------------------------------------------------
-
-    def type(self, text: str) -> None:
-        """Text was typed."""
-        self._begin("")
-        self.line.insert(text)
-
-    def paste(self, text: str) -> None:
-        """Text was pasted: it is one message, however many lines it has."""
-        self._begin("")
-        text = clean(text, newlines=True).rstrip("\n")
-        lines = text.count("\n") + 1
-        if len(text.encode("utf-8")) > MAX_TEXT:
-            self.hint = f"Not pasted: it is more than the {MAX_TEXT} bytes that a message can hold."
-        else:
-            self.line.insert(text)
-            self.hint = f"{lines} lines were pasted: they are one message." if lines > 1 else ""
-
-    def key(self, name: str) -> None:
-        """A key was pressed."""
-        key = _KEYS.get(name)
-        if key is None:
-            return
-        self._begin(name)
-        key.run(self.line if key in EDIT_KEYS else self)
-
-    def _begin(self, name: str) -> None:
-        """Before each key: what was only said until then goes. Its handler sees in _before which came before."""
-        self._before, self._key = self._key, name
-        if name not in ("focus-in", "focus-out"):
-            self.hint = ""
-            self.fresh.clear()
-            self._asked = self._asked and name == "enter"
-
-    def press_enter(self) -> None:
-        """Send the line, or ask first if it is long."""
-        lines = self.line.text.count("\n") + 1
-        if lines > ASK_LINES and not self._asked:
-            self._asked = True
-            self.hint = f"{lines} lines: Enter sends, Ctrl-C drops them."
-            return
-        self._asked = False
-        self.anchor = None  # but /search goes on from what it found
-        if not self.enter(self.line.enter()):
-            self.hint = "Up brings the line back."
-
-    def press_interrupt(self) -> None:
-        """Ctrl-C: drop the line; the second one leaves."""
-        if self._before == "ctrl-c":
-            self.node.leave()
-        elif self.line.text:
-            self.line.move(len(self.line.text))
-            self.line.cut(0)
-            self.hint = "Ctrl-C again leaves. Ctrl-Y brings the line back."
-        else:
-            self.hint = "Ctrl-C again leaves."
-
-    def press_eof(self) -> None:
-        """Ctrl-D: leave if there is no line, else delete."""
-        if self.line.text:
-            self.line.delete(self.line.behind())
-        else:
-            self.node.leave()
-
-    def press_end(self) -> None:
-        """End: to the newest message, to the end of the line."""
-        self.to_bottom()
-        self.line.move(len(self.line.text))
-
-    def look(self, focused: bool) -> None:
-        """The terminal got or lost the focus."""
-        if focused:
-            self.fresh.clear()
-        elif self.anchor is None:
-            self.unread, self._missed = self.next - 1, True
-
-    # -- scrolling -------------------------------------------------------------------------------------
-
-    def scroll(self, by: int) -> None:
-        """Go down, or up if negative, by rows. What comes in below moves nothing of what is being read."""
-        if self.entries:
-            self._go(self.moved(self.anchor or self.bottom(), by, self._cols()))
-
-    def _is_seen(self, seq: int) -> bool:
-        """Whether an entry is on screen, or at least its end."""
-        if not self.entries:
-            return False
-        low = self.anchor or self.bottom()
-        return self.moved(low, 1 - self._height(), self._cols())[0] <= seq <= low[0]
-
-    def _go(self, place: Tuple[int, int]) -> None:
-        """Scroll so that a place is the lowest on screen, as far as that can be."""
-        place = self.clamped(place, self._height(), self._cols())
-        if self.anchor is None and place < self.bottom():
-            self.away = self.next - 1  # what comes from now on is new: a mark says so, unless
-            if not self._missed or self._is_seen(self.unread or 0):  # there is one further up that is looked for
-                self.unread, self._missed = self.away, False
-        self.anchor = place if place < self.bottom() else None
-
-    def page(self, pages: int) -> None:
-        """Go by screenfuls, one row of which stays."""
-        self.scroll(pages * max(1, self._height() - 1))
-
-    def to_top(self) -> None:
-        """To the oldest."""
-        if self.entries:
-            self._go((self.entries[0].seq, 0))
-
-    def to_bottom(self) -> None:
-        """Back to the newest."""
-        self._missed = self._missed and self.anchor is None
-        self.anchor = self.found = None
-
-    def bottom(self) -> Tuple[int, int]:
-        """The lowest place."""
-        last = self.entries[-1]
-        return last.seq, len(entry_rows(self, last, self._cols())) - 1
-
-    def moved(self, place: Tuple[int, int], by: int, cols: int) -> Tuple[int, int]:
-        """The place so many rows below another, within the scrollback."""
-        first = self.entries[0].seq
-        index, row = place[0] - first, place[1] + by
-        if index < 0:
-            index, row = 0, 0
-        while row < 0 and index > 0:
-            index -= 1
-            row += len(entry_rows(self, self.entries[index], cols))
-        count = len(entry_rows(self, self.entries[index], cols))
-        while row >= count and index < len(self.entries) - 1:
-            index, row = index + 1, row - count
-            count = len(entry_rows(self, self.entries[index], cols))
-        return first + index, max(0, min(row, count - 1))
-
-    def clamped(self, place: Tuple[int, int], height: int, cols: int) -> Tuple[int, int]:
-        """A place with as much above it as fills the screen."""
-        return max(place, self.moved((self.entries[0].seq, 0), height - 1, cols))
-
-    def _height(self) -> int:
-        return max(1, layout(self, self.rows, self.cols).messages)
-
-    def _cols(self) -> int:
-        return self.cols - layout(self, self.rows, self.cols).side
-
-    # -- completion ------------------------------------------------------------------------------------
-
-    def complete(self, step: int) -> None:
-        """Tab: complete the word before the cursor; again: the next candidate."""
-        base, candidates, at = self._completion
-        if self._before in ("tab", "shift-tab") and candidates:
-            at = (at + step) % len(candidates)
-        else:
-            start = self.line.blank_before() if self.line.left[-1:].strip() else len(self.line.left)
-            base, candidates, at = self.line.left[:start], self._candidates(start), 0
-        self._completion = base, candidates, at
-        if candidates:
-            self.line.left = base + candidates[at]
-
-    def _candidates(self, start: int) -> List[str]:
-        """What the word that begins at `start` can become: commands, or names, the latest speakers' first."""
-        word = self.line.left[start:].casefold()
-        before = self.line.left[:start].split()
-        if word.startswith("/") and (not before or before == ["/help"]):
-            return [name + " " for name in COMMANDS if name.startswith(word)]
-        if not word and not before:
-            return []
-        at = "@" if word.startswith("@") else ""
-        end = ": " if start == 0 else " "
-        peers = sorted(self.node.present(), key=lambda peer: -self._spoke.get(peer.id, float("-inf")))
-        labels = self._labels(peers)
-        return [at + label + end for label in labels if label.casefold().startswith(word[len(at):])]
-
-    # -- commands --------------------------------------------------------------------------------------
-
-    def enter(self, text: str) -> bool:
-        """A line was entered: chat, or a command. Return whether it could be done."""
-        try:
-            if text.startswith("//"):
-                self._send(text[1:])
-            elif text.startswith("/"):
-                self._command(text)
-            elif text.strip():
-                self._send(text)
-        except ChatError as error:
-            self.refused += 1
-            self.answer(str(error), "error")
-            return False
-        return True
-
-    def _send(self, text: str) -> None:
-        """Say a text to everybody, or to the one whom /query names."""
-        if self.target is None:
-            self.node.broadcast_chat_message(text)
-        else:
-            self.node.send_chat_message(self.target, text)
-
-    def _command(self, text: str) -> None:
-        name = text.split(None, 1)[0]
-        if name == "/":
-            raise ChatError("A command begins with a slash and a word; //TEXT says a text with a slash.")
-        found = COMMANDS.get(name.lower())
-        if found is None:
-            guess = _nearest(name.lower(), list(COMMANDS))
-            raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")
-        rest = text[len(name):].strip()
-        if rest and found.usage == found.name:
-            raise ChatError(f"{found.name} takes nothing behind it. /help lists the commands.")
-        found.run(self, rest)
-
-    def _peer(self, text: str) -> Tuple[Peer, str]:
-        """The peer whom the beginning of a text names, and what stands behind. The longest name counts."""
-        if not text:
-            raise ChatError("Whom? Say a name; /who lists them.")
-        if text.startswith('"') and '"' in text[1:]:
-            name, _, rest = text[1:].partition('"')
-            return self._only(self.node.find(name), name), rest.strip()
-        ends = [at for at in range(len(text[:MAX_ID]), 0, -1) if at == len(text) or text[at].isspace()]
-        for end in ends:
-            found = self.node.find(text[:end]) or self.node.find(text[:end].rstrip(":,"))
-            if found:
-                return self._only(found, text[:end]), text[end:].strip()
-        return self._only([], text.split()[0].rstrip(":,")), ""
-
-    def _one(self, text: str) -> Peer:
-        """The peer whom a text names, with nothing behind the name."""
-        peer, rest = self._peer(text)
-        return self._only([], text) if rest else peer
-
-    def _only(self, found: Sequence[Peer], name: str) -> Peer:
-        if len(found) == 1:
-            return found[0]
-        labels = self._labels(found or self.node.present())
-        if found:
-            raise ChatError(f"There are {len(found)} called {name}: {', '.join(labels)}. Which one?")
-        if name.casefold().lstrip("@") in (self.node.me.username.casefold(), self.node.me.id.casefold()):
-            raise ChatError("That is you.")
-        raise ChatError(f"Nobody here is called {clean(name)[:40]}.{_nearest(name, labels)}")
-
-    def _labels(self, peers: Iterable[Peer]) -> List[str]:
-        return [self.node.label(peer.id) for peer in peers]
-
-    @command("/msg NAME TEXT")
-    def _msg(self, rest: str) -> None:
-        """send a private message."""
-        peer, text = self._peer(rest)
-        if not text:
-            raise ChatError("There is nothing to send: say the text behind the name.")
-        self.node.send_chat_message(peer.id, text)
-
-    @command("/reply TEXT")
-    def _reply(self, rest: str) -> None:
-        """answer whoever last wrote to you privately."""
-        if self._private is None:
-            raise ChatError("Nobody has written to you privately yet.")
-        if not rest:
-            raise ChatError("/reply wants a text, for example: /reply yes.")
-        self.node.send_chat_message(self._private, rest)
-
-    @command("/query [NAME [TEXT]]")
-    def _query(self, rest: str) -> None:
-        """send what is typed to NAME only, until /query alone."""
-        peer, text = self._peer(rest) if rest else (None, "")
-        self.target = peer.id if peer else None
-        whom = f"{self.node.label(self.target)} only" if self.target else "everyone"
-        self.answer(f"What you type goes to {whom}.")
-        if text:
-            self._send(text)
-
-    @command("/me TEXT")
-    def _me(self, rest: str) -> None:
-        """say what you do: * Alice waves."""
-        if not rest:
-            raise ChatError("/me wants a text, for example: /me waves.")
-        self._send(f"/me {rest}")
-
-    @command("/nick NAME")
-    def _nick(self, rest: str) -> None:
-        """take another name."""
-        self.node.rename(rest)
-
-    @command("/peers")
-    def _peers(self, rest: str) -> None:
-        """show or hide the list of peers."""
-        if self.on_screen and self.cols >= SIDE_COLS:
-            self.side = not self.side
-            return
-        labels = self._labels(self.node.present())
-        names = f": {', '.join(labels)}" if labels else ""
-        self.answer(f"{_count(len(labels), 'peer')}{names}.")
-
-    @command("/who")
-    def _who(self, rest: str) -> None:
-        """who is there, and how well they are heard."""
-        self.answer("\n".join(self.node.alone() or self.node.who()))
-
-    @command("/whois NAME")
-    def _whois(self, rest: str) -> None:
-        """name, address and state of one peer."""
-        me = self.node.me
-        if rest.casefold().lstrip("@") in (me.username.casefold(), me.id.casefold()):
-            self.answer(f"You are {me.id}.")
-            if not self.node.find(rest):
-                return
-        peer = self._one(rest)
-        said = self._spoke.get(peer.id)
-        spoke = f"last spoke at {self.clock(said)}" if said is not None else "has not spoken yet"
-        traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in self.ignored)
-        self.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
-
-    @command("/info")
-    def _info(self, rest: str) -> None:
-        """who has your last message."""
-        if self._last_mine is None:
-            raise ChatError("You have not sent a message yet.")
-        lines = [_shortened(self._last_mine.text)]
-        for fate, what in (("", "delivered to"), (None, "under way to")):
-            who = [self.node.label(each) for each, came in self._last_mine.fates.items() if came == fate]
-            lines += [f"{what}: {', '.join(who)}"] if who else []
-        self.answer("\n".join(lines + _failures(self, self._last_mine)))
-
-    @command("/sync")
-    def _sync(self, rest: str) -> None:
-        """compare lists of peers with somebody now."""
-        self.node.sync()
-
-    @command("/log [LINES]")
-    def _log(self, rest: str) -> None:
-        """show the last lines of the log."""
-        count = (rest or "20")[:9]
-        if not count.isdecimal():
-            raise ChatError("/log wants a number of lines, for example: /log 50.")
-        self.answer("\n".join(list(self.log)[-max(1, int(count)):]) or "The log is empty.")
-
-    @command("/search [TEXT]")
-    def _find(self, rest: str) -> None:
-        """go to the last message with TEXT; again: to the one before."""
-        wanted = (rest or self._search).casefold()
-        if not wanted:
-            raise ChatError("/search wants a text to look for.")
-        before = self.found if wanted == self._search.casefold() and self.found is not None else self.next
-        self._search = rest or self._search
-        hits = [entry for entry in self.entries if entry.seq < before and entry.kind == "chat"
-                and wanted in ("".join(span.text for span in entry.head) + entry.text).casefold()]
-        if not hits:
-            raise ChatError(f"Nothing {'more ' if before != self.next else ''}was found for {self._search}.")
-        if not self.on_screen:
-            self.answer("\n".join(plain_text(self, entry) for entry in hits[-10:]))
-            return
-        self.found = hits[-1].seq
-        self._go(self.moved((self.found, 0), self._height() // 2, self._cols()))  # somewhat below the middle
-        self.hint = f"{len(hits) - 1} more above: /search goes on, End comes back."
-
-    @command("/ignore [NAME]")
-    def _ignore(self, rest: str) -> None:
-        """show nothing more from a peer; alone: who is ignored."""
-        if rest:
-            peer = self._one(rest)
-            self.ignored[peer.id] = None
-        self.answer(f"Ignored: {', '.join(map(self.node.label, self.ignored)) or 'nobody'}.")
-
-    @command("/unignore NAME")
-    def _unignore(self, rest: str) -> None:
-        """show what a peer says again."""
-        wanted = rest.strip('"').casefold()
-        found = [each for each in self.ignored
-                 if wanted in (each.casefold(), self.node.label(each).casefold(), each.rpartition("@")[0].casefold())]
-        if len(found) != 1:
-            who = f"Which one? Ignored: {', '.join(self.ignored)}." if self.ignored else "Nobody is ignored."
-            raise ChatError(who)
-        del self.ignored[found[0]]
-        self.answer(f"{self.node.label(found[0])} is heard again.")
-
-    @command("/quiet")
-    def _be_quiet(self, rest: str) -> None:
-        """hide or show joins and leaves of those who have not spoken lately."""
-        self._quiet = not self._quiet
-        self.answer(f"Joins and leaves of the silent are {'hidden' if self._quiet else 'shown'}.")
-
-    @command("/bell [on|off]")
-    def _set_bell(self, rest: str) -> None:
-        """ring when you are named or written to privately."""
-        if rest.lower() not in ("", "on", "off"):
-            raise ChatError("The bell can be on or off.")
-        self._bell = rest.lower() == "on" if rest else self._bell
-        self.answer(f"The bell is {'on' if self._bell else 'off'}.")
-
-    @command("/clear")
-    def _clear(self, rest: str) -> None:
-        """empty the screen."""
-        self.entries.clear()
-        self._size = 0
-        self.anchor = self.unread = self.found = None
-
-    @command("/help [COMMAND]")
-    def _help(self, rest: str) -> None:
-        """list the commands, or explain one; /help keys lists the keys."""
-        wanted = "/" + rest.lower().lstrip("/")
-        if wanted == "/keys":
-            rows = [(key.names, key.help) for key in KEYS]
-        elif wanted == "/":
-            rows = [(each.usage, each.help) for each in COMMANDS.values()]
-            rows.append(("//TEXT", "say a text that begins with a slash"))
-        elif wanted in COMMANDS:
-            rows = [(COMMANDS[wanted].usage, COMMANDS[wanted].help)]
-        else:
-            raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
-        first = max(len(left) for left, _ in rows)
-        self.answer("\n".join(f"{left.ljust(first)}  {right}" for left, right in rows))
-
-    @command("/quit")
-    def _quit(self, rest: str) -> None:
-        """leave the chat."""
-        self.node.leave()
-
-
-EDIT_KEYS: Tuple[Key, ...] = (
-    Key("Left, Ctrl-B", "a character to the left", lambda line: line.move(line.before())),
-    Key("Right, Ctrl-F", "a character to the right", lambda line: line.move(line.behind())),
-    Key("Ctrl-Left, Alt-B", "a word to the left", lambda line: line.move(line.word_before())),
-    Key("Ctrl-Right, Alt-F", "a word to the right", lambda line: line.move(line.word_behind())),
-    Key("Home, Ctrl-A", "to the beginning of the line", lambda line: line.move(0)),
-    Key("Ctrl-E", "to the end of the line", lambda line: line.move(len(line.text))),
-    Key("Backspace", "delete the character to the left", lambda line: line.delete(line.before())),
-    Key("Delete", "delete the character to the right", lambda line: line.delete(line.behind())),
-    Key("Ctrl-W", "cut back to the space before", lambda line: line.cut(line.blank_before())),
-    Key("Alt-Backspace", "cut the word to the left", lambda line: line.cut(line.word_before())),
-    Key("Alt-D", "cut the word to the right", lambda line: line.cut(line.word_behind())),
-    Key("Ctrl-U", "cut back to the beginning", lambda line: line.cut(0)),
-    Key("Ctrl-K", "cut to the end", lambda line: line.cut(len(line.text))),
-    Key("Ctrl-Y", "insert what was cut", lambda line: line.yank()),
-    Key("Up, Ctrl-P", "the line entered before", lambda line: line.recall(-1)),
-    Key("Down, Ctrl-N", "the line entered after it", lambda line: line.recall(1)),
-    Key("Alt-Enter, Ctrl-J", "a line break in the message", lambda line: line.insert("\n")),
-)
-VIEW_KEYS: Tuple[Key, ...] = (
-    Key("Enter", "send", lambda view: view.press_enter()),
-    Key("Tab", "complete a name or a command; again: the next one", lambda view: view.complete(1)),
-    Key("Shift-Tab", "the completion before", lambda view: view.complete(-1)),
-    Key("PgUp", "scroll back", lambda view: view.page(-1)),
-    Key("PgDn", "scroll forth", lambda view: view.page(1)),
-    Key("Alt-Up", "scroll back by a line", lambda view: view.scroll(-1)),
-    Key("Alt-Down", "scroll forth by a line", lambda view: view.scroll(1)),
-    Key("Ctrl-Home", "to the oldest message", lambda view: view.to_top()),
-    Key("Esc, Ctrl-End", "to the newest message", lambda view: view.to_bottom()),
-    Key("End", "to the newest message, and to the end of the line", lambda view: view.press_end()),
-    Key("Ctrl-C", "drop the line; twice: leave", lambda view: view.press_interrupt()),
-    Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda view: view.press_eof()),
-    Key("Ctrl-L", "draw the screen anew", lambda view: None),  # the screen's own, like the next
-    Key("Ctrl-Z", "suspend; fg comes back", lambda view: None),
-)
-KEYS = EDIT_KEYS + VIEW_KEYS
-_KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
-_KEYS["focus-in"] = Key("", "", lambda view: view.look(True))
-_KEYS["focus-out"] = Key("", "", lambda view: view.look(False))
+        at = self._at + step
+        if 0 <= at <= len(self._history):
+            self._at = at
+            self.set((self._history + [self._draft])[at])
 
 
 def _first_word(text: str) -> int:
@@ -5398,13 +4697,405 @@ def _first_word(text: str) -> int:
     return at
 
 
+class Receipts:
+    """What became of an own message at each of its receivers."""
+
+    __slots__ = ("text", "seq", "outcomes", "waiting", "failed")
+
+    def __init__(self, text: str, receivers: Iterable[str]) -> None:
+        self.text = text
+        self.seq = -1  # of its entry, if there is a scrollback
+        self.outcomes: Dict[str, Optional[str]] = dict.fromkeys(receivers)  # None under way, "" delivered, else why not
+        self.waiting = len(self.outcomes)  # receivers with no outcome yet
+        self.failed = 0  # receivers that do not get it
+
+    def settle(self, peer_id: str, outcome: str) -> bool:
+        """Note what became of it at one receiver; return whether there was no outcome yet."""
+        was_open = self.outcomes.get(peer_id, outcome) is None
+        self.outcomes[peer_id] = outcome
+        self.waiting -= was_open
+        self.failed += outcome != ""
+        return was_open
+
+    def forget_delivered(self) -> None:
+        """Keep only the failures, which are shown for good."""
+        self.outcomes = {each: outcome for each, outcome in self.outcomes.items() if outcome} if self.failed else {}
+
+    def rename(self, old: str, new: str) -> None:
+        """Note that a receiver has another id."""
+        if old in self.outcomes:
+            self.outcomes[new] = self.outcomes.pop(old)
+
+    def failures(self, label: Callable[[str], str]) -> List[str]:
+        """Return lines that say whom it was not delivered to, one for each reason."""
+        by_reason: Dict[str, List[str]] = {}
+        for peer_id, outcome in self.outcomes.items():
+            if outcome:
+                by_reason.setdefault(outcome, []).append(label(peer_id))
+        return [f"✗ not delivered to {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+
+
+class Outgoing:
+    """The user's own messages: those under way, and the last one."""
+
+    def __init__(self) -> None:
+        self.under_way: Dict[str, Receipts] = {}  # by message id
+        self.last: Optional[Receipts] = None
+        self._deliveries = 0  # awaited
+        self._size = 0  # characters of the texts under way
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much is under way that input from a pipe or a file has to wait."""
+        return self._deliveries >= MAX_DELIVERIES or self._size >= MAX_SENDING
+
+    def add(self, message_id: str, text: str, receivers: List[str]) -> Receipts:
+        """Note that a message was sent."""
+        if self.last is not None and not self.last.waiting:
+            self.last.forget_delivered()
+        receipts = self.last = Receipts(text, receivers)
+        if receipts.waiting:
+            self.under_way[message_id] = receipts
+            self._deliveries += receipts.waiting
+            self._size += len(text)
+        return receipts
+
+    def settle(self, message_id: str, peer_id: str, outcome: str) -> Optional[Receipts]:
+        """Note what became of a message at one receiver; return its receipts, if it was under way."""
+        receipts = self.under_way.get(message_id)
+        if receipts is None:
+            return None
+        self._deliveries -= receipts.settle(peer_id, outcome)
+        if not receipts.waiting:
+            del self.under_way[message_id]
+            self._size -= len(receipts.text)
+            if receipts is not self.last:  # /info tells all about the last one
+                receipts.forget_delivered()
+        return receipts
+
+    def rename(self, old: str, new: str) -> None:
+        """Note that a receiver has another id."""
+        for receipts in self.under_way.values():
+            receipts.rename(old, new)
+
+
+@functools.lru_cache(maxsize=1024)
+def head(kind: str, sender: str, to: str) -> Tuple[Span, ...]:
+    """Return what stands before a text: the labels of sender and only receiver, or a mark if nobody said it."""
+    if kind not in CHAT_KINDS:
+        return (_MARKS.get(kind, Span("- ", "dim")),)
+    aside = (Span(" → ", "private"), Span(to, nick_style(to))) if to else ()
+    before, behind = ("* ", " ") if kind == "action" else ("", ": ")
+    return (Span(before, "dim"), Span(sender, nick_style(sender)), *aside, Span(behind))
+
+
+@functools.lru_cache(maxsize=1024)
+def head_text(kind: str, sender: str, to: str) -> str:
+    """Return the same without styles."""
+    return "".join(span.text for span in head(kind, sender, to))
+
+
+def nick_style(label: str) -> str:
+    """Return the style of a label: each name has a colour of its own."""
+    return f"nick{hash64(label.partition('@')[0]) % NICK_STYLES}"
+
+
+class Entry:
+    """One message or notice of the scrollback."""
+
+    __slots__ = ("seq", "added_at", "kind", "sender", "to", "text", "style", "members", "receipts")
+
+    def __init__(self, seq: int, now: float, kind: str, text: str, style: str, sender: str, to: str) -> None:
+        self.seq = seq  # consecutive: its index in the scrollback is seq minus the seq of the first entry
+        self.added_at = now  # Unix time
+        self.kind = kind  # one of CHAT_KINDS; or notice, answer, error, joined, left, gone
+        self.sender = sender  # label; empty for what nobody said
+        self.to = to  # label of the only receiver; empty for everyone
+        self.text = text
+        self.style = style
+        self.members: List[Tuple[str, str]] = []  # ids of those who joined, left or are gone, each with the reason
+        self.receipts: Optional[Receipts] = None  # of an own message
+
+
+class Scrollback:
+    """The entries of one window, oldest first, and where the reader is in them.
+
+    The anchor is the place of the lowest row on screen; it is None at the bottom. What is added below an anchor
+    moves nothing of what is being read. Rows are kept as they were drawn, until their entry looks different."""
+
+    def __init__(self, clock: Clock, label: Callable[[str], str]) -> None:
+        self._clock = clock
+        self._label = label
+        self.entries: List[Entry] = []
+        self.next = 0  # seq of the next entry
+        self._size = 0  # characters of all entries
+        self._drawn: Dict[int, Tuple[Tuple[Any, ...], List[EntryRow]]] = {}  # by seq: the state that is shown, and rows
+        self._drawn_rows = 0  # at most so many
+        self._portion = DRAW_PORTION  # characters that may still be wrapped for this drawing
+        self.anchor: Optional[Place] = None
+        self._left_at = -1  # seq of the newest entry when the reader scrolled away from the bottom
+        self.unread: Optional[int] = None  # seq of the entry below which "new" is drawn
+        self._is_missed = False  # that mark is where the focus was lost, and the reader has not seen it yet
+        self.found: Optional[int] = None  # seq of the entry that the last search found
+        self.wanted = ""  # what the last search looked for
+
+    def add(self, now: float, kind: str, text: str, style: str = "", sender: str = "", to: str = "") -> Entry:
+        """Append an entry; drop the oldest ones when there are too many."""
+        entry = Entry(self.next, now, kind, text, style, sender, to)
+        self.next += 1
+        self._size += len(text)
+        self.entries.append(entry)
+        if len(self.entries) > MAX_ENTRIES + 500 or self._size > MAX_SCROLLBACK:
+            self._trim()
+        return entry
+
+    def change(self, entry: Entry, text: str) -> None:
+        """Give an entry another text."""
+        self._size += len(text) - len(entry.text)
+        entry.text = text
+        self._drawn.pop(entry.seq, None)
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self.entries.clear()
+        self._drawn.clear()
+        self._size = self._drawn_rows = 0
+        self.anchor = self.unread = self.found = None
+
+    def _trim(self) -> None:
+        """Drop the oldest entries, many at once: that is cheaper, and nobody is reading there."""
+        drop = max(len(self.entries) - MAX_ENTRIES, 1)
+        while self._size - sum(len(entry.text) for entry in self.entries[:drop]) > MAX_SCROLLBACK * 0.9:
+            drop *= 2
+        for entry in self.entries[:drop]:
+            self._size -= len(entry.text)
+            self._drawn.pop(entry.seq, None)
+        del self.entries[:drop]
+
+    # -- rows ------------------------------------------------------------------------------------------
+
+    def rows(self, entry: Entry, cols: int) -> List[EntryRow]:
+        """Return an entry as rows. Once enough was wrapped for this drawing, other entries come without their text."""
+        receipts = entry.receipts
+        style = "found" if entry.seq == self.found else "dim" if receipts and receipts.waiting else entry.style
+        state = (cols, style, entry.seq - 1 == self.unread, receipts.failed if receipts else 0)
+        known = self._drawn.get(entry.seq)
+        if known is not None and known[0] == state:
+            return known[1]
+        if self._portion <= 0:
+            return self._draw(entry, cols, style, "…")
+        self._portion -= len(entry.text) * (1 if entry.text.isascii() else 3)
+        if self._drawn_rows > MAX_DRAWN:
+            self._drawn.clear()
+            self._drawn_rows = 0
+        rows = self._draw(entry, cols, style, entry.text)
+        self._drawn[entry.seq] = (state, rows)
+        self._drawn_rows += len(rows)
+        return rows
+
+    def start_drawing(self) -> None:
+        """Begin another drawing, which may wrap another portion of texts."""
+        self._portion = DRAW_PORTION
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the drawing has all texts."""
+        return self._portion > 0
+
+    def _draw(self, entry: Entry, cols: int, style: str, text: str) -> List[EntryRow]:
+        """Draw an entry: its head, the text wrapped beside it, and below it the failures."""
+        when = (Span(self._clock(entry.added_at) + " ", "dim"),) if cols >= TIME_COLS else ()
+        first = when + head(entry.kind, entry.sender, entry.to)
+        indent = sum(width(span.text) for span in first)
+        rows: List[EntryRow] = []
+        if entry.seq - 1 == self.unread:
+            rows.append(((), "─── new " + "─" * (cols - 8), "rule"))
+        if indent > cols // 2:  # the text has no room beside the head
+            rows.append((first, "", ""))
+            indent = min(2, cols // 4)
+            first = (Span(" " * indent),)
+        rest = (Span(" " * indent),)
+        texts = wrap(text, max(1, cols - indent), table=entry.kind == "answer")
+        rows += [(rest if at else first, text, style) for at, text in enumerate(texts)]
+        for failure in entry.receipts.failures(self._label) if entry.receipts else []:
+            rows += [(rest, text, "error") for text in wrap(failure, max(1, cols - indent))]
+        return rows
+
+    def visible(self, area: Area) -> List[Line]:
+        """Return exactly as many rows as fit, filled to their width; the anchor or the newest row is the lowest."""
+        height, cols = area
+        rows: List[EntryRow] = []
+        if height > 0 and self.entries:
+            low = (self.entries[-1].seq, sys.maxsize)
+            if self.anchor is not None:
+                low = self._clamped(self.moved(self.anchor, 0, cols), area)
+            for index in range(low[0] - self.entries[0].seq, -1, -1):
+                block = self.rows(self.entries[index], cols)
+                rows += reversed(block[:low[1] + 1] if self.entries[index].seq == low[0] else block)
+                if len(rows) >= height:
+                    break
+        rows = rows[:height] + [((), "", "")] * (height - len(rows))
+        return [fill((*before, Span(text, style)), cols) for before, text, style in reversed(rows)]
+
+    # -- where the reader is ---------------------------------------------------------------------------
+
+    def scroll(self, by: int, area: Area) -> None:
+        """Go down by some rows; up if `by` is negative."""
+        if self.entries:
+            self.go_to(self.moved(self.anchor or self._bottom(area.cols), by, area.cols), area)
+
+    def go_to(self, place: Place, area: Area) -> None:
+        """Make a place the lowest on screen, as far as that is possible."""
+        place, bottom = self._clamped(place, area), self._bottom(area.cols)
+        if self.anchor is None and place < bottom:
+            self._left_at = self.next - 1
+            if not self._is_missed or self.is_on_screen(self.unread or 0, area):  # else the reader looks for the mark
+                self.unread, self._is_missed = self._left_at, False
+        self.anchor = place if place < bottom else None
+
+    def to_top(self, area: Area) -> None:
+        """Go to the oldest entry."""
+        if self.entries:
+            self.go_to((self.entries[0].seq, 0), area)
+
+    def to_bottom(self) -> None:
+        """Go back to the newest entry."""
+        self._is_missed = self._is_missed and self.anchor is None
+        self.anchor = self.found = None
+
+    def on_focus_lost(self) -> None:
+        """Mark what comes from now on as new, unless the reader is further up."""
+        if self.anchor is None:
+            self.unread, self._is_missed = self.next - 1, True
+
+    def is_on_screen(self, seq: int, area: Area) -> bool:
+        """Whether an entry is on screen, or at least its end."""
+        if not self.entries:
+            return False
+        low = self.anchor or self._bottom(area.cols)
+        if not low[0] - area.height < seq <= low[0]:
+            return False  # each entry has at least one row
+        return self.moved(low, 1 - area.height, area.cols)[0] <= seq
+
+    def count_below(self) -> int:
+        """Count the messages that came since the reader scrolled away."""
+        first = self.entries[0].seq if self.entries else 0
+        return sum(entry.kind in CHAT_KINDS for entry in self.entries[max(0, self._left_at + 1 - first):])
+
+    def moved(self, place: Place, by: int, cols: int) -> Place:
+        """Return the place so many rows below another, within the scrollback."""
+        first = self.entries[0].seq
+        index, row = place[0] - first, place[1] + by
+        if index < 0:
+            index, row = 0, 0
+        while row < 0 and index > 0:
+            index -= 1
+            row += len(self.rows(self.entries[index], cols))
+        count = len(self.rows(self.entries[index], cols))
+        while row >= count and index < len(self.entries) - 1:
+            index, row = index + 1, row - count
+            count = len(self.rows(self.entries[index], cols))
+        return first + index, max(0, min(row, count - 1))
+
+    def _bottom(self, cols: int) -> Place:
+        """Return the lowest place."""
+        last = self.entries[-1]
+        return last.seq, len(self.rows(last, cols)) - 1
+
+    def _clamped(self, place: Place, area: Area) -> Place:
+        """Return a place, or the highest one with a screenful above it if that is lower."""
+        return max(place, self.moved((self.entries[0].seq, 0), area.height - 1, area.cols))
+
+    # -- search ----------------------------------------------------------------------------------------
+
+    def search(self, text: str) -> List[Entry]:
+        """Return the messages that contain a text; for the same text again, only those above what was found last."""
+        if text.casefold() != self.wanted.casefold():
+            self.found = None
+        self.wanted = text
+        before, folded = self.next if self.found is None else self.found, text.casefold()
+        return [each for each in self.entries if each.seq < before and each.kind in CHAT_KINDS
+                and folded in (head_text(each.kind, each.sender, each.to) + each.text).casefold()]
+
+
+class Transcript:
+    """Takes the place of all scrollbacks where there is no screen: entries are printed as lines as they come.
+
+    The last messages are kept for /search."""
+
+    def __init__(self, clock: Clock, show: Optional[Callable[[str], None]] = None, echo: bool = True) -> None:
+        self._clock = clock
+        self._show = show  # is called with each line; None: the interface prints something else
+        self._echo = echo  # whether the user's own messages are shown, too
+        self._kept: Deque[Tuple[float, str, str]] = collections.deque()  # messages: when, head, text
+        self._size = 0  # characters of the texts
+
+    def add(self, now: float, kind: str, text: str, sender: str = "", to: str = "", own: bool = False) -> None:
+        """Print a message or a notice; keep it if it is a message."""
+        start = head_text(kind, sender, to)
+        if kind in CHAT_KINDS:
+            self._kept.append((now, start, text))
+            self._size += len(text)
+            while len(self._kept) > MAX_ENTRIES or self._size > MAX_SCROLLBACK:
+                self._size -= len(self._kept.popleft()[2])
+        if self._show is not None and (self._echo or not own):
+            self._show(self._line(now, start, text))
+
+    def _line(self, now: float, start: str, text: str) -> str:
+        return f"{self._clock(now)} {start}" + (text.replace("\n", "\n      ") if "\n" in text else text)
+
+    def search(self, text: str) -> List[str]:
+        """Return the messages that contain a text, as lines."""
+        wanted = text.casefold()
+        return [self._line(*each) for each in self._kept if wanted in (each[1] + each[2]).casefold()]
+
+    def clear(self) -> None:
+        """Forget all messages."""
+        self._kept.clear()
+        self._size = 0
+
+
+class Window:
+    """A conversation: what is read, and the line that is written."""
+
+    def __init__(self, scrollback: Scrollback) -> None:
+        self.scrollback = scrollback
+        self.line = LineEditor()
+        self.target: Optional[str] = None  # id of the only receiver of what is entered; None: everyone
+
+
+class People:
+    """What is kept of other peers: who spoke when, who is ignored, who is new."""
+
+    def __init__(self) -> None:
+        self.ignored: Dict[str, None] = {}  # ids
+        self.fresh: Set[str] = set()  # ids of those who came since the last key
+        self.spoke_at: Dict[str, float] = {}  # Unix time by id; the latest speaker stands last
+        self.private: Optional[str] = None  # id of the peer that last wrote privately
+
+    def on_spoke(self, peer_id: str, now: float) -> None:
+        """Note that a peer said something."""
+        self.spoke_at.pop(peer_id, None)
+        self.spoke_at[peer_id] = now
+        if len(self.spoke_at) > 2 * MAX_PEERS:
+            del self.spoke_at[next(iter(self.spoke_at))]
+
+    def rename(self, old: str, new: str) -> None:
+        """Note that a peer has another id."""
+        tables: Tuple[Dict[str, Any], ...] = (self.ignored, self.spoke_at)
+        for table in tables:
+            if old in table:
+                table[new] = table.pop(old)
+        self.private = new if self.private == old else self.private
+
+
 def _mentions(text: str, name: str) -> bool:
-    """Whether a text holds a name as a word of its own."""
+    """Whether a text contains a name as a word of its own."""
     return bool(re.search(rf"(?<![^\W_]){re.escape(name.casefold())}(?![^\W_])", text.casefold()))
 
 
 def _nearest(name: str, choices: List[str]) -> str:
-    """A question for the choice that was probably meant; empty if none comes near."""
+    """Return a question that names the choice that was probably meant; empty if none is similar."""
     import difflib
     folded = {choice.casefold(): choice for choice in choices}
     found = difflib.get_close_matches(name.casefold(), folded, 1, 0.5)
@@ -5420,26 +5111,13 @@ def _shortened(text: str) -> str:
     return cut(first, 60, "…") + (" …" if newline else "")
 
 
-def _failures(view: ChatView, entry: Entry) -> List[str]:
-    """To whom an own message was not delivered, a line for each reason."""
-    by_reason: Dict[str, List[str]] = {}
-    for peer_id, fate in entry.fates.items():
-        if fate:
-            by_reason.setdefault(fate, []).append(view.node.label(peer_id))
-    return [f"✗ not delivered to {', '.join(who)} ({reason})" for reason, who in by_reason.items()]
-
-
-def plain_text(view: ChatView, entry: Entry) -> str:
-    """An entry as lines of text."""
-    head = f"{view.clock(entry.time)} " + "".join(span.text for span in entry.head)
-    return head + entry.text.replace("\n", "\n      ")
-
-
-# How it looks. All sizes are those of the screen at hand; what has no room is left out, the input line last.
+# -- drawing -------------------------------------------------------------------------------------------
+#
+# Pure functions from the view and a size to lines. What has no room is left out, the input line last of all.
 
 
 class Layout(NamedTuple):
-    """How many rows each part has, and how many columns the list of peers, its border included."""
+    """How many rows each part of the screen has, and how many columns the list of peers with its border."""
 
     bar: int
     messages: int
@@ -5449,39 +5127,38 @@ class Layout(NamedTuple):
 
 
 def layout(view: ChatView, rows: int, cols: int) -> Layout:
-    """Share out a screen."""
+    """Divide a screen."""
     bar, rule = int(rows >= 3), int(rows >= 6)
     wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
     lines = max(1, min(wanted, (rows - bar - rule) // 3))
     side = 0
-    if view.side and cols >= SIDE_COLS and rows >= 4:  # as wide as the list asks for, up to three eighths
+    if view.has_side and cols >= SIDE_COLS and rows >= 4:  # as wide as its texts, up to three eighths
         texts = ["".join(_label_and_address(view, peer)) for peer in view.node.present()[:rows]]
         side = min(max(max(map(width, texts), default=0) + 4, 16), cols * 3 // 8)
     return Layout(bar, rows - bar - rule - lines, rule, lines, side)
 
 
 def render(view: ChatView, rows: int, cols: int) -> Screen:
-    """The screen: status bar, messages and peers, a rule that says what is below, the input line."""
-    part = layout(view, rows, cols)
-    lines: List[Line] = [_bar(view, cols)] * part.bar
-    messages = _message_rows(view, part.messages, cols - part.side)
+    """Draw the screen: the status bar, messages beside the list of peers, a rule with a hint, the input line."""
+    part, scrollback = layout(view, rows, cols), view.window.scrollback
+    scrollback.start_drawing()
+    messages = scrollback.visible(Area(part.messages, cols - part.side))
     hint = _hint(view)
     if hint and not part.rule and messages:
-        messages[-1] = [Span(hint, "rule")]
+        messages[-1] = fill((Span(hint, "rule"),), cols - part.side)
     if part.side:
-        messages = _beside(messages, _side_rows(view, part.messages, part.side - 2), cols - part.side)
-    lines += messages
-    if part.rule:
-        said = f"── {hint} " if hint else ""
-        lines.append([Span(said, "rule"), Span("─" * (cols - width(said)), "dim")])
+        messages = _side_by_side(messages, _side_rows(view, part.messages, part.side - 2))
+    start = f"── {hint} " if hint else ""
+    rule = [Span(start, "rule"), Span("─" * (cols - width(start)), "dim")]
     typed, (row, column) = _input_rows(view, cols)
     top = max(0, row - part.input + 1)
-    lines += [_prompted(view, text, top + at == 0) for at, text in enumerate(typed[top:top + part.input])]
-    return Screen([clip(line, cols) for line in lines], (rows - part.input + row - top, column))
+    below = [_prompted(view, text, top + at == 0) for at, text in enumerate(typed[top:top + part.input])]
+    lines = [*[_status_bar(view, cols)] * part.bar, *messages, *[clip(rule, cols)] * part.rule, *below]
+    return Screen(lines, (rows - part.input + row - top, column), scrollback.is_drawn)
 
 
-def clip(line: Line, cols: int) -> Line:
-    """A line as it is drawn, in no case wider than the screen."""
+def clip(line: Iterable[Span], cols: int) -> Line:
+    """Cut a line to the width of the screen."""
     clipped: Line = []
     for text, style in line:
         text = cut(text, cols, "…")
@@ -5491,56 +5168,26 @@ def clip(line: Line, cols: int) -> Line:
     return clipped
 
 
-def entry_rows(view: ChatView, entry: Entry, cols: int) -> List[Line]:
-    """An entry as rows: the sender first, the text wrapped beside it."""
-    head = ([Span(view.clock(entry.time) + " ", "dim")] if cols >= TIME_COLS else []) + entry.head
-    indent = sum(width(span.text) for span in head)
-    style = "found" if entry.seq == view.found else "dim" if entry.under_way else entry.style
-    rows: List[Line] = []
-    if entry.seq - 1 == view.unread:
-        rows.append([Span("─── new " + "─" * (cols - 8), "rule")])
-    if indent > cols // 2:  # no room beside it
-        rows.append(head)
-        indent = min(2, cols // 4)
-        head = [Span(" " * indent)]
-    rest = [Span(" " * indent)]
-    texts = wrap(entry.text, max(1, cols - indent), table=entry.kind == "answer")
-    rows += [[*(rest if at else head), Span(text, style)] for at, text in enumerate(texts)]
-    for failure in _failures(view, entry):
-        rows += [[*rest, Span(text, "error")] for text in wrap(failure, max(1, cols - indent))]
-    return rows
-
-
-def _message_rows(view: ChatView, height: int, cols: int) -> List[Line]:
-    """So many rows of messages, the newest or what is scrolled to at the bottom."""
-    rows: List[Line] = []
-    if height > 0 and view.entries:
-        place = (view.entries[-1].seq, sys.maxsize)
-        if view.anchor is not None:
-            place = view.clamped(view.moved(view.anchor, 0, cols), height, cols)
-        for index in range(place[0] - view.entries[0].seq, -1, -1):
-            block = entry_rows(view, view.entries[index], cols)
-            rows += reversed(block[:place[1] + 1] if view.entries[index].seq == place[0] else block)
-            if len(rows) >= height:
-                break
-    rows = rows[:height][::-1]
-    blank: Line = []
-    return [blank] * (height - len(rows)) + rows
+@functools.lru_cache(maxsize=512)
+def fill(line: Tuple[Span, ...], cols: int) -> Line:
+    """Cut a line to the width of the screen, or fill it with blanks."""
+    clipped = clip(line, cols)
+    return [*clipped, Span(" " * (cols - sum(width(span.text) for span in clipped)))]
 
 
 def _hint(view: ChatView) -> str:
-    """What is said above the input line."""
+    """Return what is said above the input line."""
     if view.node.leaving:
         return "Leaving, once what is under way has arrived. Ctrl-C leaves at once."
-    if view.hint or view.anchor is None:
+    scrollback = view.window.scrollback
+    if view.hint or scrollback.anchor is None:
         return view.hint
-    since = view.entries[max(0, view.away + 1 - view.entries[0].seq):]
-    count = sum(entry.kind == "chat" for entry in since)
+    count = scrollback.count_below()
     return f"{count} new below: End goes there." if count else "Scrolled back: End goes down."
 
 
-def _bar(view: ChatView, cols: int) -> Line:
-    """The status bar: as much of it as there is room for."""
+def _status_bar(view: ChatView, cols: int) -> Line:
+    """Draw the status bar, as much of it as there is room for."""
     online, address, since = view.node.server_status()
     number = len(view.node.present())
     if view.node.network_gone:
@@ -5564,55 +5211,52 @@ def _label_and_address(view: ChatView, peer: Peer) -> Tuple[str, str]:
 
 
 def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
-    """The list of peers: a mark, the name, the address where there is room."""
+    """Draw the list of peers: a mark, the name, and the address if it fits."""
     peers = view.node.present()
     shown = peers if len(peers) <= height else peers[:height - 1]
     rows: List[Line] = []
     for peer in shown:
-        mark = "○ " if peer.quiet else "+ " if peer.id in view.fresh else "● "
+        mark = "○ " if peer.quiet else "+ " if peer.id in view.people.fresh else "● "
         label, address = _label_and_address(view, peer)
         room = width(label + address) <= cols - 2
-        label = cut(label, cols - 2, "…")
-        style = "dim" if peer.quiet else view.name(peer.id).style
-        rows.append([Span(mark, "dim"), Span(label, style), Span(address if room else "", "dim")])
+        style = "dim" if peer.quiet else nick_style(label)
+        rows.append([Span(mark, "dim"), Span(cut(label, cols - 2, "…"), style), Span(address if room else "", "dim")])
     if len(shown) < len(peers):
         rows.append([Span(f"+ {len(peers) - len(shown)} more", "dim")])
     return rows
 
 
-def _beside(left: List[Line], right: List[Line], cols: int) -> List[Line]:
-    """Two blocks of rows side by side, parted by a line."""
-    rows = []
-    for at, line in enumerate(left):
-        line = clip(line, cols)
-        gap = cols - sum(width(span.text) for span in line)
-        other = right[at] if at < len(right) else []
-        rows.append([*line, Span(" " * gap), Span("│ ", "dim"), *other])
-    return rows
+def _side_by_side(left: List[Line], right: List[Line]) -> List[Line]:
+    """Put two blocks of rows side by side, with a line between them."""
+    blank: List[Line] = [[]] * (len(left) - len(right))
+    return [[*line, Span("│ ", "dim"), *other] for line, other in zip(left, right + blank)]
 
 
 def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
-    """The prompt, which says whom it goes to, and the line being written."""
-    prompt = f"[{view.node.label(view.target)}] {PROMPT}" if view.target else PROMPT
-    return flow(prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else "", view.line, cols)
+    """Return the prompt, which names the receiver, and the line as rows; and where the cursor is."""
+    window = view.window
+    prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target else PROMPT
+    prompt = prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else ""
+    return flow(prompt, window.line.left, window.line.right, cols)
 
 
 def _prompted(view: ChatView, text: str, first: bool) -> Line:
-    """A row of the input line; that it goes to one peer only is not to be overlooked."""
-    end = text.find(PROMPT) + len(PROMPT) if first and view.target and text.startswith("[") else 0
+    """Draw a row of the input line; nobody should overlook that it goes to one peer only."""
+    end = text.find(PROMPT) + len(PROMPT) if first and view.window.target and text.startswith("[") else 0
     return [Span(text[:end], "private"), Span(text[end:])]
 
 
-def flow(prompt: str, line: LineEditor, cols: int) -> Tuple[List[str], Tuple[int, int]]:
-    """A prompt and an edited line as rows of at most `cols`, and the cursor in them."""
+@functools.lru_cache(maxsize=8)
+def flow(prompt: str, left: str, right: str, cols: int) -> Tuple[List[str], Tuple[int, int]]:
+    """Break a prompt and the two parts of a line into rows; return them, and where the cursor is."""
     rows, used, cursor = [prompt], width(prompt), (0, 0)
-    left = graphemes(line.left)
-    for index, cluster in enumerate([*left, *graphemes(line.right), ""]):  # "": where the next one will go
+    before = graphemes(left)
+    for index, cluster in enumerate([*before, *graphemes(right), ""]):  # "": the place behind the last one
         text, columns = glyph(cluster) if cluster.strip() else (cluster and " ", 1)
         if used + columns > cols and used:
             rows.append("")
             used = 0
-        if index == len(left):
+        if index == len(before):
             cursor = (len(rows) - 1, used)
         if cluster == "\n":
             rows.append("")
@@ -5623,47 +5267,796 @@ def flow(prompt: str, line: LineEditor, cols: int) -> Tuple[List[str], Tuple[int
     return rows, cursor
 
 
+# -- events --------------------------------------------------------------------------------------------
+
+
+class Narrator:
+    """Shows what happened at the node: an event becomes an entry or changes one."""
+
+    def __init__(self, view: ChatView) -> None:
+        self.view = view
+        self._labels: Dict[str, str] = {}  # by id; the same for all events of a turn, which come when all is done
+        self._failures: List[Receipts] = []  # of messages that failed and came to their end in this turn
+        self._rang_at = float("-inf")
+        self._namesake = ""  # the user's own name, once it was said that somebody else has it, too
+        kinds = ("ready", "settled", "server", "network", "joined", "left", "renamed", "chat", "sent", "delivered",
+                 "failed", "notice")
+        self._handlers: Dict[str, Callable[[Event], None]] = {kind: getattr(self, f"on_{kind}") for kind in kinds}
+
+    def handle(self, events: List[Event]) -> None:
+        """Take in the events of one turn."""
+        self._labels.clear()
+        for event in events:
+            handler = self._handlers.get(event["event"])
+            if handler is not None:
+                handler(event)
+        if self._failures:
+            self._report_failures()
+
+    # -- chat ------------------------------------------------------------------------------------------
+
+    def on_chat(self, event: Event) -> None:
+        """Show what a peer said; ring if it is for the user alone or names the user."""
+        view, people = self.view, self.view.people
+        sender, to, text = event["from"]["id"], event["to"], event["text"]
+        if sender in people.ignored:
+            return
+        now = view.node.loop.wall()
+        people.on_spoke(sender, now)
+        private = to != EVERYONE
+        if private:
+            people.private = sender
+        is_called = private or view.on_screen and _mentions(text, view.node.me.username)
+        self._say(sender, to, text, "private" if private else "mention" if is_called else "")
+        if is_called and view.may_ring and now - self._rang_at >= BELL_INTERVAL:
+            self._rang_at = now
+            view.has_rung = True
+
+    def on_sent(self, event: Event) -> None:
+        """Show what the user said; its receipts will follow."""
+        view, text = self.view, event["text"]
+        entry = self._say(view.node.me.id, event["to"], text, "", own=True)
+        receipts = view.outgoing.add(event["id"], text, event["receivers"])
+        view.window.scrollback.found = None
+        if entry is not None:
+            entry.receipts, receipts.seq = receipts, entry.seq
+
+    def _say(self, sender: str, to: str, text: str, style: str, own: bool = False) -> Optional[Entry]:
+        """Show what somebody said."""
+        kind = "chat"
+        if text.startswith(ACTION):
+            kind, text = "action", text[len(ACTION):]
+        return self.view.add(kind, text, style, self._label(sender), "" if to == EVERYONE else self._label(to), own)
+
+    def _label(self, peer_id: str) -> str:
+        """Return a peer's label. The user's own name never has an address: the label of a namesake has one."""
+        label = self._labels.get(peer_id)
+        if label is None:
+            me = self.view.node.me
+            label = self._labels[peer_id] = me.username if peer_id == me.id else self.view.node.label(peer_id)
+        return label
+
+    def on_delivered(self, event: Event) -> None:
+        self._settle(event, "")
+
+    def on_failed(self, event: Event) -> None:
+        """Say that a message was not delivered; on the screen that stands below the message itself."""
+        receipts = self._settle(event, event["reason"] or "it failed")
+        if receipts is None or not self.view.on_screen:
+            name = self.view.node.label(event["to"]["id"])
+            self.view.notice(f"✗ not delivered to {name} ({event['reason']}): {_shortened(event['text'])}", "error")
+
+    def _settle(self, event: Event, outcome: str) -> Optional[Receipts]:
+        """Note what became of a message at one receiver; return its receipts, if it was under way."""
+        receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], outcome)
+        if receipts is not None and receipts.failed and not receipts.waiting and self.view.on_screen:
+            self._failures.append(receipts)
+        return receipts
+
+    def _report_failures(self) -> None:
+        """Say again what stands below messages that are out of sight; keep it if the screen will soon be gone."""
+        view, failures, area = self.view, self._failures, self.view.area()
+        self._failures = []
+        for receipts in failures:
+            lines = [f"{line}: {_shortened(receipts.text)}" for line in receipts.failures(view.node.label)]
+            view.lost += lines if view.node.leaving else []
+            if not view.window.scrollback.is_on_screen(receipts.seq, area):
+                for line in lines:
+                    view.notice(line, "error")
+
+    # -- who is here -----------------------------------------------------------------------------------
+
+    def on_joined(self, event: Event) -> None:
+        self.view.people.fresh.add(event["peer"]["id"])
+        self._gather("joined", event["peer"]["id"], "")
+        self._warn_of_namesake()
+
+    def on_left(self, event: Event) -> None:
+        peer_id, reason = event["peer"]["id"], event["reason"]
+        self.view.people.fresh.discard(peer_id)
+        kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
+        self._gather(kind, peer_id, why)
+
+    def _gather(self, kind: str, peer_id: str, reason: str) -> None:
+        """Say that a peer came or went. On the screen those that follow each other share a line."""
+        view = self.view
+        now = view.node.loop.wall()
+        if view.is_quiet and now - view.people.spoke_at.get(peer_id, float("-inf")) > LATELY:
+            return
+        if view.transcript is not None:
+            view.add(kind, self._crowd(kind, [(peer_id, reason)]))
+            return
+        scrollback = view.window.scrollback
+        last = scrollback.entries[-1] if scrollback.entries else None
+        if last is None or last.kind != kind or not 0 <= now - last.added_at < GATHER_TIME:
+            last = scrollback.add(now, kind, "", "dim")
+        last.members.append((peer_id, reason))
+        scrollback.change(last, self._crowd(kind, last.members))
+
+    def _crowd(self, kind: str, members: List[Tuple[str, str]]) -> str:
+        """Return a line that says who came or went, each with the reason."""
+        more = len(members) - GATHER_NAMES
+        names = ", ".join(self.view.node.label(each) + reason for each, reason in members[:GATHER_NAMES])
+        verb = {"gone": "is gone" if len(members) == 1 else "are gone"}.get(kind, kind)
+        return names + (f", {more} more" if more > 0 else "") + f" {verb}"
+
+    def on_renamed(self, event: Event) -> None:
+        """Say that a peer or the user has another name or address, and go on with the new id."""
+        view, old, new = self.view, event["old"], event["peer"]
+        view.people.rename(old["id"], new["id"])
+        view.outgoing.rename(old["id"], new["id"])
+        view.window.target = new["id"] if view.window.target == old["id"] else view.window.target
+        subject = "You are" if new["id"] == view.node.me.id else f"{old['username']} is"
+        if old["username"] != new["username"]:
+            view.notice(f"{subject} now known as {self._label(new['id'])}.")
+        else:
+            view.notice(f"{subject} now at {new['ip']}:{new['port']}.")
+        self._warn_of_namesake()
+
+    def _warn_of_namesake(self) -> None:
+        """Say once that somebody else has the user's name, too: nothing else on the screen shows it."""
+        me = self.view.node.me
+        if self._namesake != me.username and self.view.node.find(me.username):
+            self._namesake = me.username
+            self.view.notice(f"There is another {me.username} here: the others see you as "
+                             f"{self.view.node.label(me.id)}. /nick gives you another name.")
+
+    # -- the network -----------------------------------------------------------------------------------
+
+    def on_ready(self, event: Event) -> None:
+        self.view.notice(f"You are {event['id']}. /help lists the commands.")
+
+    def on_settled(self, event: Event) -> None:
+        """The first look around is over: if nobody is here, say why."""
+        self.view.people.fresh.clear()
+        alone = [line for line in self.view.node.alone() if line != f"You are {self.view.node.me.id}."]
+        if alone:
+            self.view.notice("\n".join(alone))
+
+    def on_server(self, event: Event) -> None:
+        address, reason = event["address"], event["reason"]
+        self.view.notice(f"Server {address} is online." if event["online"] else
+                         f"No server at {address} ({reason}). P2P mode: the chat goes on without it.")
+
+    def on_network(self, event: Event) -> None:
+        if event["gone"]:
+            self.view.notice("Nobody answers: this machine seems to be cut off from the network.", "error")
+        else:
+            self.view.notice("The network is back.")
+
+    def on_notice(self, event: Event) -> None:
+        self.view.notice(event["text"])
+
+
+# -- keys ----------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """Some keys that do the same. `run` is called with the LineEditor (EDIT_KEYS) or the Keyboard (VIEW_KEYS)."""
+
+    names: str
+    help: str
+    run: Callable[[Any], None]
+
+
+EDIT_KEYS: Tuple[Key, ...] = (
+    Key("Left, Ctrl-B", "a character to the left", lambda line: line.move(line.before())),
+    Key("Right, Ctrl-F", "a character to the right", lambda line: line.move(line.behind())),
+    Key("Ctrl-Left, Alt-B", "a word to the left", lambda line: line.move(line.word_before())),
+    Key("Ctrl-Right, Alt-F", "a word to the right", lambda line: line.move(line.word_behind())),
+    Key("Home, Ctrl-A", "to the beginning of the line", lambda line: line.move(0)),
+    Key("Ctrl-E", "to the end of the line", lambda line: line.move(len(line.text))),
+    Key("Backspace", "delete the character to the left", lambda line: line.delete(line.before())),
+    Key("Delete", "delete the character to the right", lambda line: line.delete(line.behind())),
+    Key("Ctrl-W", "cut back to the space before", lambda line: line.cut(line.blank_before())),
+    Key("Alt-Backspace", "cut the word to the left", lambda line: line.cut(line.word_before())),
+    Key("Alt-D", "cut the word to the right", lambda line: line.cut(line.word_behind())),
+    Key("Ctrl-U", "cut back to the beginning", lambda line: line.cut(0)),
+    Key("Ctrl-K", "cut to the end", lambda line: line.cut(len(line.text))),
+    Key("Ctrl-Y", "insert what was cut", lambda line: line.yank()),
+    Key("Up, Ctrl-P", "the line entered before", lambda line: line.recall(-1)),
+    Key("Down, Ctrl-N", "the line entered after it", lambda line: line.recall(1)),
+    Key("Alt-Enter, Ctrl-J", "a line break in the message", lambda line: line.insert("\n")),
+)
+VIEW_KEYS: Tuple[Key, ...] = (
+    Key("Enter", "send", lambda keys: keys.enter()),
+    Key("Tab", "complete a name or a command; again: the next one", lambda keys: keys.complete(1)),
+    Key("Shift-Tab", "the completion before", lambda keys: keys.complete(-1)),
+    Key("PgUp", "scroll back", lambda keys: keys.page(-1)),
+    Key("PgDn", "scroll forth", lambda keys: keys.page(1)),
+    Key("Alt-Up", "scroll back by a line", lambda keys: keys.scroll(-1)),
+    Key("Alt-Down", "scroll forth by a line", lambda keys: keys.scroll(1)),
+    Key("Ctrl-Home", "to the oldest message", lambda keys: keys.to_top()),
+    Key("Esc, Ctrl-End", "to the newest message", lambda keys: keys.to_bottom()),
+    Key("End", "to the newest message, and to the end of the line", lambda keys: keys.to_end()),
+    Key("Ctrl-C", "drop the line; twice: leave", lambda keys: keys.interrupt()),
+    Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda keys: keys.end_input()),
+    Key("Ctrl-L", "draw the screen anew", lambda keys: None),  # this and the next one are the interface's
+    Key("Ctrl-Z", "suspend; fg comes back", lambda keys: None),
+)
+KEYS = EDIT_KEYS + VIEW_KEYS
+_KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
+_KEYS["focus-in"] = Key("", "", lambda keys: keys.on_focus(True))
+_KEYS["focus-out"] = Key("", "", lambda keys: keys.on_focus(False))
+
+
+# -- commands ------------------------------------------------------------------------------------------
+
+Handle = Callable[["Commands", str], None]  # is called with what stands behind the command
+
+
+class Command(NamedTuple):
+    """What can be typed after a slash."""
+
+    name: str
+    usage: str
+    help: str
+    run: Handle
+
+
+COMMANDS: Dict[str, Command] = {}
+
+
+def command(usage: str) -> Callable[[Handle], Handle]:
+    """Put a method into the table of commands. Its docstring is the command's help."""
+    def enter(method: Handle) -> Handle:
+        name = usage.split()[0]
+        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method)
+        return method
+    return enter
+
+
+class Commands:
+    """Sends what was entered, or runs it as a command. Commands raise ChatError when they can't be done."""
+
+    def __init__(self, view: ChatView) -> None:
+        self.view = view
+        self.node = view.node
+        self._most_blanks: Tuple[Sequence[Peer], int] = ([], 0)  # some peers, and the most blanks in one of their names
+
+    def enter(self, text: str) -> bool:
+        """Do what a line says; return whether that was possible, and if not, say why."""
+        try:
+            if text.startswith("//"):
+                self._send(text[1:])
+            elif text.startswith("/"):
+                self._run(text)
+            elif text.strip():
+                self._send(text)
+        except ChatError as error:
+            self.view.refused += 1
+            self.view.answer(str(error), "error")
+            return False
+        return True
+
+    def _send(self, text: str) -> None:
+        """Send a text to the window's receiver."""
+        target = self.view.window.target
+        if target is None:
+            self.node.broadcast_chat_message(text)
+        else:
+            self.node.send_chat_message(target, text)
+
+    def _run(self, text: str) -> None:
+        """Run the command that a line begins with."""
+        name = text.split(None, 1)[0]
+        if name == "/":
+            raise ChatError("A command begins with a slash and a word; //TEXT says a text with a slash.")
+        found = COMMANDS.get(name.lower())
+        if found is None:
+            guess = _nearest(name.lower(), list(COMMANDS))
+            raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")
+        rest = text[len(name):].strip()
+        if rest and found.usage == found.name:
+            raise ChatError(f"{found.name} takes nothing behind it. /help lists the commands.")
+        found.run(self, rest)
+
+    # -- names in what was typed -----------------------------------------------------------------------
+
+    def _split_name(self, text: str) -> Tuple[Peer, str]:
+        """Return the peer whose name a text begins with, and what stands behind it. The longest name counts."""
+        if not text:
+            raise ChatError("Whom? Say a name; /who lists them.")
+        if text.startswith('"') and '"' in text[1:]:
+            name, _, rest = text[1:].partition('"')
+            return self._only(self.node.find(name), name), rest.strip()
+        for end in self._name_ends(text):
+            name = text[:end]
+            found = self.node.find(name)
+            if not found and name[-1] in ":,":
+                found = self.node.find(name.rstrip(":,"))
+            if found:
+                return self._only(found, name), text[end:].strip()
+        return self._only([], text.split()[0].rstrip(":,")), ""
+
+    def _name_ends(self, text: str) -> List[int]:
+        """Return where a name at the beginning of a text may end, last first. No peer's name has more blanks."""
+        present = self.node.present()
+        if present is not self._most_blanks[0]:
+            self._most_blanks = (present, max((peer.username.count(" ") for peer in present), default=0))
+        ends = (at for at in range(1, min(len(text), MAX_ID) + 1) if at == len(text) or text[at].isspace())
+        return list(itertools.islice(ends, self._most_blanks[1] + 1))[::-1]
+
+    def _peer(self, text: str) -> Peer:
+        """Return the peer that a text names; nothing may stand behind the name."""
+        peer, rest = self._split_name(text)
+        return self._only([], text) if rest else peer
+
+    def _only(self, found: Sequence[Peer], name: str) -> Peer:
+        """Return the one peer that was found for a name. Raises ChatError if there is none, or a choice."""
+        if len(found) == 1:
+            return found[0]
+        labels = self.view.labels(found or self.node.present())
+        if found:
+            raise ChatError(f"There are {len(found)} called {name}: {', '.join(labels)}. Which one?")
+        if self._is_me(name):
+            raise ChatError("That is you.")
+        raise ChatError(f"Nobody here is called {clean(name)[:40]}.{_nearest(name, labels)}")
+
+    def _is_me(self, name: str) -> bool:
+        return name.casefold().lstrip("@") in (self.node.me.username.casefold(), self.node.me.id.casefold())
+
+    # -- talk ------------------------------------------------------------------------------------------
+
+    @command("/msg NAME TEXT")
+    def _msg(self, rest: str) -> None:
+        """send a private message."""
+        peer, text = self._split_name(rest)
+        if not text:
+            raise ChatError("There is nothing to send: say the text behind the name.")
+        self.node.send_chat_message(peer.id, text)
+
+    @command("/reply TEXT")
+    def _reply(self, rest: str) -> None:
+        """answer whoever last wrote to you privately."""
+        if self.view.people.private is None:
+            raise ChatError("Nobody has written to you privately yet.")
+        if not rest:
+            raise ChatError("/reply wants a text, for example: /reply yes.")
+        self.node.send_chat_message(self.view.people.private, rest)
+
+    @command("/query [NAME [TEXT]]")
+    def _query(self, rest: str) -> None:
+        """send what is typed to NAME only, until /query alone."""
+        peer, text = self._split_name(rest) if rest else (None, "")
+        self.view.window.target = peer.id if peer else None
+        receiver = f"{self.node.label(peer.id)} only" if peer else "everyone"
+        self.view.answer(f"What you type goes to {receiver}.")
+        if text:
+            self._send(text)
+
+    @command("/me TEXT")
+    def _me(self, rest: str) -> None:
+        """say what you do: * Alice waves."""
+        if not rest:
+            raise ChatError("/me wants a text, for example: /me waves.")
+        self._send(ACTION + rest)
+
+    # -- people ----------------------------------------------------------------------------------------
+
+    @command("/nick NAME")
+    def _nick(self, rest: str) -> None:
+        """take another name."""
+        self.node.rename(rest)
+
+    @command("/peers")
+    def _peers(self, rest: str) -> None:
+        """show or hide the list of peers."""
+        if self.view.on_screen and self.view.cols >= SIDE_COLS:
+            self.view.has_side = not self.view.has_side
+            return
+        labels = self.view.labels(self.node.present())
+        names = f": {', '.join(labels)}" if labels else ""
+        self.view.answer(f"{_count(len(labels), 'peer')}{names}.")
+
+    @command("/who")
+    def _who(self, rest: str) -> None:
+        """who is there, and how well they are heard."""
+        self.view.answer("\n".join(self.node.alone() or self.node.who()))
+
+    @command("/whois NAME")
+    def _whois(self, rest: str) -> None:
+        """name, address and state of one peer."""
+        people = self.view.people
+        if self._is_me(rest):
+            self.view.answer(f"You are {self.node.me.id}.")
+            if not self.node.find(rest):
+                return
+        peer = self._peer(rest)
+        spoke_at = people.spoke_at.get(peer.id)
+        spoke = f"last spoke at {self.view.clock(spoke_at)}" if spoke_at is not None else "has not spoken yet"
+        traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
+        self.view.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
+
+    @command("/info")
+    def _info(self, rest: str) -> None:
+        """who has your last message."""
+        receipts = self.view.outgoing.last
+        if receipts is None:
+            raise ChatError("You have not sent a message yet.")
+        lines = [_shortened(receipts.text)]
+        for outcome, what in (("", "delivered to"), (None, "under way to")):
+            names = [self.node.label(each) for each, became in receipts.outcomes.items() if became == outcome]
+            lines += [f"{what}: {', '.join(names)}"] if names else []
+        self.view.answer("\n".join(lines + receipts.failures(self.node.label)))
+
+    # -- the network, the screen -----------------------------------------------------------------------
+
+    @command("/sync")
+    def _sync(self, rest: str) -> None:
+        """compare lists of peers with somebody now."""
+        self.node.sync()
+
+    @command("/log [LINES]")
+    def _log(self, rest: str) -> None:
+        """show the last lines of the log."""
+        count = (rest or "20")[:9]
+        if not count.isdecimal():
+            raise ChatError("/log wants a number of lines, for example: /log 50.")
+        self.view.answer("\n".join(list(self.view.log)[-max(1, int(count)):]) or "The log is empty.")
+
+    @command("/search [TEXT]")
+    def _search(self, rest: str) -> None:
+        """go to the last message with TEXT; again: to the one before."""
+        view, scrollback = self.view, self.view.window.scrollback
+        wanted = rest or scrollback.wanted
+        if not wanted:
+            raise ChatError("/search wants a text to look for.")
+        if view.transcript is not None:
+            scrollback.wanted, lines = wanted, view.transcript.search(wanted)
+            if not lines:
+                raise ChatError(f"Nothing was found for {wanted}.")
+            view.answer("\n".join(lines[-10:]))
+            return
+        hits = scrollback.search(wanted)
+        if not hits:
+            raise ChatError(f"Nothing {'more ' if scrollback.found is not None else ''}was found for {wanted}.")
+        scrollback.found = hits[-1].seq
+        area = view.area()
+        scrollback.go_to(scrollback.moved((scrollback.found, 0), area.height // 2, area.cols), area)  # below the middle
+        view.hint = f"{len(hits) - 1} more above: /search goes on, End comes back."
+
+    @command("/ignore [NAME]")
+    def _ignore(self, rest: str) -> None:
+        """show nothing more from a peer; alone: who is ignored."""
+        ignored = self.view.people.ignored
+        if rest:
+            ignored[self._peer(rest).id] = None
+        self.view.answer(f"Ignored: {', '.join(map(self.node.label, ignored)) or 'nobody'}.")
+
+    @command("/unignore NAME")
+    def _unignore(self, rest: str) -> None:
+        """show what a peer says again."""
+        ignored, wanted = self.view.people.ignored, rest.strip('"').casefold()
+        found = [each for each in ignored
+                 if wanted in (each.casefold(), self.node.label(each).casefold(), each.rpartition("@")[0].casefold())]
+        if len(found) != 1:
+            raise ChatError(f"Which one? Ignored: {', '.join(ignored)}." if ignored else "Nobody is ignored.")
+        del ignored[found[0]]
+        self.view.answer(f"{self.node.label(found[0])} is heard again.")
+
+    @command("/quiet")
+    def _quiet(self, rest: str) -> None:
+        """hide or show joins and leaves of those who have not spoken lately."""
+        self.view.is_quiet = not self.view.is_quiet
+        self.view.answer(f"Joins and leaves of the silent are {'hidden' if self.view.is_quiet else 'shown'}.")
+
+    @command("/bell [on|off]")
+    def _bell(self, rest: str) -> None:
+        """ring when you are named or written to privately."""
+        if rest.lower() not in ("", "on", "off"):
+            raise ChatError("The bell can be on or off.")
+        self.view.may_ring = rest.lower() == "on" if rest else self.view.may_ring
+        self.view.answer(f"The bell is {'on' if self.view.may_ring else 'off'}.")
+
+    @command("/clear")
+    def _clear(self, rest: str) -> None:
+        """empty the screen."""
+        self.view.window.scrollback.clear()
+        if self.view.transcript is not None:
+            self.view.transcript.clear()
+
+    @command("/help [COMMAND]")
+    def _help(self, rest: str) -> None:
+        """list the commands, or explain one; /help keys lists the keys."""
+        wanted = "/" + rest.lower().lstrip("/")
+        if wanted == "/keys":
+            rows = [(key.names, key.help) for key in KEYS]
+        elif wanted == "/":
+            rows = [(each.usage, each.help) for each in COMMANDS.values()]
+            rows.append(("//TEXT", "say a text that begins with a slash"))
+        elif wanted in COMMANDS:
+            rows = [(COMMANDS[wanted].usage, COMMANDS[wanted].help)]
+        else:
+            raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
+        first = max(len(left) for left, _ in rows)
+        self.view.answer("\n".join(f"{left.ljust(first)}  {right}" for left, right in rows))
+
+    @command("/quit")
+    def _quit(self, rest: str) -> None:
+        """leave the chat."""
+        self.node.leave()
+
+
+class Completion:
+    """Completes the word before the cursor; done again, it takes the next candidate."""
+
+    def __init__(self, view: ChatView) -> None:
+        self.view = view
+        self._before = ""  # what stands before the word
+        self._candidates: List[str] = []
+        self._at = 0  # index of the candidate that is shown
+
+    def complete(self, step: int, again: bool) -> None:
+        """Put the first candidate in the place of the word; with `again`, go on by `step` candidates."""
+        line = self.view.window.line
+        if again and self._candidates:
+            self._at = (self._at + step) % len(self._candidates)
+        else:
+            start = line.blank_before() if line.left[-1:].strip() else len(line.left)
+            self._before, self._candidates, self._at = line.left[:start], self._find(line.left, start), 0
+        if self._candidates:
+            line.left = self._before + self._candidates[self._at]
+
+    def _find(self, text: str, start: int) -> List[str]:
+        """Return what the word at `start` can become: commands, or names, the latest speakers first."""
+        view, word, before = self.view, text[start:].casefold(), text[:start].split()
+        if word.startswith("/") and (not before or before == ["/help"]):
+            return [name + " " for name in COMMANDS if name.startswith(word)]
+        if not word and not before:
+            return []
+        at = "@" if word.startswith("@") else ""
+        end = ": " if start == 0 else " "
+        spoke_at = view.people.spoke_at
+        peers = sorted(view.node.present(), key=lambda peer: -spoke_at.get(peer.id, float("-inf")))
+        return [at + label + end for label in view.labels(peers) if label.casefold().startswith(word[len(at):])]
+
+
+class Keyboard:
+    """What keys, typed text and pastes do."""
+
+    def __init__(self, view: ChatView) -> None:
+        self.view = view
+        self._completion = Completion(view)
+        self._key = self._key_before = ""
+        self._has_asked = False  # the next Enter sends even a long text
+
+    def press(self, name: str) -> None:
+        """Do what a key says."""
+        key = _KEYS.get(name)
+        if key is not None:
+            self._begin(name)
+            key.run(self.view.window.line if key in EDIT_KEYS else self)
+
+    def type(self, text: str) -> None:
+        """Insert what was typed."""
+        self._begin("")
+        self.view.window.line.insert(text)
+
+    def paste(self, text: str) -> None:
+        """Insert what was pasted, as one message, however many lines it has."""
+        self._begin("")
+        text = clean(text, newlines=True).rstrip("\n")
+        lines = text.count("\n") + 1
+        if len(text.encode("utf-8")) > MAX_TEXT:
+            self.view.hint = f"Not pasted: it is more than the {MAX_TEXT} bytes that a message can hold."
+        else:
+            self.view.window.line.insert(text)
+            self.view.hint = f"{lines} lines were pasted: they are one message." if lines > 1 else ""
+
+    def _begin(self, name: str) -> None:
+        """Before each key, clear what is shown only until the next key."""
+        self._key_before, self._key = self._key, name
+        if name not in ("focus-in", "focus-out"):
+            self.view.hint = ""
+            self.view.people.fresh.clear()
+            self._has_asked = self._has_asked and name == "enter"
+
+    # -- what they do ----------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Enter the line; if it is long, ask first."""
+        view, line = self.view, self.view.window.line
+        lines = line.text.count("\n") + 1
+        if lines > ASK_LINES and not self._has_asked:
+            self._has_asked = True
+            view.hint = f"{lines} lines: Enter sends, Ctrl-C drops them."
+            return
+        self._has_asked = False
+        view.window.scrollback.anchor = None  # to the bottom; what was found stays, for /search goes on from there
+        if not view.enter(line.enter()):
+            view.hint = "Up brings the line back."
+
+    def interrupt(self) -> None:
+        """Drop the line; when pressed twice, leave."""
+        view, line = self.view, self.view.window.line
+        if self._key_before == "ctrl-c":
+            view.node.leave()
+        elif line.text:
+            line.move(len(line.text))
+            line.cut(0)
+            view.hint = "Ctrl-C again leaves. Ctrl-Y brings the line back."
+        else:
+            view.hint = "Ctrl-C again leaves."
+
+    def end_input(self) -> None:
+        """Leave if the line is empty, else delete a character."""
+        line = self.view.window.line
+        if line.text:
+            line.delete(line.behind())
+        else:
+            self.view.node.leave()
+
+    def complete(self, step: int) -> None:
+        """Complete the word before the cursor."""
+        self._completion.complete(step, again=self._key_before in ("tab", "shift-tab"))
+
+    def scroll(self, rows: int) -> None:
+        self.view.window.scrollback.scroll(rows, self.view.area())
+
+    def page(self, pages: int) -> None:
+        """Scroll by screenfuls; one row stays on screen."""
+        area = self.view.area()
+        self.view.window.scrollback.scroll(pages * max(1, area.height - 1), area)
+
+    def to_top(self) -> None:
+        self.view.window.scrollback.to_top(self.view.area())
+
+    def to_bottom(self) -> None:
+        self.view.window.scrollback.to_bottom()
+
+    def to_end(self) -> None:
+        """Go to the newest message, and to the end of the line."""
+        self.to_bottom()
+        self.view.window.line.move(len(self.view.window.line.text))
+
+    def on_focus(self, has_focus: bool) -> None:
+        """Note that the terminal got or lost the focus."""
+        if has_focus:
+            self.view.people.fresh.clear()
+        else:
+            self.view.window.scrollback.on_focus_lost()
+
+
+class ChatView:
+    """The model: its parts, and what they share. Interfaces hand in events, lines and keys, and draw it."""
+
+    def __init__(self, node: PeerNode, clock: Clock, transcript: Optional[Transcript] = None) -> None:
+        self.node = node
+        self.clock = clock
+        self.transcript = transcript  # where there is no screen
+        self.on_screen = transcript is None
+        self.rows, self.cols = 24, 80
+        self.people = People()
+        self.window = Window(Scrollback(clock, node.label))
+        self.outgoing = Outgoing()
+        self.lost: List[str] = []  # lines about what was not delivered while leaving
+        self.log: Deque[str] = collections.deque(maxlen=500)
+        self.refused = 0  # lines that could not be done
+        self.hint = ""  # is shown above the input line until the next key
+        self.has_side = True  # the list of peers is shown
+        self.is_quiet = False  # joins and leaves of peers that have not spoken lately are hidden
+        self.may_ring = True
+        self.has_rung = False  # the interface has yet to ring the bell
+        self.on_answer: Callable[[str, str], None] = lambda text, kind: None
+        self.keyboard = Keyboard(self)
+        self._commands = Commands(self)
+        self._narrator = Narrator(self)
+
+    def handle(self, events: List[Event]) -> None:
+        """Take in the events of one turn."""
+        self._narrator.handle(events)
+
+    def enter(self, text: str) -> bool:
+        """Do what an entered line says; return whether that was possible."""
+        return self._commands.enter(text)
+
+    def add(self, kind: str, text: str, style: str = "", sender: str = "", to: str = "", own: bool = False
+            ) -> Optional[Entry]:
+        """Show a message or a notice; `sender` and `to` are labels. Return its entry, if there is a screen."""
+        now = self.node.loop.wall()
+        if self.transcript is None:
+            return self.window.scrollback.add(now, kind, text, style, sender, to)
+        self.transcript.add(now, kind, text, sender, to, own)
+        return None
+
+    def notice(self, text: str, kind: str = "notice") -> None:
+        """Say something that nobody said."""
+        self.add(kind, text, {"notice": "dim", "error": "error"}.get(kind, ""))
+
+    def answer(self, text: str, kind: str = "answer") -> None:
+        """Answer the user. An answer that is longer than the screen is shown from its beginning."""
+        self.notice(text, kind)
+        if self.on_screen:
+            scrollback, area = self.window.scrollback, self.area()
+            scrollback.go_to((scrollback.next - 1, area.height - 1), area)
+        self.on_answer(text, kind)
+
+    def labels(self, peers: Iterable[Peer]) -> List[str]:
+        return [self.node.label(peer.id) for peer in peers]
+
+    def area(self) -> Area:
+        """Return the size of the part of the screen that shows messages."""
+        part = layout(self, self.rows, self.cols)
+        return Area(max(1, part.messages), self.cols - part.side)
+
+
+# -- the start form ------------------------------------------------------------------------------------
+
+
 class StartForm:
-    """What is asked before the chat begins: the name, the server. The keys are those of the chat's line."""
+    """What is asked before the chat begins: the name, the server. Each row is edited like the chat's input line."""
 
     def __init__(self, name: str, server: str, port: str) -> None:
-        self.server, self.name = LineEditor(server), LineEditor(name)
+        self.name, self.server = LineEditor(name), LineEditor(server)
+        none = "(none: whoever is found on this network)"
+        self.fields = [("Name", self.name, ""), ("Server", self.server, none)]  # label, line, and for an empty one
         self.port = port
-        self.fields = [("Name", self.name), ("Server", self.server)]
-        self.at = 0
+        self.at = 0  # index of the field that is being written
         self.message = ""
-        self.busy = False  # a server is being tried
+        self.is_busy = False  # a server is being tried: nothing is typed meanwhile
 
     @property
     def line(self) -> LineEditor:
-        """The field being written."""
+        """The line that is being written."""
         return self.fields[self.at][1]
 
-    def key(self, name: str) -> None:
-        """A key that moves or edits."""
+    def press(self, name: str) -> None:
+        """Go to another field, or edit this one."""
         key = _KEYS.get(name)
-        if name in ("tab", "down", "up", "shift-tab"):
-            self.at = 1 - self.at
+        if self.is_busy:
+            return
+        if name in ("tab", "down"):
+            self.at = (self.at + 1) % len(self.fields)
+        elif name in ("shift-tab", "up"):
+            self.at = (self.at - 1) % len(self.fields)
         elif name == "end":
             self.line.move(len(self.line.text))
         elif key in EDIT_KEYS and name not in ("alt-enter", "ctrl-j"):
             key.run(self.line)
 
+    def type(self, text: str) -> None:
+        """Insert what was typed or pasted."""
+        if not self.is_busy:
+            self.line.insert(clean(text.strip("\r\n")))
+
+    paste = type
+
 
 def render_form(form: StartForm, rows: int, cols: int) -> Screen:
-    """The form; on a small screen the field being written, then the message, then the rest."""
+    """Draw the form. A small screen shows the field that is being written, then the message, then the rest."""
     ranked: List[Tuple[int, Line]] = [(6, [Span(" p2pchat: chat for everyone on this network", "bold")]), (6, [])]
     column = 0
-    for at, (label, line) in enumerate(form.fields):
-        typed, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line, cols)
-        none = "" if line.text or line is form.name else "(none: whoever is found on this network)"
-        ranked.append((0 if at == form.at else 2, [Span(typed[row if at == form.at else 0]), Span(none, "dim")]))
+    for at, (label, line, placeholder) in enumerate(form.fields):
+        texts, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line.left, line.right, cols)
+        text = Span(texts[row if at == form.at else 0])
+        ranked.append((0 if at == form.at else 2, [text, Span("" if line.text else placeholder, "dim")]))
         column = place if at == form.at else column
     keys = "Enter starts, Ctrl-C leaves, Esc goes on without a server, Tab goes to the other field."
     ranked += [(5, [Span(f" Port    {form.port}", "dim")]), (5, [])]
     ranked += [(1, [Span(f" {text}", "error")]) for text in wrap(form.message, max(1, cols - 1)) if form.message]
     ranked += [(7, [])] + [(4, [Span(f" {text}", "dim")]) for text in wrap(keys, max(1, cols - 1))]
-    shown = sorted(sorted(range(len(ranked)), key=lambda at: ranked[at][0])[:rows])  # the highest ranks go first
+    shown = sorted(sorted(range(len(ranked)), key=lambda at: ranked[at][0])[:rows])  # high ranks are left out first
     lines = [clip(ranked[at][1], cols) for at in shown]
     blank: Line = []
     return Screen(lines + [blank] * (rows - len(lines)), (shown.index(2 + form.at), column))
@@ -5672,20 +6065,21 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
 # ======================================================================================================
 # Interfaces
 #
-# Three thin shells around the chat view: a curses screen, plain lines, JSON lines. Each turns what comes
-# from its user into calls on the model, and what changed into output. None has a loop of its own: keys and
-# lines are read when they are there, drawing is a timer while something has changed. Curses only draws;
-# keys are decoded here, from bytes, so nothing waits inside curses. However it ends, the terminal is put
-# back as it was.
+# Three thin shells around the chat view: a curses screen, plain lines, JSON lines. Each hands events and what
+# its user types to the view, and turns what changed into output. None has a loop of its own, and none ever
+# waits: input is read when it is there, in portions that leave time for the network; output is written as far
+# as it is taken; a timer draws the screen while something has changed. Curses only draws: keys are decoded
+# here, from bytes. However it ends, the terminal is put back as it was.
 # ======================================================================================================
 
 FRAME = 1 / 30  # seconds between two drawings: faster than anybody reads
-ESCAPE_TIME = 0.025  # an ESC that nothing follows within so many seconds is the key of that name
-MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are looked at
-MAX_MINE = 1000  # own messages under way: beyond, plain and JSON read no further input
-MAX_UNREAD = 64 * 1024 * 1024  # bytes of output that wait for a program that does not read them
+ESCAPE_TIME = 0.025  # seconds after which an ESC that nothing followed is the Esc key
+MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
+PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
+SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
+INPUT_TIME = 0.01  # seconds of a turn for lines of input: the others wait for the next turn
+MAX_UNREAD = 64 * 1024 * 1024  # bytes of output kept for a program that does not read them
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-PIPE_CHUNK = 4096 if sys.platform == "linux" else 512  # bytes that a pipe takes if it takes any
 
 PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
 Press = Tuple[str, str]
@@ -5710,21 +6104,21 @@ _PRESS = re.compile(r"""  # what is complete; what matches none of these has to 
 
 
 class KeyReader:
-    """Makes keys, typed text and pastes of the bytes that a terminal sends, however they are cut."""
+    """Turns the bytes that a terminal sends into keys, typed text and pastes, however the bytes are cut."""
 
     def __init__(self, known: Optional[Dict[str, str]] = None) -> None:
-        self._known = known or {}  # sequences of this terminal, beside those that all have
+        self._known = known or {}  # this terminal's own sequences
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._rest = ""
-        self.brackets = False  # the terminal says what was pasted
+        self.has_brackets = False  # whether this terminal marks what was pasted
 
     @property
-    def waiting(self) -> bool:
-        """Whether it depends on what comes next what the last bytes were."""
+    def is_waiting(self) -> bool:
+        """Whether the meaning of the last bytes depends on what comes next."""
         return bool(self._rest) and not self._rest.startswith(_PASTE_START)
 
     def feed(self, data: bytes) -> List[Press]:
-        """Take bytes; return what they are."""
+        """Take in bytes; return what they mean."""
         self._rest += self._decode(data)
         presses: List[Press] = []
         while self._rest:
@@ -5735,13 +6129,13 @@ class KeyReader:
         return presses
 
     def flush(self) -> List[Press]:
-        """Nothing came: what waits is an ESC, and what was typed behind it."""
+        """Nothing came: what waits is the Esc key, and what was typed after it."""
         rest, self._rest = self._rest, ""
         return [(PRESS, "esc")] + ([(TEXT, rest[1:])] if rest[1:].isprintable() and rest[1:] else [])
 
     def _paste(self, presses: List[Press]) -> int:
-        """A paste; 0 if its end has not come. What is too much goes, but for what may be half of the end."""
-        self.brackets = True
+        """Take a paste; return its length, 0 if its end has not come. Of too long a one, only the beginning is kept."""
+        self.has_brackets = True
         text, end, _ = self._rest[len(_PASTE_START):].partition(_PASTE_END)
         if end:
             presses.append((PASTE, text[:MAX_PASTE]))
@@ -5751,7 +6145,7 @@ class KeyReader:
         return 0
 
     def _press(self, presses: List[Press]) -> int:
-        """One key, or a run of text; 0 if it is not complete."""
+        """Take one key or a run of text; return its length, 0 if it is not complete."""
         for sequence, name in self._known.items():
             if self._rest.startswith(sequence):
                 presses.append((PRESS, name))
@@ -5776,7 +6170,7 @@ class KeyReader:
 
 
 def without_burst(presses: List[Press]) -> List[Press]:
-    """Three lines that came at once, and no key that edits, were pasted into a terminal that does not say so."""
+    """Three lines at once with no editing key were pasted, in a terminal that does not mark pastes: make them one."""
     plain = {(PRESS, "enter"): "\n", (PRESS, "ctrl-j"): "\n", (PRESS, "tab"): "\t"}
     edited = any(kind != TEXT and (kind, value) not in plain for kind, value in presses)
     if edited or presses.count((PRESS, "enter")) < 3:
@@ -5785,21 +6179,35 @@ def without_burst(presses: List[Press]) -> List[Press]:
 
 
 class LogTail(logging.Handler):
-    """Keeps the last lines of the log for /log."""
+    """Keeps the last lines of the log, for /log."""
 
     def __init__(self, lines: Deque[str]) -> None:
         super().__init__(logging.INFO)
         self._lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        when = time.strftime("%H:%M:%S", time.localtime(record.created))
-        self._lines.append(f"{when} {clean(record.getMessage())}")
+        self._lines.append(f"{_time_of_second(int(record.created))} {clean(record.getMessage())}")
+
+
+def show_time(when: float) -> str:
+    """Return hours and minutes of a Unix time. Each minute is formatted once."""
+    return _time_of_minute(int(when // 60))
+
+
+@functools.lru_cache(maxsize=64)
+def _time_of_minute(minute: int) -> str:
+    return time.strftime("%H:%M", time.localtime(minute * 60))
+
+
+@functools.lru_cache(maxsize=1)
+def _time_of_second(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))
 
 
 class Interface:
-    """What the three have in common. `failure` is a bug of ours: it ends the program in an orderly way."""
+    """What the three have in common. A `failure` is a bug of ours; it ends the program in an orderly way."""
 
-    on_screen = False
+    transcript: Optional[Transcript] = None  # of an interface without a screen
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
@@ -5820,7 +6228,7 @@ class Interface:
         except Exception as error:
             if isinstance(error, OSError) and self.node is not None and not self.node.me.port:
                 sys.stderr.write(f"p2pchat: {port_problem(self.settings.host, self.settings.port, error)}\n")
-                return 1  # it did not get as far as listening
+                return 1  # the port can't be had
             self.failure = error
         finally:
             log.removeHandler(tail)
@@ -5835,22 +6243,22 @@ class Interface:
         raise NotImplementedError
 
     def status(self) -> int:
-        """The exit status when nothing broke."""
+        """Return the exit status if there was no failure."""
         return 0
 
     def start_node(self, settings: Settings) -> None:
-        """Begin to chat. Raises OSError when the port can't be had."""
+        """Start a node and its view. Raises OSError if the port can't be had."""
         self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events))
-        self.view = ChatView(node, lambda when: time.strftime("%H:%M", time.localtime(when)), self.on_screen)
+        self.view = ChatView(node, show_time, self.transcript)
         self.view.log = self.log
         node.start()
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
-        """So much happened at the node."""
+        """Show what happened at the node in one turn."""
         raise NotImplementedError
 
     def guard(self, call: Callable[..., None], *args: Any) -> None:
-        """Make a call whose failure is the interface's own, not that of the connection that led to it."""
+        """Make a call. Its failure ends the program: the loop would blame the connection that led to it."""
         try:
             call(*args)
         except Exception as error:
@@ -5858,19 +6266,19 @@ class Interface:
             self.loop.stop()
 
     def listen_for_signals(self) -> None:
-        """Leave when asked to."""
+        """Leave when a signal asks for it."""
         for number in _ENDING:
             self.loop.on_signal(number, self.interrupt if number == signal.SIGINT else self.leave)
 
     def leave(self) -> None:
-        """Tell everybody, and end when that is done."""
+        """Say goodbye, and end when that is done."""
         if self.node is None:
             self.loop.stop()
         else:
             self.node.leave()
 
     def interrupt(self) -> None:
-        """Leave; when already doing so, wait for nothing more; then end at once."""
+        """Leave; the second time, wait for nothing more; the third time, end at once."""
         if self.node is None or self.node.stopping:
             self.loop.stop()
         elif self.node.leaving:
@@ -5879,7 +6287,7 @@ class Interface:
             self.leave()
 
     def _report(self, failure: BaseException) -> str:
-        """One line: what happened, and where more is said about it."""
+        """Return one line: what happened, and which file says more."""
         import tempfile
         import traceback
         log.error("[P2P] an error in the program", exc_info=failure)
@@ -5897,7 +6305,7 @@ class Interface:
 
 
 class Terminal:
-    """The terminal while the screen is ours: a context manager that puts it back as it was."""
+    """The terminal while it shows our screen: a context manager that puts it back as it was."""
 
     _ASCII = str.maketrans("✗●○→…─│·◌", "x*o>~-|-o")
 
@@ -5907,7 +6315,7 @@ class Terminal:
         import termios
         self._curses: Any = curses
         self._termios: Any = termios
-        for name in ("", "C.UTF-8", "C"):  # the one that is asked for may not be installed here
+        for name in ("", "C.UTF-8", "C"):  # the first one may not be installed here
             try:
                 locale.setlocale(locale.LC_CTYPE, name)
                 break
@@ -5923,7 +6331,7 @@ class Terminal:
         self._window = self._curses.initscr()
         try:
             ansi = (self._curses.tigetstr("cup") or b"").startswith(b"\x1b[")
-            if ansi:  # bracketed paste and focus reports; what does not know them ignores them
+            if ansi:  # marked pastes and focus reports; terminals that don't know them ignore them
                 self._modes = (b"\x1b[?2004h\x1b[?1004h", b"\x1b[?1004l\x1b[?2004l")
             self._make_styles()
             self.resume()
@@ -5939,18 +6347,18 @@ class Terminal:
         """Take the screen, for the first time or again."""
         for call in (self._curses.raw, self._curses.noecho, self._curses.nonl):
             self._quietly(call)
-        self._quietly(self._curses.typeahead, -1)  # nobody reads through curses: it need not look for keys
+        self._quietly(self._curses.typeahead, -1)  # curses reads no keys, and so need not look for them
         self._quietly(os.write, 1, self._modes[0])
         self.resize()
 
     def suspend(self) -> None:
-        """Give it back; harmless when that has been done."""
+        """Give the terminal back; harmless if that was done before."""
         self._quietly(os.write, 1, self._modes[1])
         self._quietly(self._curses.endwin)
         self._quietly(self._termios.tcsetattr, 0, self._termios.TCSADRAIN, self._before)
 
     def resize(self) -> None:
-        """It may have another size; draw everything anew."""
+        """Ask for the size, which may be another one, and draw everything anew."""
         try:
             cols, rows = os.get_terminal_size(0)
         except OSError:
@@ -5960,7 +6368,7 @@ class Terminal:
         self._window.clear()
 
     def _quietly(self, call: Callable[..., Any], *args: Any) -> None:
-        """Make a call that fails when the terminal is gone, which is noticed elsewhere, or is a poor one."""
+        """Make a call that may fail: the terminal is a poor one, or gone, which is noticed elsewhere."""
         try:
             call(*args)
         except (OSError, self._curses.error, self._termios.error):
@@ -5972,20 +6380,19 @@ class Terminal:
         return int(rows), int(cols)
 
     def keys(self) -> Dict[str, str]:
-        """The sequences that this terminal sends for its keys."""
+        """Return the sequences that this terminal sends for its keys."""
         found = {self._curses.tigetstr(name): key for name, key in _TERMINFO_KEYS.items()}
         return {code.decode("latin-1"): key for code, key in found.items() if code and len(code) > 1}
 
     def beep(self) -> None:
-        """Ring."""
         self._curses.beep()
 
     def draw(self, screen: Screen) -> None:
-        """Show a screen; what of it is new to the terminal is curses' business."""
+        """Show a screen. Curses sends only what has changed."""
         self._window.erase()
         for row, line in enumerate(screen.lines):
-            self._quietly(self._draw_row, row, line)  # behind the last cell is no place for the cursor: it is drawn
-        self._quietly(self._window.move, *screen.cursor)  # the screen may be smaller by now than it was
+            self._quietly(self._draw_row, row, line)  # fails behind the last cell, but draws it
+        self._quietly(self._window.move, *screen.cursor)  # the terminal may be smaller by now
         self._quietly(self._window.refresh)
 
     def _draw_row(self, row: int, line: Line) -> None:
@@ -5994,14 +6401,14 @@ class Terminal:
             self._window.addstr(self._drawable(text), self._styles.get(style, 0))
 
     def _drawable(self, text: str) -> str:
-        """A text in what the locale can show, at the same width."""
+        """Return a text in characters that the locale has, at the same width."""
         if self._utf8 or text.isascii():
             return text
         clusters = (cluster.translate(self._ASCII) for cluster in graphemes(text))
         return "".join(cluster if cluster.isascii() else "?" * width(cluster) for cluster in clusters)
 
     def _make_styles(self) -> None:
-        """What the styles look like: in colour where there is some, and never by colour alone."""
+        """Choose what the styles look like: in colour if there is any, but never by colour alone."""
         curses, styles = self._curses, self._styles
         bold = curses.A_BOLD
         styles.update(dim=curses.A_DIM, bold=bold, bar=curses.A_REVERSE, rule=bold, error=bold, private=bold,
@@ -6009,7 +6416,7 @@ class Terminal:
         try:
             curses.start_color()
             curses.use_default_colors()
-            many = curses.COLORS >= 256  # of 256 there are some that can be read on white as on black
+            many = curses.COLORS >= 256  # some of them can be read on white and on black
             nicks = (31, 64, 97, 130, 132, 166, 29, 161) if many else (1, 2, 5, 6, 1, 2, 5, 6)
             for pair, colour in enumerate((*nicks, 1, 5, 3 if not many else 172), 1):
                 curses.init_pair(pair, colour, -1)
@@ -6021,16 +6428,14 @@ class Terminal:
 
 
 class CursesInterface(Interface):
-    """The screen. Before there is a name, a form; `form` is what stands in front of the chat."""
-
-    on_screen = True
+    """The screen. As long as there is a form, it is shown in place of the chat."""
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         super().__init__(loop, settings)
         self.form: Optional[StartForm] = None
-        self._next: Optional[Settings] = None  # to be started with, when the node before has stopped
+        self._next: Optional[Settings] = None  # of the next node, which starts when this one has stopped
         self._frame = Timer()
-        self._drawn = 0.0
+        self._drawn_at = 0.0
         self._escape = Timer()
 
     def chat(self) -> None:
@@ -6043,10 +6448,10 @@ class CursesInterface(Interface):
         with Terminal() as self.terminal:
             self._keys = KeyReader(self.terminal.keys())
             self.listen_for_signals()
-            self.loop.on_signal(signal.SIGWINCH, self._resized)
+            self.loop.on_signal(signal.SIGWINCH, self._on_resize)
             self.loop.on_signal(signal.SIGTSTP, self._suspend)
-            self.loop.on_signal(signal.SIGCONT, self._continued)
-            self.loop.watch(0, self._readable)
+            self.loop.on_signal(signal.SIGCONT, self._on_continue)
+            self.loop.watch(0, self._on_readable)
             self.changed()
             self.loop.run()
         lost = self.view.lost if self.node is not None else []
@@ -6057,41 +6462,45 @@ class CursesInterface(Interface):
     # -- out -------------------------------------------------------------------------------------------
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
+        if node is not self.node:
+            return  # with another name or server from the form, there is another node
+        self.view.handle(events)
         for event in events:
-            if node is self.node:  # else it has made room for another one
-                self._on_event(event)
+            if event["event"] == "server" and self.form is not None and self.form.is_busy:
+                self._on_server_tried(self.form, event)
+            elif event["event"] == "stopped" and self._next is None:
+                self.loop.stop()
+            elif event["event"] == "stopped":
+                self._launch()
         self.changed()
 
-    def _on_event(self, event: Event) -> None:
-        self.view.handle(event)
-        if event["event"] == "server" and self.form is not None and self.form.busy:
-            self._server_tried(self.form, event)
-        elif event["event"] == "stopped" and self._next is None:
-            self.loop.stop()
-        elif event["event"] == "stopped":
-            self._launch()
-
-    def changed(self) -> None:
-        """Draw soon: at the end of this turn, or when the frame before has been seen."""
+    def changed(self, by_user: bool = False) -> None:
+        """Draw: in the next turn what the user did, else when the frame before was shown long enough."""
+        if by_user:
+            self._frame.cancel()
         if not self._frame.active:
-            wait = max(0.0, self._drawn + FRAME - self.loop.now())
+            wait = 0.0 if by_user else max(0.0, self._drawn_at + FRAME - self.loop.now())
             self._frame = self.loop.call_later(wait, self.guard, self._draw)
 
     def _draw(self) -> None:
         rows, cols = self.terminal.size()
         if self.form is not None:
-            self.terminal.draw(render_form(self.form, rows, cols))
+            screen = render_form(self.form, rows, cols)
+            self.terminal.draw(screen)
         else:
             self.view.rows, self.view.cols = rows, cols
-            self.terminal.draw(render(self.view, rows, cols))
-            if self.view.rung:
-                self.view.rung = False
+            screen = render(self.view, rows, cols)
+            self.terminal.draw(screen)
+            if self.view.has_rung:
+                self.view.has_rung = False
                 self.terminal.beep()
-        self._drawn = self.loop.now()
+        self._drawn_at = self.loop.now()
+        if not screen.is_complete:
+            self.changed()
 
     # -- in --------------------------------------------------------------------------------------------
 
-    def _readable(self) -> None:
+    def _on_readable(self) -> None:
         try:
             data = os.read(0, 65536)
         except OSError:
@@ -6102,12 +6511,12 @@ class CursesInterface(Interface):
             return
         self._escape.cancel()
         presses = self._keys.feed(data)
-        self._press(presses if self._keys.brackets else without_burst(presses))
-        if self._keys.waiting:
-            self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._escaped)
+        self._press(presses if self._keys.has_brackets else without_burst(presses))
+        if self._keys.is_waiting:
+            self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._on_escape_time)
 
-    def _escaped(self) -> None:
-        if self._keys.waiting:
+    def _on_escape_time(self) -> None:
+        if self._keys.is_waiting:
             self._press(self._keys.flush())
 
     def _press(self, presses: List[Press]) -> None:
@@ -6116,92 +6525,88 @@ class CursesInterface(Interface):
                 self.terminal.resize()
             elif kind == PRESS and value == "ctrl-z":
                 self._suspend()
-            elif self.form is not None:
-                self._press_in_form(self.form, kind, value)
+            elif self.form is not None and kind == PRESS and value in ("ctrl-c", "ctrl-d", "esc", "enter"):
+                self._press_in_form(self.form, value)
             elif kind == PRESS and value == "ctrl-c" and self.node is not None and self.node.leaving:
                 self.interrupt()
             else:
-                {PRESS: self.view.key, TEXT: self.view.type, PASTE: self.view.paste}[kind](value)
-        self.changed()
+                keyboard = self.form or self.view.keyboard
+                {PRESS: keyboard.press, TEXT: keyboard.type, PASTE: keyboard.paste}[kind](value)
+        self.changed(by_user=True)
 
-    def _resized(self) -> None:
+    def _on_resize(self) -> None:
         self.terminal.resize()
         self.changed()
 
     def _suspend(self) -> None:
-        """Ctrl-Z: the terminal is put back before we stop, so it is in order even if we never go on."""
+        """Stop, as Ctrl-Z asks. The terminal is put back before, so it is in order even if we never go on."""
         self.terminal.suspend()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(0, signal.SIGTSTP)
         self.loop.on_signal(signal.SIGTSTP, self._suspend)
-        self._continued()
+        self._on_continue()
 
-    def _continued(self) -> None:
+    def _on_continue(self) -> None:
         self.terminal.resume()
         self.changed()
 
     # -- the form --------------------------------------------------------------------------------------
 
-    def _press_in_form(self, form: StartForm, kind: str, value: str) -> None:
-        if kind == PRESS and value in ("ctrl-c", "ctrl-d"):
+    def _press_in_form(self, form: StartForm, key: str) -> None:
+        """Start the chat, or leave. Enter does nothing while a server is tried."""
+        if key in ("ctrl-c", "ctrl-d"):
             self.leave()
-        elif kind == PRESS and value == "esc":
+        elif key == "esc":
             self._submit(form, wait=False)
-        elif form.busy:
-            pass  # until the server has answered
-        elif kind != PRESS:
-            form.line.insert(clean(value.strip("\r\n")))
-        elif value == "enter":
+        elif not form.is_busy:
             self._submit(form, wait=True)
-        else:
-            form.key(value)
 
     def _submit(self, form: StartForm, wait: bool) -> None:
-        """Start with what the form says; with `wait` it stays until the server has answered."""
+        """Start with what the form says. With `wait`, it stays until the server has answered."""
         try:
             name, server = check_username(form.name.text.strip()), None
             try:
                 server = parse_address(form.server.text.strip()) if form.server.text.strip() else None
                 check_reach(self.settings.host, [server] if server else [])
             except ValueError:
-                if wait:  # else it goes on without
+                if wait:  # else start without a server
                     raise
                 server = None
         except ValueError as error:
             form.message = f"{str(error).rstrip('.')}."
             return
-        form.busy = wait and server is not None
-        form.message = f"Trying the server at {form.server.text.strip()} ..." if form.busy else ""
+        form.is_busy = wait and server is not None
+        form.message = f"Trying the server at {form.server.text.strip()} ..." if form.is_busy else ""
         settings = self.settings._replace(username=name, server=server)
-        if self.node is not None and self.node.settings == settings and not form.busy:
+        if self.node is not None and self.node.settings == settings and not form.is_busy:
             self.form = None
             return
         self._next = settings
         if self.node is None:
             self._launch()
-        else:  # another name or server, or the same once more: another node
+        else:  # each try has a node of its own
             self.node.leave()
 
     def _launch(self) -> None:
-        """Begin to chat with what was submitted last."""
+        """Start a node with what was submitted last."""
         assert self.form is not None and self._next is not None
         settings, self._next = self._next, None
         try:
             self.start_node(settings)
         except OSError as error:
             self.form.message = f"{port_problem(settings.host, settings.port, error)}."
-            self.node, self.form.busy = None, False
+            self.node, self.form.is_busy = None, False
             return
         assert self.node is not None
         self.form.port = str(self.node.me.port)
-        if not self.form.busy:
+        if not self.form.is_busy:
             self.form = None
 
-    def _server_tried(self, form: StartForm, event: Event) -> None:
+    def _on_server_tried(self, form: StartForm, event: Event) -> None:
         if event["online"]:
             self.form = None
         else:
-            form.busy = False
+            form.is_busy = False
             form.message = (f"No server at {event['address']}: {event['reason']}. Enter tries again, "
                             "Esc goes on without it.")
 
@@ -6210,16 +6615,17 @@ class CursesInterface(Interface):
 
 
 class LineReader:
-    """Lines from standard input, be it a terminal, a pipe, a file or nothing. Never waits for it."""
+    """Reads lines from standard input, be it a terminal, a pipe, a file or nothing. Never waits for it."""
 
-    def __init__(self, loop: Loop, line: Callable[[str], None], end: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, on_lines: Callable[[List[str]], None], on_end: Callable[[], None]) -> None:
         self._loop = loop
-        self._line = line
-        self._end = end
-        self._rest = b""
+        self._on_lines = on_lines  # is called with all lines of one read
+        self._on_end = on_end
+        self._rest = b""  # the beginning of a line
         self._source: Any = 0
         self._read: Callable[[int], bytes] = functools.partial(os.read, 0)
-        self._state = "paused"  # watching, polling (a file, which can always be read), paused, ended
+        self._state = "paused"  # watching, polling (a file: it can't be watched), paused, ended
+        self._poll = Timer()
         if sys.platform == "win32":
             self._start_thread()
 
@@ -6227,41 +6633,48 @@ class LineReader:
         """Read, from now on or again."""
         if self._state == "paused":
             try:
-                self._loop.watch(self._source, self._readable)
+                self._loop.watch(self._source, self._on_readable)
                 self._state = "watching"
             except (OSError, ValueError):
                 self._state = "polling"
-                self._loop.call_later(0, self._readable)
+                self._poll = self._loop.call_later(0, self._on_readable)
 
     def pause(self) -> None:
-        """Leave what comes where it is."""
+        """Read nothing more for now."""
         if self._state == "watching":
             self._loop.unwatch(self._source)
+        self._poll.cancel()
         if self._state != "ended":
             self._state = "paused"
 
-    def _readable(self) -> None:
-        if self._state not in ("watching", "polling"):
-            return
+    def _on_readable(self) -> None:
         try:
-            data = self._read(65536)
+            data = self._read(PIPE_SIZE)
         except OSError:
             data = b""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if not data or len(self._rest) > MAX_LINE:
-            lines, self._rest = [*lines, self._rest], b""
-        for line in lines:
-            if line.strip():
-                self._line(line.decode("utf-8", "replace").rstrip("\r"))
+        if self._state == "polling":
+            self._poll = self._loop.call_later(0, self._on_readable)
+        lines = self._cut(data)
+        if lines:
+            self._on_lines(lines)
         if not data:
             self.pause()
             self._state = "ended"
-            self._end()
-        elif self._state == "polling":
-            self._loop.call_later(0, self._readable)
+            self._on_end()
+
+    def _cut(self, data: bytes) -> List[str]:
+        """Return the lines that these bytes complete. The end of input completes a line, and so does MAX_LINE."""
+        end = data.rfind(b"\n") + 1
+        if not end and data:
+            if len(self._rest) + len(data) <= MAX_LINE:
+                self._rest += data
+                return []
+            end = len(data)
+        text, self._rest = (self._rest + data[:end]).decode("utf-8", "replace"), data[end:]
+        return [line.rstrip("\r") for line in text.split("\n") if line and not line.isspace()]
 
     def _start_thread(self) -> None:
-        """Windows can't wait for stdin and sockets together: there, and only there, a thread reads it."""
+        """Read in a thread on Windows, and only there: it can't wait for a console or pipe and sockets together."""
         import threading
         self._source, far_end = socket.socketpair()
         self._read = self._source.recv
@@ -6274,39 +6687,38 @@ class LineReader:
 
 
 class LineWriter:
-    """Lines to standard output, without waiting for it: what it does not take now is kept."""
+    """Writes lines to standard output. Never waits for it: what is not taken at once is kept."""
 
-    def __init__(self, loop: Loop, broken: Callable[[str], None]) -> None:
+    def __init__(self, loop: Loop, on_broken: Callable[[str], None]) -> None:
         self._loop = loop
-        self._broken = broken  # is told why; "" if whoever read is gone, as is their right
+        self._on_broken = on_broken  # is told why; "" if the reader is gone, as is its right
+        self._lines: List[str] = []  # since the last flush
         self._output = bytearray()
-        self._state = "idle"  # idle, scheduled, waiting, broken
-        self._emptied: Optional[Callable[[], None]] = None
+        self._state = "idle"  # idle, waiting, broken
+        self._on_empty: Optional[Callable[[], None]] = None
+        own = _own_pipe()
+        self._descriptor: Any = 1 if own is None else own
+        self._is_own = own is not None
+        self._most = PIPE_SIZE if self._is_own or stat.S_ISREG(os.fstat(1).st_mode) else SAFE_WRITE  # bytes of a write
 
     def write(self, line: str) -> None:
-        """Write a line, soon."""
+        """Write a line at the next flush."""
+        self._lines.append(line)
+
+    def flush(self, events: int = 0) -> None:
+        """Write what is taken at once; the rest follows when there is room."""
+        if self._lines:
+            self._lines.append("")
+            self._output += "\n".join(self._lines).encode("utf-8", "replace")
+            self._lines.clear()
         if self._state == "broken":
+            self._output.clear()
             return
-        self._output += line.encode("utf-8", "replace") + b"\n"
-        if self._state == "idle" or len(self._output) > MAX_UNREAD:
-            self._state = "scheduled" if self._state == "idle" else self._state
-            self._loop.call_later(0, self._flush)
-
-    def when_empty(self, call: Callable[[], None]) -> None:
-        """Call back once everything is written, or never can be."""
-        self._emptied = call
-        if self._state in ("idle", "broken"):
-            call()
-
-    def _flush(self, events: int = 0) -> None:
-        """Write as much as is taken at once. A pipe that can be written to takes PIPE_CHUNK bytes."""
-        import select
-        any_time = sys.platform == "win32"  # there only sockets can be asked
         try:
-            while self._output and (any_time or select.select([], [1], [], 0)[1]):
-                del self._output[:os.write(1, self._output[:PIPE_CHUNK])]
+            while self._output and self._may_write():
+                del self._output[:os.write(self._descriptor, self._output[:self._most])]
         except BlockingIOError:
-            pass  # shared with a program that made it so
+            pass  # the pipe is full
         except OSError as error:
             self._break("" if isinstance(error, BrokenPipeError) else error_text(error))
             return
@@ -6315,21 +6727,46 @@ class LineWriter:
         else:
             self._await(bool(self._output))
 
+    def when_empty(self, call: Callable[[], None]) -> None:
+        """Call back once everything is written, or never can be."""
+        self._on_empty = call
+        if self._state in ("idle", "broken"):
+            call()
+
+    def _may_write(self) -> bool:
+        """Whether a write of `_most` bytes returns at once. Windows can tell that of sockets only."""
+        import select
+        return self._is_own or sys.platform == "win32" or bool(select.select([], [self._descriptor], [], 0)[1])
+
     def _await(self, more: bool) -> None:
-        """Wait until it can be written to, if there is more to write."""
-        write = selectors.EVENT_WRITE
-        stdout: Any = 1
+        """Be called when there is room, if there is more to write."""
         if more != (self._state == "waiting"):
-            self._loop.set_interest(stdout, write if more else 0, self._flush)
+            self._loop.set_interest(self._descriptor, selectors.EVENT_WRITE if more else 0, self.flush)
         self._state = "waiting" if more else "idle"
-        if not more and self._emptied is not None:
-            self._emptied()
+        if not more and self._on_empty is not None:
+            self._on_empty()
 
     def _break(self, why: str) -> None:
-        """Nothing can be written any more."""
+        """Give up: nothing can be written any more."""
         self._await(False)
         self._state = "broken"
-        self._broken(why)
+        self._output.clear()
+        self._on_broken(why)
+
+
+def _own_pipe() -> Optional[int]:
+    """If standard output is a pipe, open it once more, non-blocking, for ourselves. Return None if that can't be done.
+
+    O_NONBLOCK belongs to the open file, not to the descriptor: set on standard output, it would hold for all programs
+    that share it, such as a shell. Linux opens the same pipe here, but as a file that is ours alone. So a write takes
+    as much as fits, up to all that a pipe holds, and returns. Asking first could not do that: a pipe counts pages, so
+    nobody knows how many bytes fit, and another writer may come between."""
+    try:
+        if sys.platform == "linux" and stat.S_ISFIFO(os.fstat(1).st_mode):
+            return os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        pass  # there is no /proc, or the pipe is another user's, or nobody reads it
+    return None
 
 
 class PlainInterface(Interface):
@@ -6337,25 +6774,24 @@ class PlainInterface(Interface):
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         super().__init__(loop, settings._replace(username=settings.username or login_name()))
-        self._reader = LineReader(loop, functools.partial(self.guard, self._typed), self.leave)
-        self._writer = LineWriter(loop, self._unwritable)
-        self._by_hand = os.isatty(0)  # then what was typed is on the screen already
-        self._printed = 0
-        self._busy = False
-        self._lost = False  # output that could not be written
+        self._by_hand = os.isatty(0)  # if so, what was typed is on the screen already
+        self._reader = LineReader(loop, functools.partial(self.guard, self._on_lines),
+                                  functools.partial(self.guard, self._on_end))
+        self._writer = LineWriter(loop, self._on_broken)
+        self.transcript = self.make_transcript()
+        self._input: Deque[str] = collections.deque()  # lines that came and wait
+        self._has_ended = False  # the input has
+        self._next_lines = Timer()
+        self._is_broken = False  # the output is
+
+    def make_transcript(self) -> Transcript:
+        """Return where what is said goes."""
+        return Transcript(show_time, self._writer.write, echo=not self._by_hand)
 
     def status(self) -> int:
-        """1 if something was not delivered, not understood (in a script) or not written."""
+        """1 if something was not delivered, not written, or, in a script, not understood."""
         assert self.node is not None
-        return int(bool(self.node.undelivered or self._lost or self.view.refused and not self._by_hand))
-
-    def _unwritable(self, why: str) -> None:
-        """Leave, for there is nobody to talk to."""
-        if why:
-            self._lost = True
-            log.error("[P2P] the output can't be written: %s", why)
-            sys.stderr.write(f"p2pchat: the output can't be written: {why}\n")
-        self.leave()
+        return int(bool(self.node.undelivered or self._is_broken or self.view.refused and not self._by_hand))
 
     def chat(self) -> None:
         self.start_node(self.settings)
@@ -6365,57 +6801,94 @@ class PlainInterface(Interface):
         self.loop.run()
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
-        for event in events:
-            self._on_event(event)
-
-    def _on_event(self, event: Event) -> None:
-        self.view.handle(event)
-        self.show(event)
-        kind = event["event"]
-        if kind == "settled":  # what is piped in goes to those who are there, not to nobody
+        self.view.handle(events)
+        self.show(events)
+        kinds = {event["event"] for event in events}
+        if "settled" in kinds:  # before, what is piped in would go to nobody
             self._reader.resume()
-        elif kind == "stopped":
+        if self._input and not self._next_lines.active:
+            self._enter_lines()
+        self._writer.flush()
+        if "stopped" in kinds:
             self.loop.call_later(self.settings.timeout, self.loop.stop)
             self._writer.when_empty(self.loop.stop)
-        elif self._busy and len(self.view.mine) < MAX_MINE // 2:
-            self._busy = False
-            self._reader.resume()
 
-    def show(self, event: Optional[Event] = None) -> None:
-        """Print what an event, or else a line that was entered, led to."""
-        unprinted = min(self.view.next - self._printed, len(self.view.entries))
-        if not (event is not None and event["event"] == "sent" and self._by_hand):
-            for entry in self.view.entries[len(self.view.entries) - unprinted:]:
-                self._writer.write(plain_text(self.view, entry))
-        self._printed = self.view.next
+    def show(self, events: List[Event]) -> None:
+        """Print events that the transcript does not print; here it prints them all."""
 
-    def _typed(self, line: str) -> None:
-        self.view.enter(line)
-        self.show()
-        if len(self.view.mine) >= MAX_MINE:
-            self._busy = True
+    def _on_lines(self, lines: List[str]) -> None:
+        self._input += lines
+        self._enter_lines()
+
+    def _on_end(self) -> None:
+        self._has_ended = True
+        self._enter_lines()
+
+    def _enter_lines(self) -> None:
+        """Do what the input says, as far as this turn has time and not too much is under way."""
+        until = self.loop.now() + INPUT_TIME
+        while self._input and not self.view.outgoing.is_full and self.loop.now() < until:
+            self.view.enter(self._input.popleft())
+        if self._input:
             self._reader.pause()
+            if not self.view.outgoing.is_full:  # else the next deliveries go on with it
+                self._next_lines = self.loop.call_later(0, self.guard, self._enter_lines)
+        elif self._has_ended:
+            self.leave()
+        else:
+            self._reader.resume()
+        self._writer.flush()
+
+    def _on_broken(self, why: str) -> None:
+        """Leave: nobody would read what is said."""
+        if why:
+            self._is_broken = True
+            log.error("[P2P] the output can't be written: %s", why)
+            sys.stderr.write(f"p2pchat: the output can't be written: {why}\n")
+        self.leave()
 
 
 class JsonInterface(PlainInterface):
     """The same input; every event as a JSON object on a line of its own, answers to commands as notices."""
 
+    def make_transcript(self) -> Transcript:
+        """Return where what is said goes. It is not printed, for the events are."""
+        return Transcript(show_time)
+
     def start_node(self, settings: Settings) -> None:
         super().start_node(settings)
-        self.view.on_answer = self._answered
+        self.view.on_answer = self._on_answer
 
-    def _answered(self, text: str, kind: str) -> None:
-        """The answer to a command; "error" tells bots that it, or a text, could not be done."""
-        self.show({"event": "notice", "text": text, **({"error": True} if kind == "error" else {})})
+    def _on_answer(self, text: str, kind: str) -> None:
+        """Print the answer to a command; "error" tells bots that it, or a text, could not be done."""
+        self.show([{"event": "notice", "text": text, **({"error": True} if kind == "error" else {})}])
 
-    def show(self, event: Optional[Event] = None) -> None:
-        if event is None or event["event"] == "chat" and event["from"]["id"] in self.view.ignored:
-            return  # what was entered led to events, or to an answer
-        self._writer.write(json.dumps({"event": event["event"], "time": round(self.loop.wall(), 3), **event}))
+    def show(self, events: List[Event]) -> None:
+        """Print events, but not the messages of ignored peers."""
+        ignored = self.view.people.ignored
+        if ignored:
+            events = [each for each in events if each["event"] != "chat" or each["from"]["id"] not in ignored]
+        if events:
+            self._writer.write(encode_events(events, round(self.loop.wall(), 3)))
+
+
+_EVENT_ENCODER = json.JSONEncoder()
+
+
+def encode_events(events: List[Event], now: float) -> str:
+    """Encode events as JSON, each on a line, with the time behind the first key, which is "event".
+
+    They are encoded as one list, which is faster; then times and line breaks are put in. Both are found by quotes
+    that are not escaped, and such quotes are in no text."""
+    text = _EVENT_ENCODER.encode(events)[1:-1]
+    for kind in {event["event"] for event in events}:
+        start = f'{{"event": "{kind}"'
+        text = text.replace(start, f'{start}, "time": {now}')
+    return text.replace('}, {"event": ', '}\n{"event": ')
 
 
 def login_name() -> str:
-    """The name of whoever is logged in, as far as it can be used."""
+    """Return the login name, as far as it can be used."""
     import getpass
     try:
         return check_username(clean(getpass.getuser())[:MAX_NAME].strip())
@@ -6424,7 +6897,7 @@ def login_name() -> str:
 
 
 def has_screen() -> bool:
-    """Whether there is a terminal on which curses can put the cursor where it wants."""
+    """Whether there is a terminal on which curses can move the cursor."""
     if not (os.isatty(0) and os.isatty(1)):
         return False
     try:

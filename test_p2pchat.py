@@ -133,8 +133,12 @@ class ViewNode:
 def view_make(*names, on_screen=True, me="Alice"):
     """A view of a room in which some are already."""
     node = ViewNode(*names, me=me)
-    view = p2pchat.ChatView(node, lambda when: time.strftime("%H:%M", time.gmtime(when)), on_screen)
-    node.emit = view.handle
+
+    def clock(when):
+        return time.strftime("%H:%M", time.gmtime(when))
+
+    view = p2pchat.ChatView(node, clock, None if on_screen else p2pchat.Transcript(clock))
+    node.emit = lambda event: view.handle([event])
     return view
 
 
@@ -142,18 +146,22 @@ def view_peer(view, name):
     return view.node.find(name)[0].public
 
 
+def view_event(view, event):
+    view.handle([event])
+
+
 def view_chat(view, name, text, private=False):
     to = view.node.me.id if private else "*"
-    view.handle({"event": "chat", "from": view_peer(view, name), "to": to, "text": text, "id": "x-1"})
+    view_event(view, {"event": "chat", "from": view_peer(view, name), "to": to, "text": text, "id": "x-1"})
 
 
 def view_keys(view, *keys):
     """Press keys: names in <>, everything else is typed."""
     for key in keys:
         if key.startswith("<"):
-            view.key(key[1:-1])
+            view.keyboard.press(key[1:-1])
         else:
-            view.type(key)
+            view.keyboard.type(key)
 
 
 def view_screen(view, rows=24, cols=80):
@@ -315,13 +323,13 @@ def test_wrap(text, cols, lines):
 def test_editing(keys, left, right):
     view = view_make("Bob")
     view_keys(view, *keys)
-    assert (view.line.left, view.line.right) == (left, right)
+    assert (view.window.line.left, view.window.line.right) == (left, right)
 
 
 def test_leaving_keys():
     view = view_make("Bob")
     view_keys(view, "half a line", "<ctrl-c>")
-    assert view.line.text == "" and not view.node.leaving and "again leaves" in view_screen(view)[-2]
+    assert view.window.line.text == "" and not view.node.leaving and "again leaves" in view_screen(view)[-2]
     view_keys(view, "x", "<backspace>", "<ctrl-c>")
     assert not view.node.leaving
     view_keys(view, "<ctrl-c>")
@@ -355,8 +363,8 @@ def test_long_input_grows_and_follows_the_cursor():
 
 def test_pasted_lines_are_one_message():
     view = view_make("Bob")
-    view.paste("def f():\r\n\treturn 1\r\n")
-    assert view.line.text == "def f():\n\treturn 1" and view.node.sent == []
+    view.keyboard.paste("def f():\r\n\treturn 1\r\n")
+    assert view.window.line.text == "def f():\n\treturn 1" and view.node.sent == []
     assert any("return 1" in row for row in view_screen(view)[-3:]) and "2 lines were pasted" in view.hint
     view_keys(view, "<enter>")
     assert view.node.sent == [("def f():\n\treturn 1", None)]
@@ -364,13 +372,13 @@ def test_pasted_lines_are_one_message():
 
 def test_a_long_paste_asks_first():
     view = view_make("Bob")
-    view.paste("x = 1\n" * 500)
+    view.keyboard.paste("x = 1\n" * 500)
     view_keys(view, "<enter>")
     assert view.node.sent == [] and "500 lines" in "".join(view_screen(view))
     view_keys(view, "<left>", "<enter>")
     assert view.node.sent == []  # another key, asked again
     view_keys(view, "<ctrl-c>")
-    view.paste("x = 1\n" * 500)
+    view.keyboard.paste("x = 1\n" * 500)
     view_keys(view, "<enter>", "<focus-out>", "<focus-in>")
     assert view.node.sent == [] and "Ctrl-C drops" in "".join(view_screen(view, 12, 40))
     view_keys(view, "<enter>")
@@ -380,10 +388,10 @@ def test_a_long_paste_asks_first():
 def test_a_paste_that_is_too_long_is_refused_and_never_cut():
     view = view_make("Bob")
     for text in ("y" * (p2pchat.MAX_TEXT + 1), "日" * (p2pchat.MAX_TEXT // 3 + 1)):
-        view.paste(text)
-        assert view.line.text == "" and "Not pasted" in view_screen(view)[-2]
-    view.paste("\x1b[201~\x1b]0;title\x07 \u202e" + "日" * 5000)
-    assert "\x1b" not in view.line.text and view.line.text.count("日") == 5000
+        view.keyboard.paste(text)
+        assert view.window.line.text == "" and "Not pasted" in view_screen(view)[-2]
+    view.keyboard.paste("\x1b[201~\x1b]0;title\x07 \u202e" + "日" * 5000)
+    assert "\x1b" not in view.window.line.text and view.window.line.text.count("日") == 5000
 
 
 # -- completion ----------------------------------------------------------------------------------------
@@ -393,36 +401,36 @@ def test_completion_of_names():
     view = view_make("Bob", "Bobby", "Carol")
     view_chat(view, "Bobby", "hi")
     view_keys(view, "bo", "<tab>")
-    assert view.line.text == "Bobby: "  # the latest speaker first
+    assert view.window.line.text == "Bobby: "  # the latest speaker first
     view_keys(view, "<tab>")
-    assert view.line.text == "Bob: "
+    assert view.window.line.text == "Bob: "
     view_keys(view, "<shift-tab>")
-    assert view.line.text == "Bobby: "
+    assert view.window.line.text == "Bobby: "
     view_keys(view, "and ca", "<tab>", "x", "<tab>")
-    assert view.line.text == "Bobby: and Carol x"
+    assert view.window.line.text == "Bobby: and Carol x"
     view_keys(view, "<ctrl-u>", "/msg @ca", "<tab>")
-    assert view.line.text == "/msg @Carol "
+    assert view.window.line.text == "/msg @Carol "
     view_keys(view, "<ctrl-u>", "zzz", "<tab>")
-    assert view.line.text == "zzz"
+    assert view.window.line.text == "zzz"
 
 
 def test_completion_tells_namesakes_apart():
     view = view_make("Bob")
     view.node.join("Bob", "10.0.0.7")
     view_keys(view, "/msg Bo", "<tab>")
-    assert view.line.text == "/msg Bob@10.0.0.2 "
+    assert view.window.line.text == "/msg Bob@10.0.0.2 "
     view_keys(view, "<tab>")
-    assert view.line.text == "/msg Bob@10.0.0.7 "
+    assert view.window.line.text == "/msg Bob@10.0.0.7 "
 
 
 def test_completion_of_commands():
     view = view_make("Bob")
     view_keys(view, "/wh", "<tab>")
-    assert view.line.text == "/who "
+    assert view.window.line.text == "/who "
     view_keys(view, "<tab>")
-    assert view.line.text == "/whois "
+    assert view.window.line.text == "/whois "
     view_keys(view, "<ctrl-u>", "/help /se", "<tab>")
-    assert view.line.text == "/help /search "
+    assert view.window.line.text == "/help /search "
 
 
 # -- commands ------------------------------------------------------------------------------------------
@@ -476,7 +484,7 @@ def test_whois_knows_oneself():
     assert view_answer(view, "/whois alice") == "You are Alice@10.0.0.1:10001." and not view.refused
     view = view_make("Alice")
     view.enter("/whois alice")
-    answers = [entry.text for entry in view.entries][-2:]
+    answers = [entry.text for entry in view.window.scrollback.entries][-2:]
     assert answers[0] == "You are Alice@10.0.0.1:10001." and answers[1].startswith("Alice is Alice@10.0.0.2")
 
 
@@ -485,9 +493,9 @@ def test_nothing_that_was_typed_is_dropped():
     for command in p2pchat.COMMANDS.values():
         if command.usage == command.name:
             assert "nothing behind it" in view_answer(view, f"{command.name} x"), command
-    assert view.node.calls == [] and view.side
+    assert view.node.calls == [] and view.has_side
     view.enter("/query Bob what about this")
-    assert view.node.sent == [("what about this", view.target)] and view.target == view_peer(view, "Bob")["id"]
+    assert view.node.sent == [("what about this", view.window.target)] and view.window.target == view_peer(view, "Bob")["id"]
 
 
 def test_ambiguous_names_are_refused_with_the_choice():
@@ -511,7 +519,7 @@ def test_reply_query_and_renaming():
     peer = view.node.peers.get(bob["id"])
     record = dict(peer.wire(0.0), username="Rob", id="Rob@10.0.0.2:10001", incarnation=5)
     view.node.peers.merge_own_claim(record, 1.0)
-    view.handle({"event": "renamed", "peer": view_peer(view, "Rob"), "old": bob})
+    view_event(view, {"event": "renamed", "peer": view_peer(view, "Rob"), "old": bob})
     view.enter("still you")
     assert view_style(view, "[Rob] >") == "private"
     view.enter("/query")
@@ -524,18 +532,18 @@ def test_ignoring_is_by_peer():
     view = view_make("Bob", "Carol")
     view.node.join("Bob", "10.0.0.7")
     view.enter("/ignore Bob@10.0.0.7")
-    view.handle({"event": "chat", "from": view_peer(view, "Bob@10.0.0.7"), "to": "*", "text": "SPAM", "id": "x"})
-    view.handle({"event": "chat", "from": view_peer(view, "Bob@10.0.0.2"), "to": "*", "text": "fine", "id": "x"})
+    view_event(view, {"event": "chat", "from": view_peer(view, "Bob@10.0.0.7"), "to": "*", "text": "SPAM", "id": "x"})
+    view_event(view, {"event": "chat", "from": view_peer(view, "Bob@10.0.0.2"), "to": "*", "text": "fine", "id": "x"})
     screen = "".join(view_screen(view))
     assert "SPAM" not in screen and "fine" in screen
     old = view_peer(view, "Bob@10.0.0.7")
     peer = view.node.peers.get(old["id"])
     view.node.peers.merge_own_claim(dict(peer.wire(0.0), username="Rob", id="Rob@10.0.0.7:10001", incarnation=5), 1.0)
-    view.handle({"event": "renamed", "peer": view_peer(view, "Rob"), "old": old})
+    view_event(view, {"event": "renamed", "peer": view_peer(view, "Rob"), "old": old})
     assert view_answer(view, "/ignore") == "Ignored: Rob."
-    assert view_answer(view, "/unignore rob") == "Rob is heard again." and not view.ignored
+    assert view_answer(view, "/unignore rob") == "Rob is heard again." and not view.people.ignored
     view.node.peers.merge_own_claim(dict(peer.wire(0.0), username="Bob", id="Bob@10.0.0.7:10001", incarnation=6), 2.0)
-    view.handle({"event": "chat", "from": view_peer(view, "Bob@10.0.0.7"), "to": "*", "text": "SPAM", "id": "x"})
+    view_event(view, {"event": "chat", "from": view_peer(view, "Bob@10.0.0.7"), "to": "*", "text": "SPAM", "id": "x"})
     assert "SPAM" in "".join(view_screen(view))
 
 
@@ -552,7 +560,7 @@ def test_the_other_commands():
     view_chat(view, "Bob", "needle in hay")
     assert "needle in hay" in view_answer(view, "/search needle")
     view.enter("/clear")
-    assert view.entries == []
+    assert "Nothing was found" in view_answer(view, "/search needle")
     view.enter("/quit")
     assert view.node.leaving
 
@@ -583,31 +591,31 @@ def test_styles_tell_messages_apart():
     view_chat(view, "Bob", "for you", private=True)
     view_chat(view, "Bob", "hey alice, there")
     view_chat(view, "Bob", "malice")
-    view.handle({"event": "notice", "text": "a notice"})
+    view_event(view, {"event": "notice", "text": "a notice"})
     view.enter("/msg Bob mine")
     styles = {text: view_style(view, text) for text in ("for all", "for you", "hey alice", "malice", "a notice", "mine")}
     assert styles == {"for all": "", "for you": "private", "hey alice": "mention", "malice": "", "a notice": "dim", "mine": "dim"}
     screen = "\n".join(view_screen(view))
     assert "Bob → Alice: for you" in screen and "Alice → Bob: mine" in screen
-    assert view.name(view_peer(view, "Bob")["id"]).style.startswith("nick")
+    assert view_style(view, "Bob").startswith("nick")
 
 
 def test_the_bell_rings_rarely():
     view = view_make("Bob")
     view_chat(view, "Bob", "nothing")
-    assert not view.rung
+    assert not view.has_rung
     view_chat(view, "Bob", "Alice!")
-    assert view.rung
-    view.rung = False
+    assert view.has_rung
+    view.has_rung = False
     view_chat(view, "Bob", "Alice!")
-    assert not view.rung
+    assert not view.has_rung
     view.node.loop.seconds += 10
     view.enter("/bell off")
     view_chat(view, "Bob", "private", private=True)
-    assert not view.rung
+    assert not view.has_rung
     view.enter("/bell on")
     view_chat(view, "Bob", "private", private=True)
-    assert view.rung
+    assert view.has_rung
 
 
 def test_scrolling_is_anchored():
@@ -639,11 +647,11 @@ def test_scrolling_by_lines_and_to_both_ends():
     view_keys(view, "<alt-down>")
     assert "message 0 " not in view_screen(view)[1]
     view_keys(view, "<esc>")
-    assert view.anchor is None
+    assert view.window.scrollback.anchor is None
     view_keys(view, "<alt-up>", "<alt-down>")
-    assert view.anchor is None
+    assert view.window.scrollback.anchor is None
     view_keys(view, "<pgup>", "<ctrl-end>")
-    assert view.anchor is None
+    assert view.window.scrollback.anchor is None
 
 
 def test_the_mark_of_what_was_missed_stays_until_it_is_found():
@@ -672,14 +680,14 @@ def test_a_long_answer_is_shown_from_its_beginning():
     view_keys(view, "/help", "<enter>")
     assert "/msg NAME TEXT" in view_screen(view, 12, 80)[1]
     view_keys(view, "hi", "<enter>")
-    assert view.anchor is None
+    assert view.window.scrollback.anchor is None
 
 
 def test_a_few_messages_cannot_be_scrolled():
     view = view_make("Bob")
     view_chat(view, "Bob", "one")
     view_keys(view, "<pgup>", "<alt-up>", "<pgdn>")
-    assert view.anchor is None and any("one" in row for row in view_screen(view))
+    assert view.window.scrollback.anchor is None and any("one" in row for row in view_screen(view))
 
 
 def test_the_line_where_reading_stopped():
@@ -702,7 +710,7 @@ def test_what_is_said_at_the_start():
     view.node.alone = lambda: ["Nobody else is here.", "You are Alice@10.0.0.1:10001.", "Tried x: refused."]
     for event in ({"event": "ready", "id": view.node.me.id}, {"event": "server", "online": True, "address": "h:1", "reason": ""},
                   {"event": "server", "online": False, "address": "h:1", "reason": "refused"}, {"event": "settled"}):
-        view.handle(event)
+        view_event(view, event)
     screen = "\n".join(view_screen(view))
     assert screen.count("You are Alice@") == 1 and "Tried x" in screen
     assert "Server h:1 is online." in screen and "No server at h:1 (refused). P2P mode: the chat goes on" in screen
@@ -711,16 +719,27 @@ def test_what_is_said_at_the_start():
 def test_a_namesake_is_told_of_once():
     view = view_make("Carol")
     view.node.join("bob", tell=True)
-    assert not [entry for entry in view.entries if "another" in entry.text]
+    assert not [entry for entry in view.window.scrollback.entries if "another" in entry.text]
     for ip in ("10.0.0.8", "10.0.0.9"):
         view.node.join("Alice", ip, tell=True)
-    told = [entry.text for entry in view.entries if "another" in entry.text]
+    told = [entry.text for entry in view.window.scrollback.entries if "another" in entry.text]
     assert len(told) == 1 and "another Alice" in told[0] and f"see you as {view.node.label(view.node.me.id)}." in told[0]
     old = view.node.me.public
     view.node.me.set_identity("Bob", "10.0.0.1", 10001)
     view.node.peers.clear_caches()
-    view.handle({"event": "renamed", "old": old, "peer": view.node.me.public})
-    assert "another Bob here" in view.entries[-1].text
+    view_event(view, {"event": "renamed", "old": old, "peer": view.node.me.public})
+    assert "another Bob here" in view.window.scrollback.entries[-1].text
+
+
+def test_messages_tell_namesakes_apart_from_the_turn_on_in_which_the_second_came():
+    view = view_make("Bob")
+    bob = view_peer(view, "Bob")
+    view_chat(view, "Bob", "alone")
+    second = view.node.join("Bob", "10.0.0.7")
+    view.handle([{"event": "joined", "peer": second}] + [
+        {"event": "chat", "from": each, "to": "*", "text": "hi", "id": "x"} for each in (bob, second)])
+    rows = [row for row in view_screen(view, 24, 59) if ": " in row]
+    assert [row[6:].strip() for row in rows] == ["Bob: alone", "Bob@10.0.0.2: hi", "Bob@10.0.0.7: hi"]
 
 
 def test_joins_and_leaves_are_gathered():
@@ -757,10 +776,10 @@ def test_delivery_is_visible():
     view.enter("hello")
     assert view_style(view, "hello") == "dim"
     bob, carol = view_peer(view, "Bob"), view_peer(view, "Carol")
-    view.handle({"event": "delivered", "id": "me-1", "to": bob})
+    view_event(view, {"event": "delivered", "id": "me-1", "to": bob})
     assert view_style(view, "hello") == "dim" and "under way to: Carol" in view_answer(view, "/info")
-    view.handle({"event": "failed", "id": "me-1", "to": carol, "reason": "silent", "text": "hello"})
-    assert view_style(view, "hello") == "" and view.mine == {}
+    view_event(view, {"event": "failed", "id": "me-1", "to": carol, "reason": "silent", "text": "hello"})
+    assert view_style(view, "hello") == "" and view.outgoing.under_way == {}
     assert any("✗ not delivered to Carol (silent)" in row for row in view_screen(view))
     assert view_answer(view, "/info") == "hello\ndelivered to: Bob\n✗ not delivered to Carol (silent)"
 
@@ -774,19 +793,113 @@ def test_a_failure_that_is_out_of_sight_is_said_again():
     bob, carol = view_peer(view, "Bob"), view_peer(view, "Carol")
     for peer in (bob, carol):
         assert not any("not delivered" in row for row in view_screen(view))
-        view.handle({"event": "failed", "id": "me-1", "to": peer, "reason": "silent", "text": "important"})
+        view_event(view, {"event": "failed", "id": "me-1", "to": peer, "reason": "silent", "text": "important"})
     assert len([row for row in view_screen(view, 24, 120) if "✗ not delivered to Bob, Carol (silent): important" in row]) == 1
     view.enter("/clear")
     view.enter("and this")
     view.enter("/clear")
     for peer in (bob, carol):
-        view.handle({"event": "failed", "id": "me-2", "to": peer, "reason": "silent", "text": "and this"})
-    assert "✗ not delivered to Bob, Carol (silent): and this" in view.entries[-1].text and not view.lost
+        view_event(view, {"event": "failed", "id": "me-2", "to": peer, "reason": "silent", "text": "and this"})
+    assert "✗ not delivered to Bob, Carol (silent): and this" in view.window.scrollback.entries[-1].text and not view.lost
+    view.enter("half")
+    view.enter("/clear")
+    view_event(view, {"event": "failed", "id": "me-3", "to": bob, "reason": "silent", "text": "half"})
+    assert not view.window.scrollback.entries
+    view_event(view, {"event": "delivered", "id": "me-3", "to": carol})
+    assert view.window.scrollback.entries[-1].text == "✗ not delivered to Bob (silent): half"
     view.enter("last words")
     view.node.leaving = True
     for peer in (bob, carol):
-        view.handle({"event": "failed", "id": "me-3", "to": peer, "reason": "you left", "text": "last words"})
+        view_event(view, {"event": "failed", "id": "me-4", "to": peer, "reason": "you left", "text": "last words"})
     assert view.lost == ["✗ not delivered to Bob, Carol (you left): last words"]
+
+
+def test_outgoing_counts_what_is_under_way():
+    outgoing = p2pchat.Outgoing()
+    receipts = outgoing.add("m-1", "text", ["a", "b"])
+    outgoing.rename("b", "c")
+    assert outgoing.settle("m-1", "a", "") is receipts and receipts.waiting == 1
+    assert outgoing.settle("m-1", "a", "again").waiting == 1  # only the first outcome counts
+    assert outgoing.settle("m-1", "c", "silent").waiting == 0 and not outgoing.under_way
+    assert outgoing.settle("m-1", "c", "silent") is None and outgoing.settle("m-0", "a", "") is None
+    assert outgoing.last.outcomes == {"a": "again", "c": "silent"}
+    outgoing.add("m-2", "text", [])
+    assert receipts.outcomes == {"a": "again", "c": "silent"} and not outgoing.under_way  # failures are kept
+
+
+@pytest.mark.parametrize("text, receivers, most", [
+    ("x", 1, p2pchat.MAX_DELIVERIES), ("x", 500, p2pchat.MAX_DELIVERIES // 500), ("y" * p2pchat.MAX_TEXT, 1, 64)])
+def test_outgoing_is_full_before_an_outbox_is(text, receivers, most):
+    """Whatever is piped in waits, and nothing of it fails because too much is waiting for a receiver."""
+    outgoing, ids = p2pchat.Outgoing(), [str(number) for number in range(receivers)]
+    for count in range(most):
+        assert not outgoing.is_full, count
+        outgoing.add(f"m-{count}", text, ids)
+    assert outgoing.is_full
+    assert most < p2pchat.OUTBOX_MESSAGES and most * (len(text) + 200) < p2pchat.OUTBOX_BYTES
+    for each in ids:
+        outgoing.settle("m-0", each, "")
+    assert not outgoing.is_full and len(outgoing.under_way) == most - 1
+
+
+def test_receipts_of_old_messages_hold_only_failures():
+    outgoing = p2pchat.Outgoing()
+    every = [outgoing.add(f"m-{number}", "text", ["a", "b"]) for number in range(3)]
+    for number in range(3):
+        outgoing.settle(f"m-{number}", "a", "")
+        outgoing.settle(f"m-{number}", "b", "silent" if number == 1 else "")
+    assert [receipts.outcomes for receipts in every] == [{}, {"b": "silent"}, {"a": "", "b": ""}]
+    outgoing.add("m-3", "text", ["a"])
+    assert every[2].outcomes == {}
+
+
+def test_a_transcript_shows_lines_and_keeps_messages():
+    shown = []
+    transcript = p2pchat.Transcript(lambda when: "22:13", shown.append, echo=False)
+    transcript.add(0.0, "chat", "hello", "Bob")
+    transcript.add(0.0, "action", "waves", "Bob", "Alice")
+    transcript.add(0.0, "chat", "own\ntext", "Alice", own=True)
+    transcript.add(0.0, "error", "no")
+    transcript.add(0.0, "joined", "Carol joined")
+    assert shown == ["22:13 Bob: hello", "22:13 * Bob → Alice waves", "22:13 ! no", "22:13 + Carol joined"]
+    assert transcript.search("OWN") == ["22:13 Alice: own\n      text"] and transcript.search("joined") == []
+    for number in range(p2pchat.MAX_ENTRIES):
+        transcript.add(0.0, "chat", f"<{number}>", "Bob")
+    assert transcript.search("hello") == [] and len(transcript.search("<0>")) == 1
+    for _ in range(1000):
+        transcript.add(0.0, "chat", "y" * p2pchat.MAX_TEXT, "Bob")
+    assert sum(len(line) for line in transcript.search("")) < p2pchat.MAX_SCROLLBACK * 1.1
+    transcript.clear()
+    assert transcript.search("") == []
+
+
+def test_without_a_screen_no_entry_is_made():
+    view = view_make("Bob", on_screen=False)
+    lines = []
+    view.transcript._show = lines.append
+    view_chat(view, "Bob", "hello")
+    view_chat(view, "Bob", "psst", private=True)
+    view.enter("/me waves")
+    view.node.join("Carol", tell=True)
+    view.node.join("Dave", tell=True)
+    view.node.leave_peer(view_peer(view, "Dave"), "silent")
+    view_event(view, {"event": "failed", "id": "me-1", "to": view_peer(view, "Bob"), "reason": "silent", "text": "/me waves"})
+    assert [line[6:] for line in lines] == [
+        "Bob: hello", "Bob → Alice: psst", "* Alice waves", "+ Carol joined", "+ Dave joined", "- Dave (silent) is gone",
+        "! ✗ not delivered to Bob (silent): /me waves"]
+    assert not view.window.scrollback.entries and not view.window.scrollback.next
+
+
+@pytest.mark.parametrize("names, line, most", [
+    (["Bob"], "/msg Bob " + "a word and another " * 20, 1), (["Bob"], "/msg Bob: " + "a b " * 50, 2),
+    (["Bob", "Bob  Q Jones"], "/msg Bob  Q Jones " + "a b " * 50, 1), (["Bob", "Bob  Q Jones"], "/msg Bob a b c d e f", 4)])
+def test_a_name_is_found_without_trying_each_blank(names, line, most):
+    view = view_make(*names)
+    tried = []
+    find = view.node.find
+    view.node.find = lambda text: tried.append(text) or find(text)
+    view.enter(line)
+    assert view.node.sent and 1 <= len(tried) <= most, tried
 
 
 def test_the_list_of_peers():
@@ -836,7 +949,7 @@ def test_search():
 def test_names_that_need_care():
     view = view_make("日本太郎", "محمد", "👩\u200d🚀 Zoë", "W" * 32, "e\u0301\u0302x")
     for peer in view.node.present():
-        view.handle({"event": "chat", "from": peer.public, "to": "*", "text": "日本語 text 🧑\u200d🚀 " * 5, "id": "x"})
+        view_event(view, {"event": "chat", "from": peer.public, "to": "*", "text": "日本語 text 🧑\u200d🚀 " * 5, "id": "x"})
     for rows, cols in ((24, 80), (40, 120), (12, 40), (5, 20)):
         view_screen(view, rows, cols)
 
@@ -847,16 +960,16 @@ def test_every_size():
     for number in range(30):
         view_chat(view, "日本太郎", "日本語のテキスト\ntext 👩\u200d👩\u200d👧 e\u0301 " * (number % 5 + 1), private=number % 3 == 0)
     view.enter("mine")
-    view.handle({"event": "failed", "id": "me-1", "to": view_peer(view, "Bob"), "reason": "left", "text": "mine"})
+    view_event(view, {"event": "failed", "id": "me-1", "to": view_peer(view, "Bob"), "reason": "left", "text": "mine"})
     view_keys(view, "日本語 🧑\u200d🚀 line\nbreak " * 3, "<left>")
     form = p2pchat.StartForm("日本太郎", "127.0.0.1:9999", "chosen by the system")
     form.message = "No server at 127.0.0.1:9999: refused"
     for turn, rows in enumerate([*range(1, 26), 30, 40, 60, 100]):
         for cols in [*range(1, 13), *range(13, 100, 7), 59, 60, 61, 80, 120, 200, 300]:
             if (turn + cols) % 3 == 0:
-                view.scroll(-3)
+                view_keys(view, *["<alt-up>"] * 3)
             if (turn + cols) % 7 == 0:
-                view.to_bottom()
+                view_keys(view, "<esc>")
             view_screen(view, rows, cols)
             screen = p2pchat.render_form(form, rows, cols)
             assert len(screen.lines) == rows and 0 <= screen.cursor[0] < rows and 0 <= screen.cursor[1] < max(cols, 1)
@@ -869,13 +982,13 @@ def test_a_hundred_thousand_messages():
     bob = view_peer(view, "Bob")
     tracemalloc.start()
     for number in range(100_000):
-        view.handle({"event": "chat", "from": bob, "to": "*", "text": f"message {number} " + "x" * 60, "id": "b-1"})
+        view_event(view, {"event": "chat", "from": bob, "to": "*", "text": f"message {number} " + "x" * 60, "id": "b-1"})
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert len(view.entries) <= p2pchat.MAX_ENTRIES + 500 and used < 16e6
+    assert len(view.window.scrollback.entries) <= p2pchat.MAX_ENTRIES + 500 and used < 16e6
     for _ in range(1000):
-        view.handle({"event": "chat", "from": bob, "to": "*", "text": "y" * p2pchat.MAX_TEXT, "id": "b-1"})
-    assert sum(len(entry.text) for entry in view.entries) <= p2pchat.MAX_SCROLLBACK
+        view_event(view, {"event": "chat", "from": bob, "to": "*", "text": "y" * p2pchat.MAX_TEXT, "id": "b-1"})
+    assert sum(len(entry.text) for entry in view.window.scrollback.entries) <= p2pchat.MAX_SCROLLBACK
 
 
 def test_a_key_is_answered_at_once_under_load():
@@ -883,28 +996,102 @@ def test_a_key_is_answered_at_once_under_load():
     view = view_make("Bob")
     bob = view_peer(view, "Bob")
     for number in range(6000):
-        view.handle({"event": "chat", "from": bob, "to": "*", "text": f"message {number} " + "word " * 20, "id": "b-1"})
+        view_event(view, {"event": "chat", "from": bob, "to": "*", "text": f"message {number} " + "word " * 20, "id": "b-1"})
     times = []
     for _ in range(20):
         start = time.thread_time()
         for _ in range(67):
-            view.handle({"event": "chat", "from": bob, "to": "*", "text": "word " * 40, "id": "b-1"})
+            view_event(view, {"event": "chat", "from": bob, "to": "*", "text": "word " * 40, "id": "b-1"})
         view_keys(view, "x")
         p2pchat.render(view, 50, 150)
         times.append(time.thread_time() - start)
     assert sorted(times)[10] < 0.05, times
     for _ in range(400):
-        view.handle({"event": "chat", "from": bob, "to": "*", "text": "word " * 3000, "id": "b-1"})
+        view_event(view, {"event": "chat", "from": bob, "to": "*", "text": "word " * 3000, "id": "b-1"})
     start = time.thread_time()
     view_keys(view, "<ctrl-home>")
-    assert time.thread_time() - start < 0.05 and view.anchor is not None
+    assert time.thread_time() - start < 0.05 and view.window.scrollback.anchor is not None
+
+
+def test_a_burst_costs_one_drawing(monkeypatch):
+    """Only what is on screen is wrapped, once for each width and look, however many messages come between two drawings."""
+    view, wrapped = view_make("Bob"), []
+    wrap = p2pchat.wrap
+    monkeypatch.setattr(p2pchat, "wrap", lambda text, *more, **keys: wrapped.append(text) or wrap(text, *more, **keys))
+    for number in range(500):
+        view_chat(view, "Bob", f"message {number} " + "word " * 20)
+    assert wrapped == []
+    first = view_screen(view)
+    assert 5 < len(wrapped) < 24
+    wrapped.clear()
+    assert view_screen(view) == first and wrapped == []
+    view_chat(view, "Bob", "one more")
+    view_screen(view)
+    assert wrapped == ["one more"]
+    view_keys(view, "<alt-up>")  # looks how far up it can go
+    wrapped.clear()
+    view_keys(view, "<alt-down>", "<alt-up>")
+    view_screen(view)
+    assert wrapped == []
+    view_screen(view, 24, 100)
+    assert wrapped
+
+
+@pytest.mark.parametrize("changed", ["found", "new", "failed", "gathered"])
+def test_a_row_that_is_kept_shows_what_changed(changed):
+    view = view_make("Bob")
+    view.enter("needle")
+    view.node.join("Carol", tell=True)
+    before = view_screen(view)
+    if changed == "found":
+        view.enter("/search needle")
+        assert view_style(view, "needle") == "found"
+        return
+    if changed == "new":
+        view.window.scrollback.unread = 0
+    elif changed == "failed":
+        view_event(view, {"event": "failed", "id": "me-1", "to": view_peer(view, "Bob"), "reason": "silent", "text": "needle"})
+    elif changed == "gathered":
+        view.node.join("Dave", tell=True)
+    word = {"new": "─ new ─", "failed": "not delivered to Bob (silent)", "gathered": "Carol, Dave joined"}[changed]
+    assert word not in "".join(before) and word in "".join(view_screen(view))
+
+
+LONG_TEXTS = {"words": "word " * (p2pchat.MAX_TEXT // 5), "lines": "\n" * (p2pchat.MAX_TEXT - 1) + "x",
+              "wide": "日" * (p2pchat.MAX_TEXT // 3), "accents": "ä" * (p2pchat.MAX_TEXT // 2), "tabs": "\t" * (p2pchat.MAX_TEXT - 1) + "x",
+              "marks": ("a" + "\u0335" * 6) * (p2pchat.MAX_TEXT // 13), "joined": "👩\u200d" * 2000 + "👩",
+              "hangul": ("\u1100" + "\u1161" * 31) * (p2pchat.MAX_TEXT // 96)}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+def test_the_longest_texts_in_every_row_are_drawn_in_portions(text):
+    """No drawing and no key takes 50 ms (of CPU time), and after some drawings all is there."""
+    view = view_make("Bob")
+    view.rows, view.cols = 100, 300
+    for _ in range(100):
+        view_chat(view, "Bob", p2pchat.clean(text, newlines=True))
+    times, screens = [], []
+    for key in ["x"] + [""] * 30 + ["<pgup>", "", "<ctrl-home>", "", "<esc>"]:
+        start = time.thread_time()
+        view_keys(view, *[key] * bool(key))
+        times.append(time.thread_time() - start)
+        start = time.thread_time()
+        screens.append(p2pchat.render(view, 100, 300))
+        times.append(time.thread_time() - start)
+    assert max(times) < 0.05, times
+    assert screens[30].is_complete and screens[30] == screens[-1]
+    assert sum(screen.is_complete for screen in screens[:30]) >= 5
+    view.window.line.insert(text)
+    start = time.thread_time()
+    p2pchat.render(view, 100, 300)
+    assert time.thread_time() - start < 0.05
 
 
 def test_the_start_form():
     form = p2pchat.StartForm("anna", "", "chosen by the system")
     assert form.line is form.name
     for name in ("tab", "shift-tab", "ctrl-u", "ctrl-j", "no such key"):
-        form.key(name)
+        form.press(name)
     form.line.insert("Bob")
     form.message = "That name can't be."
     rows = ["".join(span.text for span in line) for line in p2pchat.render_form(form, 24, 80).lines]
@@ -916,12 +1103,12 @@ def test_the_start_form():
     row, column = p2pchat.render_form(form, 24, 80).cursor
     assert rows[row][:column].endswith("Bob")
     form.line.insert("by the window in the corner")
-    form.key("tab")
+    form.press("tab")
     small = "\n".join("".join(span.text for span in line) for line in p2pchat.render_form(form, 5, 20).lines)
     assert small.startswith(" Name    Bobby the w\n"), "a field that is not being written shows its beginning"
-    form.key("tab")
+    form.press("tab")
     for name in ("ctrl-w", "left", "right", "ctrl-w", "ctrl-y"):
-        form.key(name)
+        form.press(name)
     assert form.line.text == "Bobby the window in the ", "only what is cut at one go is kept as one"
 
 
@@ -3204,7 +3391,7 @@ def test_loop_a_turn_handles_no_more_sockets_than_there_is_time_for(monkeypatch)
         for number, (here, there) in enumerate(pairs):
             rig.loop.watch(here, functools.partial(log.append, number))
             there.send(b"x")
-        for turn in range(8):
+        for _ in range(8):
             rig.loop.call_later(0, log.append, "timer")
             rig.loop.turn(1)
         assert log[1::2] == ["timer"] * 8 and sorted(log[0:8:2]) == sorted(log[8::2]) == [0, 1, 2, 3]
@@ -6167,13 +6354,13 @@ def test_keys_from_bytes(data, presses):
         if kind == "text" and joined and joined[-1][0] == "text":
             value = joined.pop()[1] + value
         joined.append((kind, value))
-    assert joined == expected and not reader.waiting
+    assert joined == expected and not reader.is_waiting
 
 
 def test_a_lone_escape():
     reader = p2pchat.KeyReader({"\x1bA": "up"})
-    assert reader.feed(b"\x1b") == [] and reader.waiting
-    assert reader.flush() == [("press", "esc")] and not reader.waiting
+    assert reader.feed(b"\x1b") == [] and reader.is_waiting
+    assert reader.flush() == [("press", "esc")] and not reader.is_waiting
     assert reader.feed(b"\x1bA") == [("press", "up")]
     assert reader.feed(b"\x1b[") == [] and reader.flush() == [("press", "esc"), ("text", "[")]
 
@@ -6185,8 +6372,8 @@ def test_several_lines_at_once_are_a_paste():
         presses = p2pchat.KeyReader().feed(typed_ahead)
         assert p2pchat.without_burst(presses) == presses
     reader = p2pchat.KeyReader()
-    assert not reader.brackets
-    assert reader.feed(b"\x1b[200~x") == [] and reader.brackets
+    assert not reader.has_brackets
+    assert reader.feed(b"\x1b[200~x") == [] and reader.has_brackets
 
 
 def test_type_ahead_is_no_paste_where_pastes_are_marked():
@@ -6230,9 +6417,9 @@ def test_the_script_in_process():
     reader = p2pchat.KeyReader({"\x1bA": "up"})
     for typed, expected in PTY_SCRIPT:
         for kind, value in reader.feed(typed.encode()):
-            {"press": view.key, "text": view.type, "paste": view.paste}[kind](value)
+            {"press": view.keyboard.press, "text": view.keyboard.type, "paste": view.keyboard.paste}[kind](value)
         for number in range(len(view.node.sent)):
-            view.handle({"event": "delivered", "id": f"me-{number + 1}", "to": view_peer(view, "Bob")})
+            view_event(view, {"event": "delivered", "id": f"me-{number + 1}", "to": view_peer(view, "Bob")})
         assert expected in "\n".join(view_screen(view)), (typed, view_screen(view))
 
 
@@ -6261,6 +6448,34 @@ def test_resizing():
             alice.wait_for(lambda: len(alice.output) > 0, "a drawing")
         alice.type("/quit\r")
         alice.ends(0)
+
+
+class FrameLoop(p2pchat.Loop):
+    """A loop whose clock stands still until the test moves it."""
+
+    seconds = 100.0
+
+    def now(self):
+        return self.seconds
+
+
+def test_frames_wait_for_one_another_but_not_a_key():
+    """However much is said, there are 30 drawings a second; what is typed is on the screen in the next turn."""
+    loop, drawn = FrameLoop(), []
+    screen = p2pchat.CursesInterface(loop, p2pchat.Settings())
+    screen.form = p2pchat.StartForm("Alice", "", "")
+    screen.terminal = types.SimpleNamespace(size=lambda: (24, 80), draw=drawn.append)
+    screen._keys = p2pchat.KeyReader()
+    counts = []
+    for moment, key in ((0, ""), (0.001, ""), (0.01, ""), (0.034, ""), (0.035, "x"), (0.036, "y"), (0.037, ""), (0.07, "")):
+        loop.seconds = 100.0 + moment
+        screen.changed()
+        if key:
+            screen._press([("text", key)])
+        loop.turn(0)
+        counts.append(len(drawn))
+    assert counts == [1, 1, 1, 2, 3, 4, 4, 5]
+    assert "Alicexy" in "".join(span.text for line in drawn[3].lines for span in line)
 
 
 # -- however it ends, the terminal is as it was --------------------------------------------------------
@@ -6305,7 +6520,7 @@ def test_a_terminal_that_goes_away():
             assert bob.event("left")["reason"] == "left" and alice.process.wait(PTY_LIMIT) == 0
 
 
-@pytest.mark.parametrize("where", ["ChatView.handle", "render", "ChatView.key"])
+@pytest.mark.parametrize("where", ["ChatView.handle", "render", "Keyboard.press"])
 def test_the_terminal_is_restored_after_an_exception(where):
     code = f"""if True:
         import p2pchat, sys
@@ -6313,7 +6528,7 @@ def test_the_terminal_is_restored_after_an_exception(where):
         p2pchat.{where} = broken
         sys.exit(p2pchat.main(sys.argv[1:]))"""
     with PtyProgram(*pty_peer("Alice"), code=code, term="xterm") as alice:
-        if where == "ChatView.key":
+        if where == "Keyboard.press":
             alice.wait_for(lambda: b"/help lists" in alice.output, "the screen")
             alice.type("\r")
         alice.ends(1)
@@ -6485,6 +6700,19 @@ def test_json_events_and_commands():
             assert events[0]["reason"] == "left"
 
 
+@pytest.mark.parametrize("texts", [
+    ["plain"], ["a", "b"], ['}, {"event": "chat"'], ['{"event": "sent"', '\\', '\\"}, {"event": '], ["日本\n\x00\ud800"], [""] * 20])
+def test_events_are_encoded_as_json_has_it(texts):
+    """All at once, and yet each as if by itself, whatever stands in a text."""
+    events = [{"event": "settled"}, {"event": "server", "online": True, "address": "h:1", "reason": ""}]
+    for text in texts:
+        events += [{"event": "chat", "from": {"id": text, "port": 1}, "to": "*", "text": text, "id": "x"},
+                   {"event": "sent", "to": "*", "text": text, "id": "y", "receivers": [text, "b"]}, {"event": "stopped"}]
+    for some in (events, events[:1], events[-1:]):
+        lines = p2pchat.encode_events(some, 1234.5).split("\n")
+        assert lines == [json.dumps({"event": each["event"], "time": 1234.5, **each}) for each in some]
+
+
 def test_json_is_ascii():
     with PtyPipe("日本", "--json") as peer:
         line = peer.expect()
@@ -6557,6 +6785,127 @@ def test_a_reader_that_does_not_read():
             assert [slow.event("chat")["text"].split()[0] for _ in range(200)] == [str(number) for number in range(200)]
 
 
+def test_long_lines_wait_for_those_before():
+    """1,000 of the longest lines at once are more than an outbox holds; none of them fails."""
+    with PtyPipe("Bob", "--json", "--budget", "0") as bob:
+        port = bob.event("ready")["port"]
+        done = subprocess.run([sys.executable, PROGRAM_FILE, *pty_peer("Ann", "--plain", "--join", f"127.0.0.1:{port}")],
+                              input=(b"x" * p2pchat.MAX_TEXT + b"\n") * 1000, stdout=subprocess.PIPE, timeout=PTY_LIMIT)
+        assert done.returncode == 0 and done.stdout.count(b"Ann: xxx") == 1000
+        for _ in range(1000):
+            bob.event("chat")
+
+
+def test_output_never_waits_and_is_written_in_large_pieces():
+    """A pipe that nobody reads takes what it holds; nothing that others share with us becomes non-blocking."""
+    code = """
+import fcntl, os, sys, p2pchat
+loop, told = p2pchat.Loop(), []
+writer = p2pchat.LineWriter(loop, told.append)
+sizes, write = [], os.write
+os.write = lambda descriptor, data: sizes.append(write(descriptor, data)) or sizes[-1]
+for _ in range(5):
+    writer.write("x" * 49_151)
+    writer.flush()
+sys.stderr.write(f"{sizes} {fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK}\\n")
+while writer._output:
+    loop.turn()
+sys.stderr.write(f"{sum(sizes)} {told}")
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=dict(os.environ, PYTHONPATH=os.path.dirname(PROGRAM_FILE))) as process:
+        assert select.select([process.stderr], [], [], PTY_LIMIT)[0] or process.kill(), "it waits"
+        assert process.stderr.readline() == b"[49152, 16384] 0\n"
+        assert process.stdout.read() == (b"x" * 49_151 + b"\n") * 5
+        assert process.stderr.read() == b"245760 []"
+
+
+class LineSource:
+    """A reader whose standard input is what the test says, and the lines that it handed over."""
+
+    def __init__(self, loop, pieces):
+        self.loop = loop
+        self.lists = []
+        self.ended = 0
+        self.reader = p2pchat.LineReader(loop, self.lists.append, self.end)
+        self.reader._source = object()  # can't be waited for, as a file can't
+        self.reads = 0
+        self.pieces = list(pieces)
+        self.reader._read = self.read
+
+    def read(self, size):
+        self.reads += 1
+        return self.pieces.pop(0) if self.pieces else b""
+
+    def end(self):
+        self.ended += 1
+
+    def turns(self, count):
+        for _ in range(count):
+            self.loop.turn(0)
+
+
+@pytest.mark.parametrize("pieces, lists", [
+    ([b"one\ntwo\n"], [["one", "two"]]),
+    ([b"one\ntw", b"o\r\n", b"three"], [["one"], ["two"], ["three"]]),
+    ([b"\n \n\t\n"], []),
+    ([b"a\xff\xe2\n\x82\xac\n", "日".encode()[:2], "日".encode()[2:] + b"\n"], [["a\ufffd\ufffd", "\ufffd\ufffd"], ["日"]]),
+    ([b"x" * 65536] * 17 + [b"y\nz\n"], [["x" * 65536 * 17], ["y", "z"]]),
+    ([b"x" * 65536] * 15 + [b"y\n" + b"z" * 60000], [["x" * 65536 * 15 + "y"], ["z" * 60000]]),
+])
+def test_the_lines_of_one_read_come_together(pieces, lists):
+    source = LineSource(p2pchat.Loop(), pieces)
+    source.reader.resume()
+    source.turns(len(pieces) + 3)
+    assert source.lists == lists and source.ended == 1
+
+
+def test_a_file_is_read_once_a_turn_however_often_reading_pauses():
+    source = LineSource(p2pchat.Loop(), [b"x\n"] * 50)
+    source.reader._on_lines = lambda lines: (source.reader.pause(), source.reader.resume())
+    source.reader.resume()
+    source.turns(20)
+    assert source.reads in (20, 21)
+    source.reader.pause()
+    source.turns(5)
+    assert source.reads in (20, 21)
+
+
+TURNS = """
+import sys, time, p2pchat
+longest, turn = [], p2pchat.Loop.turn
+def timed(self, wait=None):
+    start = time.thread_time()
+    turn(self, wait)
+    longest.append(time.thread_time() - start)
+p2pchat.Loop.turn = timed
+status = p2pchat.main(sys.argv[1:])
+sys.stderr.write(f"{max(longest[3:]):.3f}")
+sys.exit(status)
+"""
+
+
+def test_no_turn_is_long_however_much_is_typed_at_once(tmp_path):
+    """100,000 lines of input: the turns of sender and receiver stay below 50 ms of CPU time."""
+    (tmp_path / "lines").write_bytes(b"".join(b"line %d\n" % number for number in range(100_000)))
+    pipes = {"stderr": subprocess.PIPE, "env": dict(os.environ, PYTHONPATH=os.path.dirname(PROGRAM_FILE))}
+    command = [sys.executable, "-c", TURNS]
+    with subprocess.Popen([*command, *pty_peer("Bob", "--plain", "--budget", "0")], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, **pipes) as bob, open(tmp_path / "lines") as lines:
+        line = b""
+        while b"You are Bob@" not in line:
+            line = bob.stdout.readline()
+        address = re.search(rb"127.0.0.1:\d+", line)[0].decode()
+        ann = subprocess.Popen([*command, *pty_peer("Ann", "--json", "--join", address)],
+                               stdin=lines, stdout=subprocess.DEVNULL, **pipes)
+        while b"line 99999" not in line:
+            line = bob.stdout.readline()
+        longest = float(ann.communicate(timeout=PTY_LIMIT)[1])
+        assert ann.returncode == 0 and longest < 0.05, longest
+        bob.stdin.close()
+        assert float(bob.stderr.read()) < 0.05
+
+
 def test_a_reader_that_never_reads_is_given_up():
     """Output that nobody reads is kept up to a bound; then it is said, once."""
     code = """
@@ -6567,7 +6916,7 @@ writer = p2pchat.LineWriter(loop, told.append)
 most = 0
 for number in range(50):
     writer.write("x" * 100_000)
-    loop.turn(0)
+    writer.flush()
     most = max(most, len(writer._output))
 sys.stderr.write(f"{told} {most <= p2pchat.MAX_UNREAD + 100_001}")
 """
