@@ -2096,47 +2096,47 @@ def error_text(error: Exception) -> str:
 
 
 ANSWERS = {MSG_REGISTER: MSG_REGISTER_ACK, MSG_HEARTBEAT: MSG_HEARTBEAT, MSG_PROBE: MSG_PROBE_ACK,
-           MSG_PROBE_REQUEST: MSG_PROBE_RESULT, MSG_SYNC_PEERS_REQUEST: MSG_SYNC_PEERS_RESPONSE}  # by question
+           MSG_PROBE_REQUEST: MSG_PROBE_RESULT, MSG_SYNC_PEERS_REQUEST: MSG_SYNC_PEERS_RESPONSE}  # by type of question
 
 
 class Question(NamedTuple):
     """A message that awaits an answer."""
 
-    answer: str  # its type
+    answer_type: str
     then: Callable[[Message], None]
-    timer: Timer  # of the time by which it must have come, if there is one
+    timer: Timer  # fires if the answer is late; one that is over if there is no timeout
 
 
 class Endpoint(Handler):
     """One end of a connection that speaks messages: a table of handlers, a gate in front of it, questions.
 
-    `handlers` maps a message's type to a function of the endpoint and the message. A subclass says by `may`
-    which messages it takes in, and sets `connection` before anything comes."""
+    `handlers` maps a message's type to a function of the endpoint and the message. A subclass decides in
+    `may_handle` which messages reach it, and sets `connection` before anything arrives."""
 
     connection: Connection
 
     def __init__(self, loop: Loop, tag: str, handlers: Mapping[str, Callable[[Any, Message], None]]) -> None:
         self.loop = loop
-        self.tag = tag  # of its lines in the log
+        self.tag = tag  # begins its lines in the log
         self.handlers = handlers
-        self.heard_at = loop.now()  # when anything last came
+        self.heard_at = loop.now()  # when messages last arrived
         self.traffic = RateLimit(MAX_MESSAGES)  # messages, and records in lists
         self._questions: Dict[int, Question] = {}
         self._numbers = itertools.count(1)
 
-    def names(self) -> Tuple[str, str]:
-        """(our id, that of the far end): what stands in `sender_id` and `to`."""
+    def sender_and_to(self) -> Tuple[str, str]:
+        """Our id and that of the far end, for the fields `sender_id` and `to`."""
         raise NotImplementedError
 
-    def may(self, message: Message) -> bool:
-        """Whether a message is taken in; one that is not has been answered."""
+    def may_handle(self, message: Message) -> bool:
+        """Whether to handle a message. If not, this method has answered it."""
         return True
 
     def on_messages(self, messages: List[Message]) -> None:
         self.heard_at = self.loop.now()
         for message in messages:
             handle = self.handlers.get(message["type"])
-            if handle is not None and self.may(message):
+            if handle is not None and self.may_handle(message):
                 handle(self, message)
             if self.connection.state != OPEN:
                 return
@@ -2148,35 +2148,35 @@ class Endpoint(Handler):
 
     def send(self, kind: str, content: Any, **extra: Any) -> None:
         """Send one message to the far end."""
-        sender, to = self.names()
+        sender, to = self.sender_and_to()
         self.connection.send(create_message(kind, sender, content, to, **extra))
 
     def ask(self, kind: str, content: Any, then: Callable[[Message], None], timeout: Optional[float] = None,
             otherwise: Callable[[], None] = lambda: None) -> None:
-        """Send a question. `then` gets each message that answers it; if none comes in `timeout` seconds, `otherwise`
-        is called. Without a timeout a question waits until MAX_QUESTIONS later ones do, or the connection ends."""
-        number, answer = next(self._numbers), ANSWERS[kind]
+        """Send a question. `then` gets each message of the answer. If the last has not come within `timeout` seconds,
+        `otherwise` is called. When MAX_QUESTIONS are open, the oldest is forgotten."""
+        number, answer_type = next(self._numbers), ANSWERS[kind]
         if len(self._questions) >= MAX_QUESTIONS:
             self._end_question(next(iter(self._questions)))
-        is_alone = all(question.answer != answer for question in self._questions.values())
+        is_only_one = all(question.answer_type != answer_type for question in self._questions.values())
         timer = Timer() if timeout is None else self.loop.call_later(timeout, self._on_no_answer, number, otherwise)
-        self._questions[number] = Question(answer, then, timer)
-        self.send(kind, content, **({} if is_alone else {"re": number}))  # the only one of its kind needs no number
+        self._questions[number] = Question(answer_type, then, timer)
+        self.send(kind, content, **({} if is_only_one else {"re": number}))  # the only one of its kind needs no number
 
     def answer(self, question: Message, kind: str, content: Any) -> None:
         """Answer a question; if it has a `re`, the answer repeats it."""
         self.send(kind, content, **reference(question))
 
     def handle_answer(self, message: Message) -> None:
-        """An answer came: `re` says to which question; without it, to the oldest of its kind. Others are ignored."""
+        """Pass an answer to the question that `re` names, or to the oldest of its kind; ignore any other."""
         kind, number = message["type"], message.get("re")
         if number is None:
-            number = next((each for each, question in self._questions.items() if question.answer == kind), None)
+            number = next((each for each, question in self._questions.items() if question.answer_type == kind), None)
         question = self._questions.get(number) if type(number) is int else None
-        if question is None or question.answer != kind or number is None:
+        if question is None or question.answer_type != kind or number is None:
             return
         content = message["content"]
-        if type(content) is not dict or content.get("more") is not True:  # else the answer goes on in another message
+        if type(content) is not dict or content.get("more") is not True:  # else another message continues the answer
             self._end_question(number)
         question.then(message)
 
@@ -2190,9 +2190,9 @@ class Endpoint(Handler):
         self.error(reason)
         self.connection.close(reason)
 
-    def drop_questions(self, answer: str = "") -> None:
+    def drop_questions(self, answer_type: str = "") -> None:
         """Wait no longer for answers, or for those of one type."""
-        for number in [each for each, question in self._questions.items() if answer in ("", question.answer)]:
+        for number in [each for each, question in self._questions.items() if answer_type in ("", question.answer_type)]:
             self._end_question(number)
 
     def _end_question(self, number: int) -> None:
@@ -2221,18 +2221,19 @@ class Session(Endpoint):
         self.server = server
         self.connection = connection
         self.peer_id: Optional[str] = None  # once it is registered
-        self.ids: Tuple[str, ...] = ()  # every id that it registered: what is under way may bear an older one
+        self.ids: Tuple[str, ...] = ()  # its last eight ids: a message under way may bear an older one
         self.identity: Dict[str, Any] = {}  # its instance and incarnation, if it told them
         self.encoded = ""  # its record as JSON
         self.reference: Dict[str, Any] = {}  # the `re` of its last registration
         self.registrations = RateLimit(MAX_RENAMES)  # each is told to everybody
 
-    def names(self) -> Tuple[str, str]:
+    def sender_and_to(self) -> Tuple[str, str]:
         return self.server.id, self.peer_id or ""
 
-    def may(self, message: Message) -> bool:
-        """A peer speaks for itself only, and is registered before it says anything about itself."""
-        if message["type"] not in _SELF_STATEMENTS or (self.peer_id and message["sender_id"] in self.ids):
+    def may_handle(self, message: Message) -> bool:
+        """Only a registered peer may send a heartbeat or say goodbye, and only under its own id."""
+        if message["type"] not in (MSG_HEARTBEAT, MSG_UNREGISTER) or (
+                self.peer_id and message["sender_id"] in self.ids):
             return True
         self.refuse(f"sender_id is not yours, which is {self.peer_id}" if self.peer_id else "register first")
         return False
@@ -2242,9 +2243,6 @@ class Session(Endpoint):
 
     def error(self, reason: str, **more: Any) -> None:
         super().error(reason, role="server", **more)
-
-
-_SELF_STATEMENTS = frozenset((MSG_HEARTBEAT, MSG_UNREGISTER))
 
 
 class DiscoveryServer:
@@ -2270,7 +2268,7 @@ class DiscoveryServer:
         self._registrations: Dict[str, RateLimit] = {}  # by address
         self._peers: Dict[str, Session] = {}  # by id
         self._joined: Dict[str, None] = {}  # ids, since the last update was sent
-        self._left: Dict[str, Dict[str, Any]] = {}
+        self._left: Dict[str, Dict[str, Any]] = {}  # id -> what the update will say of it
         self._gathering = Timer()
         self._stopping = False
 
@@ -2293,7 +2291,7 @@ class DiscoveryServer:
         log.info("[Server] listening on %s:%d", *self.address)
 
     def stop(self) -> None:
-        """Say goodbye to everybody and close; the last messages leave while the loop still turns."""
+        """Say goodbye to everybody and close. The last messages need some more turns of the loop."""
         if self._stopping:
             return
         log.info("[Server] goodbye: telling %d peers", len(self._peers))
@@ -2326,7 +2324,7 @@ class DiscoveryServer:
             self.unregister_peer(session, f"connection lost: {reason}")
 
     def monitor_peers(self) -> None:
-        """Drop the peers from which nothing was heard for the heartbeat timeout, and follow the machine's addresses."""
+        """Drop each connection that was silent for the heartbeat timeout; open beacon sockets on new addresses."""
         limit = self.loop.now() - self.settings.heartbeat_timeout
         for session in [each for each in self._sessions if each.heard_at < limit]:
             if session.peer_id is not None:
@@ -2339,7 +2337,7 @@ class DiscoveryServer:
     # -- messages from peers ---------------------------------------------------------------------------
 
     def handle_register(self, session: Session, message: Message) -> None:
-        """A peer says who it is, for the first time or under another name or address."""
+        """A peer registers, for the first time or with another name or address."""
         content = message["content"]
         ip = self._reachable_ip(session.connection, content)
         peer_id = f"{content['username']}@{ip}:{content['port']}"
@@ -2353,12 +2351,12 @@ class DiscoveryServer:
                                          "username": content["username"]}, content)
 
     def handle_unregister(self, session: Session, message: Message) -> None:
-        """A peer leaves, by its own word."""
+        """A peer says that it leaves."""
         self.unregister_peer(session, "left")
         session.connection.close("left")
 
     def handle_sync_request(self, session: Session, message: Message) -> None:
-        """Somebody asks for the list; a reader that has not taken the last one gets no other."""
+        """Send the list to anybody that asks, but not while something is still queued for it."""
         if session.connection.queued > 0:
             return
         lists = pack_lists(each.encoded for each in self._peers.values())
@@ -2369,7 +2367,7 @@ class DiscoveryServer:
                                                **reference(message)))
 
     def _on_beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
-        """Somebody looks for a server: answer, with no more bytes than the question had."""
+        """Answer a peer that looks for a server."""
         message = parse_message(data)
         if message is None or message["type"] != MSG_BEACON or not message["content"].get("server_wanted"):
             return None
@@ -2378,12 +2376,12 @@ class DiscoveryServer:
     # -- the list --------------------------------------------------------------------------------------
 
     def register_peer(self, session: Session, record: Dict[str, Any], content: Dict[str, Any]) -> None:
-        """Enter a session's peer in the list, in place of whatever had its id."""
+        """Enter a session's peer in the list, in place of any other with its id."""
         peer_id = record["id"]
         former = self._peers.get(peer_id)
         if former is not None and former is not session:
             self.unregister_peer(former, "registered anew")
-            del self._left[peer_id]  # it has not left: its record is another
+            del self._left[peer_id]  # it has not left: its record is replaced
             former.refuse("somebody registered under the same id")
         if session.peer_id not in (None, peer_id):
             self.unregister_peer(session, "renamed")
@@ -2409,13 +2407,13 @@ class DiscoveryServer:
         self._gather()
 
     def _registers_too_often(self, session: Session, ip: str) -> bool:
-        """Each registration is told to everybody: so many a minute over one connection, and from one address."""
+        """Whether a connection or an address exceeds its registrations a minute: each is told to everybody."""
         if len(self._registrations) > MAX_PEERS:
             self._registrations.clear()
         now = self.loop.now()
-        here = self._registrations.setdefault(ip, RateLimit(MAX_PER_ADDRESS))
-        within = here.take(now) or ip in self.loop.local_addresses()
-        return not (session.registrations.take(now) and within)
+        limit = self._registrations.setdefault(ip, RateLimit(MAX_PER_ADDRESS))
+        has_room = limit.take(now) or ip in self.loop.local_addresses()
+        return not (session.registrations.take(now) and has_room)
 
     def _is_full(self, ip: str) -> bool:
         """Whether there is no room for another peer at an address; the server's own machine may have any number."""
@@ -2442,7 +2440,7 @@ class DiscoveryServer:
             self._gathering = self.loop.call_later(UPDATE_GATHER_TIME, self.broadcast_peer_update)
 
     def broadcast_peer_update(self) -> None:
-        """Send the list to those who came, and to everybody else who came and left."""
+        """Send the whole list to the newcomers, and what has changed to everybody else."""
         newcomers = [self._peers[peer_id] for peer_id in self._joined]
         others = [session for peer_id, session in self._peers.items() if peer_id not in self._joined]
         gone = _ENCODER.encode(list(self._left.values()))
@@ -2458,7 +2456,7 @@ class DiscoveryServer:
         self._left.clear()
 
     def _introduce(self, newcomers: List[Session]) -> None:
-        """Answer those who have registered. The list is encoded once; only the first bytes differ."""
+        """Answer the newcomers' registrations. The list is encoded once; only the first bytes differ."""
         if not newcomers:
             return
         first, *rest = pack_lists(each.encoded for each in self._peers.values())
@@ -2487,14 +2485,14 @@ def make_beacon(sender_id: str, content: Dict[str, Any], size: int) -> bytes:
 #   Whereabouts  the address by which we are known
 #   Links        connections to other peers: dialling, saying hello, who is at the far end
 #   Detector     failure detection: probes, suspicion, and whether it is ourselves who are isolated
-#   Gossip       what peers tell each other of third ones: news at once, lists where they differ
+#   Gossip       what peers tell each other about others: news at once, lists where they differ
 #   Discovery    the connection to a discovery server
 #   Delivery     chat messages: numbered, kept until acknowledged, shown once and in order
 #   Finder       looks for others: addresses named by hand, beacons on the local network
 # Each calls only those above it. What goes the other way is an upcall to PeerNode, which holds, in one
 # short method for each, the order in which the helpers learn of it. Everything that they keep about one
-# peer stands in its Contact. The node tells its listeners by events and never draws. It believes no
-# message by itself: whoever says hello must be seen at the address that it claims, or answer there.
+# peer stands in its Contact. The node tells its listeners by events and never draws. A hello proves
+# nothing: its sender must be seen at the address that it claims, or answer there.
 # ======================================================================================================
 
 
@@ -2516,10 +2514,10 @@ class Contact(Peer):
         self.contested_at = float("-inf")  # when it was asked whether it lives: somebody elsewhere claims to be it
         self.banned_until = float("-inf")
         self.suspicion: Optional[Suspicion] = None
-        self.askers: Dict[Link, Message] = {}  # who asked us to probe it, and the question
-        self.sync_by_user: Optional[bool] = None  # lists are to be compared once it is linked: by the user's wish?
-        self.outbox: Optional[Outbox] = None  # until something is sent to it
-        self.inbox: Optional[Inbox] = None  # until something comes from it
+        self.askers: Dict[Link, Message] = {}  # link -> question of a peer that asked us to probe it
+        self.sync_by_user: Optional[bool] = None  # None: no lists to compare; else: did the user ask for it?
+        self.outbox: Optional[Outbox] = None  # None until something is sent to it
+        self.inbox: Optional[Inbox] = None  # None until a chat message comes from it
 
     @property
     def route(self) -> Address:
@@ -2531,9 +2529,8 @@ class Contact(Peer):
         """Whether something that was sent to it is not acknowledged yet."""
         return self.outbox is not None and bool(self.outbox.waiting)
 
-
-    def heard_how(self, now: float) -> Tuple[str, str, str]:
-        """In words: how it is heard, how long ago, and how long a round trip takes."""
+    def describe(self, now: float) -> Tuple[str, str, str]:
+        """Return in words how we hear it, how long ago we last did, and how long a round trip takes."""
         is_direct = self.heard_at > 0 and self.link is not None
         how = "quiet" if self.quiet else "directly" if is_direct else "through others"
         since = now - (self.heard_at if is_direct else self.last_sign_at())
@@ -2549,24 +2546,24 @@ class Link(Endpoint):
         self.address = address  # of the far end
         self.dialled = dialled  # by us
         self.peer: Optional[Contact] = None
-        self.ids: Tuple[str, ...] = ()  # under which it may speak: its id, and those it had before
+        self.ids: Tuple[str, ...] = ()  # that it may send as: its id, and up to seven older ones
         self.announced_id = ""  # the id under which the far end knows us; empty until we said hello
-        self.inbox: Optional[Inbox] = None  # while it is not bound
-        self.is_resumed = False  # what had waited for the peer was sent over it: now what is new may follow
+        self.inbox: Optional[Inbox] = None  # of a program that chats without a hello
+        self.is_resumed = False  # the messages that waited were sent over it, so new ones may follow
         self.used_at = node.loop.now()
         self.listed_at = float("-inf")  # when our list was last sent over it
         self.warned_at = float("-inf")  # when its peer was last told that it is suspected
         self.renames = RateLimit(MAX_RENAMES)
-        self.failure = ""  # in words, why the two ends do not go on
-        self.timer = Timer()  # of the time by which the far end must have said hello
+        self.failure = ""  # why it can't be bound, in words
+        self.timer = Timer()  # fires if the far end has not said hello in time
 
-    def names(self) -> Tuple[str, str]:
+    def sender_and_to(self) -> Tuple[str, str]:
         return self.node.me.id, self.peer.id if self.peer else EVERYONE
 
-    def may(self, message: Message) -> bool:
-        """Whoever has said hello speaks under its own id; before that it may say little else."""
+    def may_handle(self, message: Message) -> bool:
+        """A peer sends under its own id only, and before its hello few types of messages."""
         if self.peer is None:
-            if message["type"] in _FROM_ANYONE:
+            if message["type"] in (MSG_HELLO, MSG_CHAT, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_REGISTER):
                 return True
             self.refuse("say MSG_HELLO first")
         elif message["sender_id"] in self.ids:
@@ -2580,8 +2577,8 @@ class Link(Endpoint):
         self.node.links.say_hello(self)
 
     def on_messages(self, messages: List[Message]) -> None:
-        self.node.check_clock()
-        if self.connection.state == OPEN and self.take_traffic(len(messages)):  # else the process was stopped
+        self.node.check_clock()  # which closes all links if this process was stopped
+        if self.connection.state == OPEN and self.take_traffic(len(messages)):
             self.node.on_heard(self)
             super().on_messages(messages)
 
@@ -2598,30 +2595,25 @@ class Link(Endpoint):
         super().error(reason, you={"ip": self.connection.remote[0]}, **more)
 
     def take_traffic(self, amount: int) -> bool:
-        """Count messages, or records in lists; a link over which far too much comes is banned."""
+        """Count messages, or records in lists. If they exceed MAX_MESSAGES a minute, ban the peer and return False."""
         self.used_at = self.loop.now()
-        if self.traffic.take(self.used_at, amount) or not self.node.settings.budget:  # without a budget, without this
+        if self.traffic.take(self.used_at, amount) or not self.node.settings.budget:  # 0 lifts this limit, too
             return True
         self.node.links.ban(self)
         return False
 
 
-_FROM_ANYONE = frozenset((MSG_HELLO, MSG_CHAT, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_REGISTER))
-
-
 class Whereabouts:
-    """The address by which we are known. One rule decides between those that we learn of: an address that we
-    were seen at beats one that a connection left from, and that beats a guess; and one of this machine's own
-    beats any other, which may be that of a router between us and the rest."""
-
-    GUESSED, LEFT_BY, SEEN = 0, 1, 2
+    """The address by which we are known. An address at which others see us beats one from which a connection left,
+    which beats a guess. Of those that others see, the first stays, unless it is foreign (a router's, if we are
+    behind NAT) and a later one is this machine's own."""
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.is_fixed = node.settings.host != "0.0.0.0"  # by --host
-        self._certainty = self.GUESSED
-        self._was_own = True  # whether our address is, or was, one of the machine's own: not so behind NAT
-        self._own: Tuple[float, List[str]] = (float("-inf"), [])  # when they were looked up, and which
+        self._is_seen = False  # whether others saw us at our address
+        self._is_behind_nat = False  # whether they saw us at an address that is not this machine's
+        self._own: Tuple[float, List[str]] = (float("-inf"), [])  # when we looked up our addresses, and which
 
     def first_guess(self) -> str:
         """The address to begin with."""
@@ -2639,48 +2631,48 @@ class Whereabouts:
         return ip == self.node.me.ip or is_loopback(ip) or ip in self.own_addresses()
 
     def may_reach(self, ip: str) -> bool:
-        """Whether to dial an address: a peer that listens on the loopback only stays on this machine."""
+        """Whether to dial an address: if we listen on the loopback only, we stay on this machine."""
         return not is_loopback(self.node.settings.host) or self.is_own(ip)
 
     @property
     def has_network(self) -> bool:
-        """Whether the address that we are known by is still this machine's; not asked behind NAT."""
-        return self.is_fixed or self.node.me.ip in self.own_addresses() or not self._was_own
+        """Whether our address is still this machine's; True behind NAT, where it never was."""
+        return self.is_fixed or self.node.me.ip in self.own_addresses() or self._is_behind_nat
 
     def on_local_address(self, ip: str) -> None:
         """A connection left from this address of ours."""
         if not is_loopback(ip) and is_peer_ip(ip):
-            self._consider(ip, self.LEFT_BY)
+            self._consider(ip, is_seen=False)
 
     def on_seen(self, ip: Any, by: str) -> None:
         """The far end of a connection, at the address `by`, sees us at this address."""
         if is_peer_ip(ip) and not is_loopback(ip) and not is_loopback(by):
-            self._consider(ip, self.SEEN)
+            self._consider(ip, is_seen=True)
 
-    def _consider(self, ip: str, certainty: int) -> None:
+    def _consider(self, ip: str, is_seen: bool) -> None:
         is_own = ip in self.own_addresses()
-        better = certainty == self.SEEN and is_own and self.node.me.ip not in self.own_addresses()
-        if not self.is_fixed and (self._certainty < self.SEEN or better):
-            self._certainty = certainty
-            self._was_own = is_own if certainty == self.SEEN else self._was_own
+        is_better = is_seen and is_own and self.node.me.ip not in self.own_addresses()
+        if not self.is_fixed and (not self._is_seen or is_better):
+            self._is_seen = is_seen
+            self._is_behind_nat = not is_own if is_seen else self._is_behind_nat
             self._move(ip)
 
     def follow_machine(self) -> None:
-        """The machine may have another address by now (a new lease, another network): take that."""
+        """Take the machine's new address if it has another by now (a new lease, another network)."""
         own = self.own_addresses()
         is_current = self.node.me.ip in own and not is_loopback(self.node.me.ip)  # loopback: there was no network
-        if not (self.is_fixed or is_current or not self._was_own or is_loopback(own[0])):
-            self.forget_certainty()
+        if not (self.is_fixed or is_current or self._is_behind_nat or is_loopback(own[0])):
+            self.forget_sightings()
             self.node.on_address_lost(own)
             self._move(own[0])
 
-    def forget_certainty(self) -> None:
+    def forget_sightings(self) -> None:
         """The network is gone; it may come back with another address."""
-        self._certainty = self.GUESSED
+        self._is_seen = False
 
     def _move(self, ip: str) -> None:
         if ip != self.node.me.ip:
-            self._own = (float("-inf"), [])  # it may be older than the new address
+            self._own = (float("-inf"), [])  # looked up, perhaps, before the machine had the new address
         self.node.change_identity(self.node.me.username, ip)
 
 
@@ -2690,18 +2682,18 @@ BEACON, SERVER, NAMED = "heard on the local network", "a server's", "named by ha
 
 
 class Target:
-    """An address that is, was or will be dialled: for what, for whom, and what came of it."""
+    """An address that is, was or will be dialled: why, to reach which peer, and with what result."""
 
     __slots__ = ("address", "why", "peer", "link", "tried_at", "wait", "retry_at", "result")
 
     def __init__(self, address: Address) -> None:
         self.address = address
         self.why = LOST_PEER
-        self.peer: Optional[Contact] = None  # whom we mean to reach there; of one named by hand, whom we met
+        self.peer: Optional[Contact] = None  # the peer that we expect there, or last met there
         self.link: Optional[Link] = None  # while it is being dialled
         self.tried_at = float("-inf")
         self.wait = 0.0  # seconds from the last failure to the next try
-        self.retry_at = float("-inf")  # a peer of ours is not dialled there before
+        self.retry_at = float("-inf")  # until then the peer is not dialled as one of ours
         self.result = ""  # of the last try, in words, for the report
 
 
@@ -2711,7 +2703,7 @@ class Targets:
     def __init__(self) -> None:
         self._all: Dict[Address, Target] = {}
         self.dialling = 0
-        self.queue: Dict[Address, None] = {}  # those for which there is no room now
+        self.queue: Dict[Address, None] = {}  # addresses that wait for a dial to end
 
     def __len__(self) -> int:
         return len(self._all)
@@ -2721,7 +2713,7 @@ class Targets:
         return self._all.get(address)
 
     def enter(self, address: Address, why: str, peer: Optional[Contact] = None) -> Target:
-        """The entry of an address, made anew or moved to the end of the table. That it was named by hand stays."""
+        """Return the entry of an address, now the last. One named by hand stays so, unless it is a server's."""
         target = self._all.pop(address, None) or Target(address)
         self._all[address] = target
         if target.why != NAMED or peer is not None:
@@ -2732,7 +2724,7 @@ class Targets:
         return target
 
     def note(self, address: Address, result: str, why: str) -> None:
-        """Keep in words what came of trying an address."""
+        """Keep the result of a try, in words."""
         self.enter(address, why).result = result
 
     def reset(self, address: Address) -> None:
@@ -2748,7 +2740,7 @@ class Targets:
         return target is None or now >= target.retry_at
 
     def recent(self, now: float) -> List[Address]:
-        """Those that were dialled within QUIET_AFTER because a beacon or a peer named them."""
+        """The addresses dialled in the last QUIET_AFTER seconds because a beacon or a peer named them."""
         latest = itertools.islice(reversed(self._all.values()), 4 * MAX_DIALS)
         return [each.address for each in latest if each.why in (HEARSAY, BEACON) and now - each.tried_at < QUIET_AFTER]
 
@@ -2775,7 +2767,7 @@ class Links:
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.all: Dict[Link, None] = {}
-        self.own_addresses: Set[Address] = set()  # where we met ourselves
+        self.met_ourselves_at: Set[Address] = set()
         self._unidentified = Unidentified()
 
     # -- dialling --------------------------------------------------------------------------------------
@@ -2786,10 +2778,10 @@ class Links:
             self.dial(peer.route, OUR_PEER, peer)
 
     def dial(self, address: Address, why: str, peer: Optional[Contact] = None) -> None:
-        """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
+        """Dial an address, unless that is under way; beyond MAX_DIALS at once, addresses wait in a queue."""
         node, targets = self.node, self.node.targets
         known = targets.get(address)
-        if (known is not None and known.link is not None) or address in self.own_addresses:
+        if (known is not None and known.link is not None) or address in self.met_ourselves_at:
             return
         if node.stopping or not node.whereabouts.may_reach(address[0]):
             return
@@ -2806,7 +2798,7 @@ class Links:
         link.connection = node.loop.connect(address, link, node.settings.timeout)
 
     def verify_address(self, address: Address, why: str = HEARSAY) -> None:
-        """Dial an address that somebody named, to see who answers there: few at a time, and none again so soon."""
+        """Dial an address that somebody named, to see which peer answers: few at a time, none twice in QUIET_AFTER."""
         now = self.node.loop.now()
         recent = self.node.targets.recent(now)
         at_machine = sum(ip == address[0] for ip, _ in recent)
@@ -2814,27 +2806,30 @@ class Links:
         if address not in (self.node.me.address, *recent) and not is_crowded and len(recent) < MAX_LOOKS:
             self.dial(address, why)
 
-    def is_awaiting_hello(self, peer: Contact, since: float) -> bool:
-        """Whether a dial to a peer waits for its hello: one that began by `since`, or that was accepted."""
+    def is_awaiting_hello(self, peer: Contact, begun_by: float) -> bool:
+        """Whether a dial to a peer waits for its hello: it began by `begun_by`, or has connected."""
         target = self.node.targets.get(peer.route)
         link = target.link if target is not None else None
-        return link is not None and (bool(link.announced_id) or link.used_at <= since)
+        return link is not None and (bool(link.announced_id) or link.used_at <= begun_by)
 
     def _end_dial(self, link: Link, failure: str = "") -> None:
-        """A dial has ended, well or not: those that wait may dial now."""
+        """A dial has succeeded or failed: note that, and dial addresses that wait."""
         targets = self.node.targets
         target = targets.get(link.address)
         if target is None or target.link is not link:
             return
         target.link = None
         targets.dialling -= 1
-        meant, met = target.peer, link.peer
+        expected, met = target.peer, link.peer
         if met is None:
-            self._on_dial_failed(target, link.failure or failure)
+            target.result = link.failure or failure
+            target.wait, wait = back_off(target.wait, RETRY_MIN, RETRY_MAX, self.node.loop.random)
+            target.retry_at = self.node.loop.now() + wait
+            self._note_dial_failed(expected, target.result)
         else:
             target.result, target.wait, target.peer = "", 0.0, met
-            if meant not in (None, met):
-                self._on_dial_failed(target, REFUSED, meant)  # another peer answers there: it does so no more
+            if expected is not met:
+                self._note_dial_failed(expected, REFUSED)  # another peer has its address now
         while targets.queue and targets.dialling < MAX_DIALS:
             address = next(iter(targets.queue))
             waiting = targets.get(address)
@@ -2842,12 +2837,7 @@ class Links:
             if waiting is not None:
                 self.dial(address, waiting.why, waiting.peer)
 
-    def _on_dial_failed(self, target: Target, failure: str, peer: Optional[Contact] = None) -> None:
-        peer = peer or target.peer
-        if not peer or target.peer is peer:
-            target.result = failure
-            target.wait, wait = back_off(target.wait, RETRY_MIN, RETRY_MAX, self.node.loop.random)
-            target.retry_at = self.node.loop.now() + wait
+    def _note_dial_failed(self, peer: Optional[Contact], failure: str) -> None:
         if peer is not None:
             peer.has_ended = peer.has_ended or (peer.gone and failure == REFUSED)
             self.node.dial_failed(peer, failure)
@@ -2858,13 +2848,13 @@ class Links:
         """Somebody dialled us."""
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
-        self._unidentified.add(connection)  # which may turn away an older one
+        self._unidentified.add(connection)  # which may abort an older one
         self.all[link] = None
         link.timer = self.node.loop.call_later(HELLO_TIMEOUT, self._on_no_hello, link)
         return link
 
     def say_hello(self, link: Link) -> None:
-        """Say who we are; in an answer also at which address we see the other."""
+        """Send our hello; in answer to another, also the address at which we see its sender."""
         node = self.node
         link.announced_id = node.me.id
         content = {"peer": node.me.wire(node.loop.now()), "digest": node.peers.digest()}
@@ -2875,7 +2865,7 @@ class Links:
         link.send(MSG_HELLO, content)
 
     def handle_hello(self, link: Link, message: Message) -> None:
-        """The far end says who it is: believe it if that can be, and bind the link to it."""
+        """The far end says who it is: bind the link to that peer, unless something speaks against it."""
         if link.peer is not None:
             return
         node, content = self.node, message["content"]
@@ -2917,7 +2907,7 @@ class Links:
             if link.dialled:
                 link.connection.abort("it does not answer")
 
-    # -- is it who it says it is? ----------------------------------------------------------------------
+    # -- checking a hello ------------------------------------------------------------------------------
 
     def _objection(self, link: Link, record: Dict[str, Any]) -> str:
         """Why the far end can't be the peer that it claims to be; empty if nothing speaks against it."""
@@ -2928,7 +2918,7 @@ class Links:
             return "this is yourself"
         if known is not None and known.banned_until > node.loop.now():
             return "you sent too much; come back later"
-        if not self.is_seen_at(link, claimed) and not self._is_elsewhere(link, record, known, holder):
+        if not self.is_seen_at(link, claimed) and not self._may_be_multihomed(link, record, known, holder):
             self.verify_address(claimed)
             return f"you say that you are at {format_address(claimed)}, but I see you at {link.connection.remote[0]}"
         if not link.dialled and holder is not None and holder is not known and not self._is_unreachable(holder):
@@ -2940,9 +2930,9 @@ class Links:
         return ""
 
     def _on_met_ourselves(self, link: Link) -> None:
-        if len(self.own_addresses) >= MAX_DIALS:
-            self.own_addresses.clear()  # we do not have so many: somebody plays with us
-        self.own_addresses.add(link.address if link.dialled else link.connection.local)
+        if len(self.met_ourselves_at) >= MAX_DIALS:
+            self.met_ourselves_at.clear()  # we do not have so many addresses: somebody plays with us
+        self.met_ourselves_at.add(link.address if link.dialled else link.connection.local)
 
     def is_seen_at(self, link: Link, claimed: Address) -> bool:
         """Whether the address that the far end claims is the one at which we see it."""
@@ -2952,16 +2942,16 @@ class Links:
             return False
         return seen == claimed[0] or (is_own(seen) and is_own(claimed[0]))
 
-    def _is_elsewhere(self, link: Link, record: Dict[str, Any], known: Optional[Contact],
-                      holder: Optional[Contact]) -> bool:
-        """Whether a peer that we dialled may be known by another address of its machine: not if another peer is."""
-        may_move = known is None or known.gone or link.address in (known.via, known.address)
+    def _may_be_multihomed(self, link: Link, record: Dict[str, Any], known: Optional[Contact],
+                           holder: Optional[Contact]) -> bool:
+        """Whether a peer that we dialled may claim another address: its machine may have several."""
+        fits_known = known is None or known.gone or link.address in (known.via, known.address)
         is_its_port = link.dialled and link.address[1] == record["port"]
-        return is_its_port and may_move and holder in (None, known) and not self.node.whereabouts.is_own(record["ip"])
+        return is_its_port and fits_known and holder in (None, known) and not self.node.whereabouts.is_own(record["ip"])
 
     def _is_unreachable(self, peer: Contact) -> bool:
-        """Whether nothing links us to a peer, though all are linked here, and its machine has not answered a dial for
-        a while: a firewall that lets nobody in. Who links to us from there, at its id, is its program started anew."""
+        """Whether a peer is not linked, where all should be, and has not answered a dial for CONTEST_TIME: a firewall
+        lets nobody in. Another instance that dials us from its address is then the same program, restarted."""
         if peer.link is not None or len(self.node.peers) > IDLE_LINKS:
             return False
         target = self.node.targets.get(peer.route)
@@ -2970,7 +2960,7 @@ class Links:
         return target.tried_at <= self.node.loop.now() - CONTEST_TIME
 
     def _may_be_alive(self, peer: Contact) -> bool:
-        """Whether a peer is where we know it to be; one that said nothing lately has time to answer a probe first."""
+        """Whether a peer may still be at its address; a silent one has CONTEST_TIME to answer a probe."""
         now = self.node.loop.now()
         if peer.link is not None and now - peer.heard_at < QUIET_AFTER:
             return True
@@ -3023,19 +3013,19 @@ class Links:
         self.announce()
         for link in list(self.all):
             if link.peer is None and not link.dialled:
-                self.say_hello(link)  # its own hello is under way: then it knows who leaves
+                self.say_hello(link)  # its hello is under way, and ours tells it which peer leaves
             link.send(MSG_UNREGISTER, None)
             link.connection.close("leaving")
 
     def was_idle(self, link: Link, peer: Contact) -> bool:
-        """Whether the far end closed a link that it did not need, and nor do we."""
+        """Whether neither end needed a link that the far end closed."""
         is_unused = self.node.loop.now() - link.used_at > IDLE_TIMEOUT / 2 and not peer.has_unacknowledged
         return is_unused and len(self.node.peers) > IDLE_LINKS
 
     # -- keeping them in order -------------------------------------------------------------------------
 
     def reconcile(self) -> None:
-        """Dial those that should be linked; close links that nobody needs."""
+        """Dial peers that should be linked; close links that nobody needs."""
         node, now = self.node, self.node.loop.now()
         if len(node.peers) <= IDLE_LINKS:
             for peer in node.peers.present():
@@ -3051,29 +3041,29 @@ class Links:
                 link.connection.close("not needed")
 
     def _is_needless(self, link: Link, peer: Contact) -> bool:
-        """Whether a link that was not used for a while is a second one, which one side closes, or one too many."""
+        """Whether an idle link is a second one to its peer, which one side closes, or one too many."""
         if peer.link not in (None, link):
             return self.node.me.key < peer.key
         return len(self.node.peers) > IDLE_LINKS < len(self.all) and not peer.has_unacknowledged
 
     def announce(self) -> None:
-        """Tell all to whom we said hello who we are now, under the id that they know: what follows is under ours."""
+        """Send our record under the id that we announced to each peer, because later messages bear our new id."""
         content = {"peers": [self.node.me.wire(self.node.loop.now())]}
         for link in self.all:
             if link.announced_id:
                 link.connection.send(create_message(MSG_PEER_NEWS, link.announced_id, content))
                 link.announced_id = self.node.me.id
 
-    def sample(self, count: int, but: Optional[Contact] = None) -> List[Link]:
-        """Up to `count` of the links over which we send, at random, none of them to the peer `but`."""
-        links = [link for link in self.all if link.peer is not None and link.peer.link is link and link.peer is not but]
+    def sample(self, count: int, omit: Optional[Contact] = None) -> List[Link]:
+        """Up to `count` of the links over which we send, at random, none of them to the peer `omit`."""
+        links = [link for link in self.all if link.peer not in (None, omit) and link.peer.link is link]
         return self.node.loop.random.sample(links, min(count, len(links)))
 
 
 # The evidence that a peer is gone. SAID_ is hearsay.
 SILENT, REFUSES, SAID_SUSPECT, SAID_DEAD, SAID_LEFT = "silent", "refuses", "said suspect", "said dead", "said left"
 
-# How long a peer has to refute it, in seconds from its first suspicion on. The strongest evidence counts.
+# How long a peer has to refute it, in seconds from the first evidence on. The strongest evidence counts.
 TIME_TO_REFUTE: Dict[FrozenSet[str], float] = {
     frozenset((SILENT,)): 6.0,  # so it is removed 11 s after its last sign of life
     frozenset((SAID_SUSPECT,)): 6.0,
@@ -3102,8 +3092,8 @@ class Suspicion:
         self.timer = Timer()
 
     @property
-    def is_hearsay(self) -> bool:
-        """Whether there is nothing against the peer but what others say."""
+    def is_said_gone(self) -> bool:
+        """Whether there is no evidence but that others call the peer gone."""
         return self.evidence <= {SAID_DEAD, SAID_LEFT}
 
     @property
@@ -3116,15 +3106,15 @@ class Suspicion:
 
 class Detector:
     """Failure detection. Each peer probes its NEIGHBOURS on a ring, so each is watched by a few and the cost
-    does not grow with the number of peers. Silence makes a suspicion: others are asked to probe the peer, the
-    peer itself is told and can refute it, and only if none of that helps in time is it removed."""
+    does not grow with the number of peers. A silent peer is suspected: others are asked to probe it, it is told
+    itself and can refute it, and only if none of that helps in time is it removed."""
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
-        self.contact_at = 0.0  # when anything was last heard from anybody
+        self.contact_at = 0.0  # when anything last came from another machine
         self.is_isolated = False  # everybody fell silent at once: it is us
         self.server_seen_at = float("-inf")  # when a server on another machine was last online; inf while it is
-        self._last_tick = (0.0, 0.0)  # on the loop's clock and on the wall's
+        self._last_tick = (0.0, 0.0)  # when we last probed, by the loop's clock and by the wall clock
 
     def start(self) -> None:
         """Trust no silence from before now."""
@@ -3144,14 +3134,14 @@ class Detector:
                 self._on_network_back()
         if peer is not None:
             peer.heard_at = now
-            self._clear(peer)
+            self._on_alive(peer)
 
     def on_confirmed(self, peer: Contact) -> None:
         """Somebody else heard a peer, or the peer refuted that it is gone."""
         peer.confirmed_at = self.node.loop.now()
-        self._clear(peer)
+        self._on_alive(peer)
 
-    def _clear(self, peer: Contact) -> None:
+    def _on_alive(self, peer: Contact) -> None:
         if peer.suspicion is not None:
             peer.suspicion.timer.cancel()
             peer.suspicion = None
@@ -3168,7 +3158,7 @@ class Detector:
     # -- probing ---------------------------------------------------------------------------------------
 
     def probe_neighbours(self) -> None:
-        """Probe the neighbours, look for silence among them, and look for peers that were lost."""
+        """Probe the neighbours, suspect those that are silent, and dial a peer that was lost."""
         node = self.node
         self._last_tick = (node.loop.now(), node.loop.wall())
         ahead, behind = node.peers.neighbours(NEIGHBOURS)
@@ -3187,12 +3177,13 @@ class Detector:
         if link is None:
             self.node.links.ensure_link(peer)
         elif status == ALIVE or now - link.warned_at >= WARN_INTERVAL:
-            link.warned_at = link.warned_at if status == ALIVE else now
+            if status != ALIVE:
+                link.warned_at = now
             content = {"number": int(now * 1_000_000), "incarnation": peer.incarnation, "status": status}
             link.ask(MSG_PROBE, content, functools.partial(self._on_probe_answered, peer, now))
 
     def handle_probe(self, link: Link, message: Message) -> None:
-        """We are asked for a sign of life, and told what is believed of us."""
+        """A peer asks for a sign of life, and says what it believes of us."""
         content, me = message["content"], self.node.me
         if content.get("status", ALIVE) != ALIVE:
             self.node.refute(content.get("incarnation", 0))
@@ -3204,7 +3195,7 @@ class Detector:
         self.answer_askers(peer)
 
     def check_silence(self, peer: Contact) -> None:
-        """If nothing is heard of a peer that should be heard, first others are asked whether they hear it."""
+        """Suspect a peer that should be heard and is not."""
         is_silent = self.node.loop.now() - peer.last_sign_at() > QUIET_AFTER - 1
         if is_silent and peer.suspicion is None and not self.is_isolated:
             self.node.links.drop(peer, "silent")  # perhaps only this connection is dead: another is tried
@@ -3220,11 +3211,11 @@ class Detector:
 
     def on_dial_failed(self, peer: Contact, reason: str) -> None:
         """A peer can't be dialled. Refused is as good as proof, unless others still hear it."""
-        if reason == REFUSED and peer.ip != self.node.me.ip:
-            self.on_heard(None)  # somebody sent the refusal: our own network works
         if reason != REFUSED:
             return
-        if peer.suspicion is not None and peer.suspicion.is_hearsay:
+        if peer.ip != self.node.me.ip:
+            self.on_heard(None)  # somebody sent the refusal: our own network works
+        if peer.suspicion is not None and peer.suspicion.is_said_gone:
             self.suspect(peer, REFUSES)
         elif (peer.link is None and self.node.loop.now() - peer.confirmed_at > QUIET_AFTER
               and self.suspect(peer, REFUSES)):
@@ -3243,7 +3234,7 @@ class Detector:
         self.probe(peer, status)
 
     def suspect(self, peer: Contact, evidence: str, words: str = "silent") -> bool:
-        """Hold evidence against a peer, and ask others to probe it; False if that leaves it as much time as before."""
+        """Add evidence against a peer. If that leaves it less time, ask others to probe it and return True."""
         if peer.gone:
             return False
         now = self.node.loop.now()
@@ -3257,7 +3248,7 @@ class Detector:
         wait = max(0.0, suspicion.since + seconds - now)
         suspicion.timer = self.node.loop.call_later(wait, self._on_suspicion_expired, peer)
         self.probe(peer, SUSPECT)
-        for link in self.node.links.sample(PROBE_HELPERS, but=peer):
+        for link in self.node.links.sample(PROBE_HELPERS, omit=peer):
             link.ask(MSG_PROBE_REQUEST, {"peer": peer.wire(now)}, self._on_helper_answered)
         return True
 
@@ -3271,7 +3262,7 @@ class Detector:
         self.probe(peer, SUSPECT)
 
     def answer_askers(self, peer: Contact) -> None:
-        """A peer is alive just now: tell those that asked."""
+        """Tell those that asked us to probe a peer that it is alive."""
         askers, peer.askers = peer.askers, {}
         for link, question in askers.items():
             link.answer(question, MSG_PROBE_RESULT, {"peer": peer.wire(self.node.loop.now())})
@@ -3283,33 +3274,32 @@ class Detector:
             self.on_confirmed(peer)
 
     def _on_suspicion_expired(self, peer: Contact) -> None:
-        """Nothing showed that it lives."""
+        """Remove the peer, unless its hello is due any moment or we are isolated."""
         suspicion = peer.suspicion
         if self.node.check_clock() or suspicion is None:
             return
         now = self.node.loop.now()
         self._check_isolation()
         is_local = peer.ip == self.node.me.ip  # which a pulled cable does not hide
-        is_asked = (suspicion.is_hearsay and now - suspicion.since < TIME_TO_REFUTE[frozenset((SAID_DEAD,))]
-                    and self.node.links.is_awaiting_hello(peer, suspicion.since + CONTEST_TIME / 2))
-        if is_asked or (self.is_isolated and not is_local and now - self.contact_at < TOMBSTONE_TIME):
-            suspicion.timer.cancel()
-            wait = WARN_INTERVAL if is_asked else QUIET_AFTER
+        is_hello_due = (suspicion.is_said_gone and now - suspicion.since < TIME_TO_REFUTE[frozenset((SAID_DEAD,))]
+                        and self.node.links.is_awaiting_hello(peer, suspicion.since + CONTEST_TIME / 2))
+        if is_hello_due or (self.is_isolated and not is_local and now - self.contact_at < TOMBSTONE_TIME):
+            wait = WARN_INTERVAL if is_hello_due else QUIET_AFTER
             suspicion.timer = self.node.loop.call_later(wait, self._on_suspicion_expired, peer)
         else:
             self.node.remove_dead_peer(peer, LEFT if suspicion.reason == "left" else DEAD, suspicion.reason)
 
-    def clear(self, peer: Contact) -> None:
-        """A peer is gone: there is nothing left to suspect."""
+    def drop_suspicion(self, peer: Contact) -> None:
+        """Drop the suspicion of a peer, and the requests to probe it."""
         peer.askers = {}
         if peer.suspicion is not None:
             peer.suspicion.timer.cancel()
             peer.suspicion = None
 
-    # -- oneself ---------------------------------------------------------------------------------------
+    # -- isolation, and sleep --------------------------------------------------------------------------
 
     def _check_isolation(self) -> None:
-        """When several others fell silent at once, that is more likely us than they: keep the list, try them all."""
+        """If several others fell silent at once, the fault is likely ours: keep the list, and probe them all."""
         node = self.node
         others = sum(1 for each in node.peers.present() if each.ip != node.me.ip)
         others += self.server_seen_at > self.contact_at
@@ -3320,7 +3310,7 @@ class Detector:
         for peer in node.peers.present():
             self._set_quiet(peer, True)
             peer.unconfirmed_since = peer.unconfirmed_since or self.contact_at
-        node.whereabouts.forget_certainty()
+        node.whereabouts.forget_sightings()
         node.emit({"event": "network", "gone": True})
 
     def _on_network_back(self) -> None:
@@ -3335,7 +3325,7 @@ class Detector:
         for peer in present:
             peer.added_at = now
             peer.unconfirmed_since = peer.unconfirmed_since or now
-            self.clear(peer)
+            self.drop_suspicion(peer)
         probed = self.node.peers.sample(self.node.loop.random, MAX_DIALS, present)
         for peer in probed:
             self.probe(peer)
@@ -3343,13 +3333,13 @@ class Detector:
         return probed
 
     def _suspect_unconfirmed(self) -> None:
-        """Those that neither answered nor are on anybody's list."""
+        """Suspect the peers that neither answered nor are on anybody's list."""
         for peer in self.node.peers.present():
             if peer.unconfirmed_since is not None and not self.is_isolated:
                 self.suspect(peer, SILENT)
 
     def check_clock(self) -> bool:
-        """Whether the machine slept, or the process was stopped: then the silence was ours, not the peers'."""
+        """If the machine slept or this process was stopped, start over and return True: the silence was ours."""
         now, wall = self.node.loop.now(), self.node.loop.wall()
         passed = now - self._last_tick[0]
         late, jump = passed - PROBE_INTERVAL, abs(wall - self._last_tick[1] - passed)
@@ -3359,7 +3349,7 @@ class Detector:
         if max(late, jump) > CLOCK_JUMP:
             log.warning("[P2P] the clock jumped by %d s: looking who is still there", max(late, jump))
             self.node.check_server()
-        if late >= QUIET_AFTER - PROBE_INTERVAL:  # what was sent to us meanwhile may be given up already
+        if late >= QUIET_AFTER - PROBE_INTERVAL:  # its senders may have given up what came meanwhile
             self.node.links.abort_all("this process was stopped")
         self.node.start_over()
         return True
@@ -3374,18 +3364,18 @@ class Detector:
 
 
 class Gossip:
-    """What peers tell each other of third ones: news at once to a few, who pass it on; and each interval
-    one random peer is compared with, by a digest first, so that what news missed is found."""
+    """What peers tell each other about others. News goes to a few at once, and these pass it on. Each interval we
+    compare lists with a random peer, by a digest first, and so find what the news missed."""
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self._timer = Timer()  # of the next round of news
-        self._has_synced = False  # whether anybody's list was merged yet
+        self._has_synced = False  # whether we compared lists with anybody yet
 
     # -- news ------------------------------------------------------------------------------------------
 
     def tell_soon(self) -> None:
-        """Pass on the news in the next turn."""
+        """Send the news in the next turn."""
         if self.node.news and not self._timer.active:
             self._timer = self.node.loop.call_later(0, self._tell)
 
@@ -3442,10 +3432,10 @@ class Gossip:
         now, peers = self.node.loop.now(), self.node.peers
         self.tell_soon()
         gone = [each.wire(now) for each in peers.tombstones() if now - each.removed_at < RECENT_TIME]
-        self._send_news(link, gone[-NEWS_BATCH:])  # what was news a moment ago has passed by a newcomer
+        self._send_news(link, gone[-NEWS_BATCH:])  # a newcomer missed that news
         if verdict == NEW:
             self.node.spread(peer, ALIVE)
-        elif verdict == STALE:  # it is thought gone: it must know, to be able to refute it
+        elif verdict == STALE:  # others call it suspect or gone: it must know that to refute it
             link.send(MSG_PEER_NEWS, {"peers": [peer.wire(now, peer.status if peer.gone else SUSPECT)]})
         is_needed = not self._has_synced or (was_lost and link.dialled)  # of two that met again, one asks
         if (is_needed and digest != peers.digest()) or peer.sync_by_user is not None:
@@ -3481,9 +3471,9 @@ class Gossip:
         before = len(peers)
         if listed:
             self.merge_peer_lists(link, listed)
-            told = {record.get("instance", "") or record["id"] for record in listed}
+            their_keys = {record.get("instance", "") or record["id"] for record in listed}
             now = self.node.loop.now()
-            lacking = [peer.wire(now) for peer in peers.shared() if peer.key not in told]
+            lacking = [peer.wire(now) for peer in peers.shared() if peer.key not in their_keys]
             if len(listed) < MAX_PEERS:
                 self._send_news(link, lacking)
         if link.peer is not None:
@@ -3531,7 +3521,7 @@ class Gossip:
             return IMPLAUSIBLE, node.me
         known = node.peers.by_key(record.get("instance", ""))
         if known is not None and known.link is not None and not known.gone and record["id"] != known.id:
-            return KNOWN, known  # a new name comes by its own word
+            return KNOWN, known  # it will tell us a new name itself
         verdict, peer, changes = node.peers.merge_claim(record, node.loop.now())
         if verdict == NEW or (verdict == KNOWN and peer.unconfirmed_since is not None and not peer.gone):
             node.detector.on_confirmed(peer)
@@ -3558,8 +3548,8 @@ class Gossip:
     def _merge_own_claim(self, link: Link, peer: Contact, record: Dict[str, Any]) -> Tuple[str, Contact]:
         """What the far end says of itself: another name, or that it is not gone."""
         address = (record["ip"], record["port"])
-        is_elsewhere = address != peer.address and not self.node.links.is_seen_at(link, address)
-        if is_elsewhere or self.node.peers.get(record["id"]) not in (None, peer):  # or another peer has that id
+        has_moved = address != peer.address and not self.node.links.is_seen_at(link, address)
+        if has_moved or self.node.peers.get(record["id"]) not in (None, peer):  # or another peer has that id
             self.node.links.verify_address(address)
             return IMPLAUSIBLE, peer
         if record.get("status", ALIVE) != ALIVE:
@@ -3575,8 +3565,8 @@ class Gossip:
 
 
 class Discovery(Endpoint):
-    """The client of the discovery server: registers, sends heartbeats, merges who is there. When the server
-    is gone it tries again, later each time, and any others that were found."""
+    """The client of the discovery server: registers, sends heartbeats, merges the list. Without a server it tries
+    again, later each time, in turn with any others that were found."""
 
     def __init__(self, node: "PeerNode") -> None:
         super().__init__(node.loop, "Discovery", {
@@ -3588,10 +3578,10 @@ class Discovery(Endpoint):
         self.peer_id = ""  # what the server calls us: it may see another address than we do
         self._registered_name = ""
         self._reason = ""  # what the server said was wrong
-        first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
-        self._first, self._first_tried_at = first, float("-inf")
-        self.candidates: List[Address] = [first]  # the one that is used, or tried next, and further ones
-        self.connection = Connection(node.loop, first, CLOSED)
+        self._first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
+        self._first_tried_at = float("-inf")
+        self.candidates: List[Address] = [self._first]  # the one that is used, or tried next, and further ones
+        self.connection = Connection(node.loop, self._first, CLOSED)
         self._wait = 0.0
         self._tried_at = float("-inf")
         self._timer = Timer()  # of the next try
@@ -3607,7 +3597,7 @@ class Discovery(Endpoint):
         """Whether there is a connection to the server, or one is being opened."""
         return self.connection.state != CLOSED
 
-    def names(self) -> Tuple[str, str]:
+    def sender_and_to(self) -> Tuple[str, str]:
         return self.peer_id or self.node.me.id, "server"
 
     # -- registering -----------------------------------------------------------------------------------
@@ -3629,7 +3619,7 @@ class Discovery(Endpoint):
         if address not in self.candidates:
             limited_log("server", logging.INFO, "[Discovery] found a server at %s:%d", *address)
         now = self.node.loop.now()
-        is_overdue = now - self._first_tried_at > 2 * RETRY_SERVER_MAX  # however many others are found
+        is_overdue = now - self._first_tried_at > 2 * RETRY_SERVER_MAX  # others found meanwhile must not crowd it out
         first = [self._first, address] if is_overdue else [address, self._first]
         self.candidates = list(dict.fromkeys(first + self.candidates))[:MAX_SERVERS]
         if now - self._tried_at > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
@@ -3719,10 +3709,10 @@ class Discovery(Endpoint):
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
                 self.node.gossip.merge_hearsay(record, self.address[0])
 
-    # -- being without ---------------------------------------------------------------------------------
+    # -- without a server ------------------------------------------------------------------------------
 
     def on_close(self, reason: str) -> None:
-        """The connection is gone, or never was: go on without, and try again."""
+        """The connection is closed, or could not be opened: try the next server later."""
         self.drop_questions()
         self._heartbeat.cancel()
         if self.node.stopping:
@@ -3762,7 +3752,7 @@ class Pending(NamedTuple):
     to: str
     text: str
     message_id: str
-    size: int  # of it encoded, bytes
+    size: int  # bytes, encoded
 
 
 class Outbox:
@@ -3812,7 +3802,7 @@ class Inbox:
         self.upto = sequence
 
     def settle(self, upto: int) -> None:
-        """The sender knows what became of all up to a number."""
+        """Forget the refusals up to a number: the sender knows them."""
         self.refused = [each for each in self.refused if each[1] > upto]
 
 
@@ -3872,7 +3862,7 @@ class Delivery:
     def resume(self, peer: Contact, link: Link) -> None:
         """Send all that is unacknowledged over a new link, in order; only then may new messages follow.
 
-        It is encoded anew: our name or address may have been another when it was sent first."""
+        It is encoded anew: our name or address may have changed since."""
         link.is_resumed = True
         if peer.outbox is not None:
             for pending in peer.outbox.waiting:
@@ -3942,7 +3932,7 @@ class Delivery:
             self._timer = node.loop.call_later(1.0, self._check_progress)
 
     def start_over(self) -> None:
-        """Our clock was wrong about how long anything has waited."""
+        """Count no waiting from before now: our clock stood still."""
         now = self.node.loop.now()
         for peer in self.node.peers.present():
             if peer.outbox is not None:
@@ -4023,7 +4013,7 @@ class Delivery:
         return self._unidentified.setdefault(link.connection.remote[0], RateLimit(self.node.settings.budget))
 
     def _identify(self, link: Link, message: Message) -> Optional[Contact]:
-        """Who a program that chats without having said hello is, if nobody else is that."""
+        """Return which peer a program is that chats without a hello; refuse it if its id is another's."""
         parts = split_id(message["sender_id"])
         if parts is None:
             link.refuse("sender_id must be username@ip:port")
@@ -4039,7 +4029,7 @@ class Delivery:
 
 class Finder:
     """Looks for others: at the addresses named with --join, and by beacons on the local network. What a
-    beacon says is only a hint: it leads to a connection being tried, and to no more than a few at once."""
+    beacon says is only a hint: its address is dialled, and few of them at once."""
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
@@ -4049,7 +4039,7 @@ class Finder:
         self._answers = RateLimit(BEACON_ANSWERS, 1.0)
 
     def start(self) -> None:
-        """Begin to look, at once."""
+        """Look around, now and from time to time."""
         settings, targets = self.node.settings, self.node.targets
         for address in settings.join:
             targets.enter(address, NAMED)
@@ -4083,7 +4073,7 @@ class Finder:
         return make_beacon(node.me.id, content, size)
 
     def on_beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
-        """A datagram came: perhaps a peer that we do not know, or a server; perhaps one that seeks us."""
+        """A datagram came. If it is a beacon, dial an unknown peer or server, and answer a peer that is alone."""
         message = parse_message(data)
         if message is None or message["type"] != MSG_BEACON:
             limited_log("beacon", logging.INFO, "[P2P] a datagram from %s that is no beacon", sender[0])
@@ -4097,13 +4087,13 @@ class Finder:
             return None
         self._beacon_at = node.loop.now()
         known = node.peers.by_key(content.get("instance", ""))
-        few = node.loop.random.random() * len(node.peers) < 10  # a thousand need not all answer
-        if (known is None or known.gone) and few:
+        is_chosen = node.loop.random.random() * len(node.peers) < 10  # of a thousand peers about ten react
+        if (known is None or known.gone) and is_chosen:
             node.links.verify_address(address, BEACON)
             target = node.targets.get(address)
-            if target is not None and target.link is not None:  # the report says so, should it fail
+            if target is not None and target.link is not None:  # for the report, until the dial ends
                 target.result = target.result or "not met yet"
-        is_wanted = content.get("alone") is True and content.get("answer") is not True and few
+        is_wanted = content.get("alone") is True and content.get("answer") is not True and is_chosen
         if not is_wanted or not self._answers.take(node.loop.now()):
             return None
         return self._beacon(is_answer=True, size=min(len(data), BEACON_SIZE)) or None
@@ -4125,7 +4115,7 @@ class Finder:
         link.failure = f"it says: {reason}"
 
     def on_server_failed(self) -> None:
-        """With no server, and nothing else to look for, there is nothing to wait for."""
+        """Without a server, and with nowhere else to look, there is nothing to wait for."""
         if self._lan is None and not self.node.settings.join:
             self.node.on_settled()
 
@@ -4142,8 +4132,8 @@ class Finder:
         if not node.whereabouts.has_network:
             return [*lines, "This machine has no address on a network at the moment."]
         where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
-        only = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
-        lines.append(f"To connect {where}: python3 p2pchat.py peer{only} --join {node.me.ip}:{node.me.port}")
+        option = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
+        lines.append(f"To connect {where}: python3 p2pchat.py peer{option} --join {node.me.ip}:{node.me.port}")
         return lines
 
     def _outcome(self, target: Target) -> str:
@@ -4198,18 +4188,18 @@ class Turn:
         self._node = node
         self._events: List[Event] = []
         self._links: Dict[Link, None] = {}
-        self._is_due = False  # whether the loop will call `_end`
+        self._is_end_scheduled = False
 
     def emit(self, event: Event) -> None:
         """Tell the listeners, at the end of this turn."""
         self._events.append(event)
-        if not self._is_due:
+        if not self._is_end_scheduled:
             self._call_at_end()
 
     def acknowledge_later(self, link: Link) -> None:
         """Acknowledge what came over a link at the end of this turn, when the listeners have it."""
         self._links[link] = None
-        if not self._is_due:
+        if not self._is_end_scheduled:
             self._call_at_end()
 
     def acknowledge(self) -> None:
@@ -4219,13 +4209,13 @@ class Turn:
             self._node.delivery.acknowledge(link)
 
     def _call_at_end(self) -> None:
-        self._is_due = True
+        self._is_end_scheduled = True
         self._node.loop.at_turn_end(self._end)
 
     def _end(self) -> None:
-        """Hand over the events; only then acknowledge what they hold. What a listener says in answer to a message
-        leaves before its acknowledgement: a peer that waits for that to leave still gets the answer."""
-        self._is_due = False
+        """Hand over the events, then acknowledge the messages in them. So a listener's reply is sent before the
+        acknowledgement, and still reaches a peer that waits only for that before it leaves."""
+        self._is_end_scheduled = False
         events, self._events = self._events, []
         if events:
             for listener in self._node.listeners:
@@ -4258,7 +4248,6 @@ class PeerNode:
         self.acknowledge_later = self._turn.acknowledge_later
         self._listener: Optional[SocketListener] = None
         self._tickers: List[Ticker] = []
-        self.handlers: Dict[str, Callable[[Link, Message], None]] = {}
         self.whereabouts = Whereabouts(self)
         self.links = Links(self)
         self.detector = Detector(self)
@@ -4266,7 +4255,7 @@ class PeerNode:
         self.discovery = Discovery(self)
         self.delivery = Delivery(self)
         self.finder = Finder(self)
-        self.handlers.update(node_handlers(self))
+        self.handlers = node_handlers(self)
         # For interfaces: everybody else, by name; the peers that a typed text names; why nobody is here.
         self.present, self.find, self.alone = self.peers.present, self.peers.find, self.finder.report
         self.sync = self.gossip.sync_for_user
@@ -4312,7 +4301,7 @@ class PeerNode:
             self.maybe_depart()
 
     def maybe_depart(self) -> None:
-        """Something has come to its end: leave, if that was the last thing to wait for."""
+        """Leave, if we want to and there is nothing left to wait for."""
         if self.stopping:
             if not self.links.all:
                 self._stop()
@@ -4384,12 +4373,12 @@ class PeerNode:
         """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
         rows = [("name", "address", "heard", "ago", "trip")]
         for peer in self.present():
-            rows.append((self.peers.label(peer), format_address(peer.address), *peer.heard_how(self.loop.now())))
+            rows.append((self.peers.label(peer), format_address(peer.address), *peer.describe(self.loop.now())))
         widths = [max(width(row[column]) for row in rows) for column in range(5)]
         return ["  ".join(pad(cell, size) for cell, size in zip(row, widths)).rstrip() for row in rows]
 
     def server_status(self) -> Tuple[bool, str, float]:
-        """(online, address, since when as Unix time)."""
+        """Return whether it is online, its address, and since when, in Unix time."""
         return bool(self.discovery.is_online), format_address(self.discovery.address), self.discovery.since
 
     @property
@@ -4400,7 +4389,7 @@ class PeerNode:
     # -- upcalls: what the helpers tell each other -----------------------------------------------------
 
     def check_clock(self) -> bool:
-        """Whether this process stood still for a while, or its clock was set."""
+        """If this process stood still or the clock jumped, start over and return True."""
         return self.detector.check_clock()
 
     def on_heard(self, link: Link) -> None:
@@ -4410,7 +4399,7 @@ class PeerNode:
 
     def linked(self, link: Link, peer: Contact, verdict: str, changes: List[Change], digest: Any,
                was_lost: bool) -> None:
-        """A link was bound to a peer, which says hello."""
+        """A peer said hello, and the link was bound to it."""
         self.detector.on_heard(peer)
         self.detector.answer_askers(peer)
         self.publish(changes)
@@ -4438,11 +4427,11 @@ class PeerNode:
             self.detector.on_dial_failed(peer, why)
 
     def contested(self, peer: Contact) -> None:
-        """Somebody elsewhere claims to be a peer that we know: ask that whether it lives."""
+        """Somebody at another address claims to be a known peer: probe the known one."""
         self.detector.probe(peer)
 
     def start_over(self) -> None:
-        """No silence from before now means anything, and no list either."""
+        """Neither silence from before now nor the list proves anything: probe, and compare lists."""
         self.delivery.start_over()
         for peer in self.detector.start_over():
             self.gossip.sync(peer)
@@ -4471,7 +4460,7 @@ class PeerNode:
             detail = f" ({detail})" if detail else ""
             limited_log(change.kind, logging.INFO, "[P2P] %s: %s%s", change.kind, peer.id, detail)
             if change.kind == GONE:
-                self.detector.clear(peer)
+                self.detector.drop_suspicion(peer)
                 self.links.drop(peer, change.reason)
                 self.delivery.fail(peer, change.reason)
                 self.emit({"event": "left", "peer": peer.public, "reason": change.reason})
@@ -4484,19 +4473,19 @@ class PeerNode:
                 self.emit({"event": "renamed", "peer": peer.public, "old": change.old})
 
     def remove_dead_peer(self, peer: Contact, status: str, reason: str) -> None:
-        """A peer is gone."""
+        """Make a peer a tombstone, and spread that."""
         changes = self.peers.remove(peer, status, reason, self.loop.now())
         self.publish(changes)
         if changes:
             self.spread(peer, status)
 
     def handle_unregister(self, link: Link, message: Message) -> None:
-        """The far end leaves, by its own word."""
+        """The far end says that it leaves."""
         assert link.peer is not None
         peer = link.peer
         link.connection.close("it left")
         if any(each.peer is peer and each.connection.state == OPEN for each in self.links.all):
-            self.loop.call_later(GOODBYE_TIME, self.remove_dead_peer, peer, LEFT, "left")  # it says so there as well
+            self.loop.call_later(GOODBYE_TIME, self.remove_dead_peer, peer, LEFT, "left")  # it says goodbye there, too
         else:
             self.remove_dead_peer(peer, LEFT, "left")
 
@@ -4506,7 +4495,7 @@ class PeerNode:
         self.gossip.tell_soon()
 
     def refute(self, incarnation: int) -> None:
-        """Somebody holds us to be gone, or elsewhere: raise our incarnation above what it says, and tell."""
+        """Somebody calls us suspect or gone, or by an old id: raise our incarnation above that, and spread it."""
         me = self.me
         if me.incarnation <= incarnation <= me.incarnation + MAX_RAISE:
             me.incarnation = incarnation + 1
@@ -4519,7 +4508,7 @@ class PeerNode:
         old = self.me.public
         self.me.incarnation += 1
         self._set_identity(username, ip, self.me.port)
-        self.links.own_addresses.clear()  # somebody else may get the old one
+        self.links.met_ourselves_at.clear()  # somebody else may get the old address
         log.info("[P2P] now known as %s", self.me.id)
         self.links.announce()
         self.spread(self.me, ALIVE)

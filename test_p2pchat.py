@@ -2720,7 +2720,7 @@ def check_bounds(node):
         "dialling": (node.targets.dialling, p2pchat.MAX_DIALS),
         "queued dials": (len(node.targets.queue), most),
         "looked": (len(node.targets.recent(node.loop.now())), p2pchat.MAX_LOOKS),
-        "own": (len(node.links.own_addresses), p2pchat.MAX_DIALS),
+        "own": (len(node.links.met_ourselves_at), p2pchat.MAX_DIALS),
         "news": (len(node.news._left), most),
         "servers": (len(node.discovery.candidates), p2pchat.MAX_SERVERS),
         "budgets": (len(node.delivery._unidentified), most),
@@ -4501,7 +4501,7 @@ def test_node_joining_oneself_does_no_harm():
     address = (host.addresses[0], 5000)
     ann = rig.add("Ann", machine=host, join=(address,))
     rig.run(60)
-    assert len(ann.peers) == 0 and address in ann.links.own_addresses and not ann.all_links()
+    assert len(ann.peers) == 0 and address in ann.links.met_ourselves_at and not ann.all_links()
 
 
 def test_node_addresses_that_echo_our_instance_are_bounded(solo):
@@ -4510,7 +4510,7 @@ def test_node_addresses_that_echo_our_instance_are_bounded(solo):
     for number in range(3 * p2pchat.MAX_DIALS):
         link = p2pchat.Link(solo.ann, ("10.9.9.9", number + 1), dialled=True)
         assert solo.ann.objection(link, record) == "this is yourself"
-    assert 0 < len(solo.ann.links.own_addresses) <= p2pchat.MAX_DIALS
+    assert 0 < len(solo.ann.links.met_ourselves_at) <= p2pchat.MAX_DIALS
 
 
 def test_node_whose_place_is_taken_by_another_process_is_not_tried_again(trio):
@@ -9123,7 +9123,7 @@ def test_node_time_to_refute(evidence, seconds, reason):
     suspicion.evidence = set(evidence.split(", "))
     assert suspicion.evidence <= set(EVIDENCE)
     assert p2pchat.time_to_refute(suspicion.evidence) == seconds and suspicion.reason == reason
-    assert suspicion.is_hearsay == (not suspicion.evidence & {"silent", "refuses", "said suspect"})
+    assert suspicion.is_said_gone == (not suspicion.evidence & {"silent", "refuses", "said suspect"})
 
 
 def test_node_more_evidence_never_gives_more_time():
