@@ -2525,7 +2525,7 @@ class Contact(Peer):
         return self.via or self.address
 
     @property
-    def has_unacknowledged(self) -> bool:
+    def has_waiting_messages(self) -> bool:
         """Whether something that was sent to it is not acknowledged yet."""
         return self.outbox is not None and bool(self.outbox.waiting)
 
@@ -2677,7 +2677,7 @@ class Whereabouts:
 
 
 # What an address was dialled for.
-LOST_PEER, HEARSAY, OUR_PEER = "a lost peer's", "named by a peer", "a peer's"
+LOST_PEER, HEARSAY, PRESENT_PEER = "a lost peer's", "named by a peer", "a peer's"
 BEACON, SERVER, NAMED = "heard on the local network", "a server's", "named by hand"
 
 
@@ -2775,7 +2775,7 @@ class Links:
     def ensure_link(self, peer: Contact) -> None:
         """Dial a peer that is present, unless there is a link to it."""
         if peer.link is None and not peer.gone:
-            self.dial(peer.route, OUR_PEER, peer)
+            self.dial(peer.route, PRESENT_PEER, peer)
 
     def dial(self, address: Address, why: str, peer: Optional[Contact] = None) -> None:
         """Dial an address, unless that is under way; beyond MAX_DIALS at once, addresses wait in a queue."""
@@ -2845,7 +2845,7 @@ class Links:
     # -- saying hello ----------------------------------------------------------------------------------
 
     def handle_p2p_connection(self, connection: Connection) -> Handler:
-        """Somebody dialled us."""
+        """Somebody dialled us: wait for a hello."""
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
         self._unidentified.add(connection)  # which may abort an older one
@@ -2905,7 +2905,7 @@ class Links:
             link.failure = "what listens there does not answer as a peer does"
             link.refuse("no MSG_HELLO came")
             if link.dialled:
-                link.connection.abort("it does not answer")
+                link.connection.abort(link.failure)
 
     # -- checking a hello ------------------------------------------------------------------------------
 
@@ -3019,7 +3019,7 @@ class Links:
 
     def was_idle(self, link: Link, peer: Contact) -> bool:
         """Whether neither end needed a link that the far end closed."""
-        is_unused = self.node.loop.now() - link.used_at > IDLE_TIMEOUT / 2 and not peer.has_unacknowledged
+        is_unused = self.node.loop.now() - link.used_at > IDLE_TIMEOUT / 2 and not peer.has_waiting_messages
         return is_unused and len(self.node.peers) > IDLE_LINKS
 
     # -- keeping them in order -------------------------------------------------------------------------
@@ -3029,13 +3029,14 @@ class Links:
         node, now = self.node, self.node.loop.now()
         if len(node.peers) <= IDLE_LINKS:
             for peer in node.peers.present():
+                # The one with the lesser key dials; the other, too, if it hears nothing.
                 may_dial = node.me.key < peer.key or now - peer.last_sign_at() > QUIET_AFTER - 1
                 if peer.link is None and may_dial and node.targets.is_due(peer.route, now):
-                    self.dial(peer.route, OUR_PEER, peer)
+                    self.dial(peer.route, PRESENT_PEER, peer)
         else:  # too many to be linked to all: verify one that was only heard of
             unheard = [peer for peer in node.peers.present() if not peer.heard_at]
             for peer in node.peers.sample(node.loop.random, 1, unheard):
-                self.dial(peer.route, OUR_PEER, peer)
+                self.dial(peer.route, PRESENT_PEER, peer)
         for link in list(self.all):
             if link.peer is not None and now - link.used_at > IDLE_TIMEOUT and self._is_needless(link, link.peer):
                 link.connection.close("not needed")
@@ -3044,7 +3045,7 @@ class Links:
         """Whether an idle link is a second one to its peer, which one side closes, or one too many."""
         if peer.link not in (None, link):
             return self.node.me.key < peer.key
-        return len(self.node.peers) > IDLE_LINKS < len(self.all) and not peer.has_unacknowledged
+        return len(self.node.peers) > IDLE_LINKS < len(self.all) and not peer.has_waiting_messages
 
     def announce(self) -> None:
         """Send our record under the id that we announced to each peer, because later messages bear our new id."""
@@ -3471,11 +3472,10 @@ class Gossip:
         before = len(peers)
         if listed:
             self.merge_peer_lists(link, listed)
-            their_keys = {record.get("instance", "") or record["id"] for record in listed}
-            now = self.node.loop.now()
-            lacking = [peer.wire(now) for peer in peers.shared() if peer.key not in their_keys]
             if len(listed) < MAX_PEERS:
-                self._send_news(link, lacking)
+                their_keys = {record.get("instance", "") or record["id"] for record in listed}
+                now = self.node.loop.now()
+                self._send_news(link, [peer.wire(now) for peer in peers.shared() if peer.key not in their_keys])
         if link.peer is not None:
             self._report(link.peer, len(peers) - before)
         self._has_synced = True
@@ -4393,7 +4393,7 @@ class PeerNode:
         return self.detector.check_clock()
 
     def on_heard(self, link: Link) -> None:
-        """Something came over a link."""
+        """Something came over a link: a sign of life, unless an unidentified program on this machine sent it."""
         if link.peer is not None or not self.whereabouts.is_own(link.connection.remote[0]):
             self.detector.on_heard(link.peer)
 

@@ -9167,8 +9167,8 @@ def test_node_targets_are_bounded_and_keep_what_is_under_way(monkeypatch):
     monkeypatch.setattr(p2pchat, "MAX_PEERS", 5)
     targets = p2pchat.Targets()
     targets.enter(("10.0.0.1", 1), p2pchat.NAMED)
-    targets.enter(("10.0.0.1", 2), p2pchat.OUR_PEER).link = object()
-    targets.enter(("10.0.0.1", 3), p2pchat.OUR_PEER)
+    targets.enter(("10.0.0.1", 2), p2pchat.PRESENT_PEER).link = object()
+    targets.enter(("10.0.0.1", 3), p2pchat.PRESENT_PEER)
     targets.queue["10.0.0.1", 3] = None
     for port in range(10, 30):
         targets.note(("10.0.0.2", port), "refused", p2pchat.BEACON)
