@@ -814,6 +814,29 @@ def test_a_failure_that_is_out_of_sight_is_said_again():
     assert view.lost == ["✗ not delivered to Bob, Carol (you left): last words"]
 
 
+@pytest.mark.parametrize("below, is_told", [(20, False), (21, True)])
+def test_a_failure_is_said_again_as_soon_as_its_message_is_out_of_sight(below, is_told):
+    view = view_make("Bob")
+    view.enter("important")
+    for number in range(below):
+        view_chat(view, "Bob", f"message {number}")
+    assert any("important" in row for row in view_screen(view)) is not is_told
+    view_event(view, {"event": "failed", "id": "me-1", "to": view_peer(view, "Bob"), "reason": "silent", "text": "important"})
+    assert ("not delivered" in view.window.scrollback.entries[-1].text) is is_told
+
+
+def test_a_receipt_finds_a_receiver_that_was_renamed():
+    view = view_make("Bob")
+    old = view_peer(view, "Bob")
+    view.enter("hello")
+    peer = view.node.peers.get(old["id"])
+    view.node.peers.merge_own_claim(dict(peer.wire(0.0), username="Rob", id="Rob@10.0.0.2:10001", incarnation=5), 1.0)
+    view_event(view, {"event": "renamed", "old": old, "peer": view_peer(view, "Rob")})
+    view_event(view, {"event": "delivered", "id": "me-1", "to": view_peer(view, "Rob")})
+    assert view_style(view, "hello") == "" and not view.outgoing.under_way
+    assert view_answer(view, "/info") == "hello\ndelivered to: Rob"
+
+
 def test_outgoing_counts_what_is_under_way():
     outgoing = p2pchat.Outgoing()
     receipts = outgoing.add("m-1", "text", ["a", "b"])
