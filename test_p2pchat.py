@@ -933,7 +933,7 @@ def test_the_list_of_peers():
     view.node.join("Zed", tell=True)
     screen = "".join(view_screen(view))
     assert "○ Ab" in screen and "+ Zed" in screen
-    view_keys(view, "x")
+    view_keys(view, "<focus-in>")
     assert "● Zed" in "".join(view_screen(view))
     for number in range(30):
         view.node.join(f"Peer{number:02}")
@@ -967,6 +967,15 @@ def test_search():
     view_keys(view, "/search", "<enter>")
     assert any("message 0 Needle" in row for row in view_screen(view))
     assert "Nothing more" in view_answer(view, "/search")
+
+
+def test_a_message_ends_a_search():
+    view = view_make("Bob")
+    for number in range(60):
+        view_chat(view, "Bob", f"message {number}" + (" needle" if number in (10, 40) else ""))
+    for line, found in (("/search needle", 40), ("hello", None), ("/search needle", 40), ("/search", 10), ("/search other", None)):
+        view.enter(line)
+        assert view.window.scrollback.found == found
 
 
 def test_names_that_need_care():
@@ -1078,6 +1087,18 @@ def test_a_row_that_is_kept_shows_what_changed(changed):
         view.node.join("Dave", tell=True)
     word = {"new": "─ new ─", "failed": "not delivered to Bob (silent)", "gathered": "Carol, Dave joined"}[changed]
     assert word not in "".join(before) and word in "".join(view_screen(view))
+
+
+def test_rows_that_are_kept_are_bounded():
+    view = view_make("Bob")
+    for _ in range(8):
+        view_chat(view, "Bob", "\n" * 16_000 + "x")
+    scrollback = view.window.scrollback
+    for seq in range(8):
+        view_screen(view)
+        scrollback.go_to((seq, 100), view.area())
+        assert sum(len(rows) for _, rows in scrollback._drawn.values()) <= p2pchat.MAX_DRAWN + 16_001
+    assert scrollback.anchor == (7, 100)
 
 
 LONG_TEXTS = {"words": "word " * (p2pchat.MAX_TEXT // 5), "lines": "\n" * (p2pchat.MAX_TEXT - 1) + "x",
@@ -6501,6 +6522,20 @@ def test_frames_wait_for_one_another_but_not_a_key():
     assert "Alicexy" in "".join(span.text for line in drawn[3].lines for span in line)
 
 
+def test_what_is_drawn_in_portions_goes_on_by_itself():
+    loop, drawn = FrameLoop(), []
+    screen = p2pchat.CursesInterface(loop, p2pchat.Settings())
+    screen.view = view_make("Bob")
+    screen.terminal = types.SimpleNamespace(size=lambda: (50, 300), draw=drawn.append)
+    for _ in range(50):
+        view_chat(screen.view, "Bob", LONG_TEXTS["joined"])
+    screen.changed()
+    for _ in range(20):
+        loop.turn(0)
+        loop.seconds += 1
+    assert 5 < len(drawn) < 20 and [each.is_complete for each in drawn] == [False] * (len(drawn) - 1) + [True]
+
+
 # -- however it ends, the terminal is as it was --------------------------------------------------------
 
 PTY_RESTORED = (b"\x1b[?2004l", b"\x1b[?1004l", b"\x1b[?1049l")
@@ -6719,8 +6754,8 @@ def test_json_events_and_commands():
             ann.say("/quit")
             ann.event("stopped")
             assert ann.process.wait(PTY_LIMIT) == 1  # "/hlep" was not understood
-            events = [bob.event("left")]
-            assert events[0]["reason"] == "left"
+            last = json.loads(bob.expect())
+            assert last["event"] == "left" and last["reason"] == "left", "what was said by one who is ignored is not printed"
 
 
 @pytest.mark.parametrize("texts", [
