@@ -1107,28 +1107,32 @@ LONG_TEXTS = {"words": "word " * (p2pchat.MAX_TEXT // 5), "lines": "\n" * (p2pch
               "hangul": ("\u1100" + "\u1161" * 31) * (p2pchat.MAX_TEXT // 96)}
 
 
-@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
-def test_the_longest_texts_in_every_row_are_drawn_in_portions(text):
-    """No drawing and no key takes 50 ms (of CPU time), and after some drawings all is there."""
+def draw_long_texts(text):
+    """A large screen with a text in every row, and some keys: CPU times of keys and drawings, and the screens."""
     view = view_make("Bob")
     view.rows, view.cols = 100, 300
     for _ in range(100):
         view_chat(view, "Bob", p2pchat.clean(text, newlines=True))
     times, screens = [], []
-    for key in ["x"] + [""] * 30 + ["<pgup>", "", "<ctrl-home>", "", "<esc>"]:
+    for key in ["x"] + [""] * 30 + ["<pgup>", "", "<ctrl-home>", "", "<esc>", text]:
         start = time.thread_time()
         view_keys(view, *[key] * bool(key))
         times.append(time.thread_time() - start)
         start = time.thread_time()
         screens.append(p2pchat.render(view, 100, 300))
         times.append(time.thread_time() - start)
-    assert max(times) < 0.05, times
-    assert screens[30].is_complete and screens[30] == screens[-1]
+    return times, screens
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+def test_the_longest_texts_in_every_row_are_drawn_in_portions(text):
+    """No drawing and no key takes 50 ms (the least of three runs: neighbours don't count), and soon all is there."""
+    runs = [draw_long_texts(text) for _ in range(3)]
+    least = list(map(min, zip(*(times for times, _ in runs))))
+    assert max(least) < 0.05, least
+    screens = runs[0][1]
+    assert screens[30].is_complete and screens[30] == screens[35]
     assert sum(screen.is_complete for screen in screens[:30]) >= 5
-    view.window.line.insert(text)
-    start = time.thread_time()
-    p2pchat.render(view, 100, 300)
-    assert time.thread_time() - start < 0.05
 
 
 def test_the_start_form():
