@@ -1407,9 +1407,9 @@ class Connection:
                 self._line_timer = self.loop.call_later(LINE_TIMEOUT, self._check_line)
 
     def end_of_stream(self) -> None:
-        """The far end sends no more, which also ends its last message. What we have queued is still sent."""
+        """The far end sends no more, which also ends its last message. What this turn answers to it is still sent."""
         self.feed(b"\n")
-        self.close("closed by the other side")
+        self.loop.at_turn_end(functools.partial(self.close, "closed by the other side"))
 
     def _flush_later(self) -> None:
         if not self._flush_pending:

@@ -8899,6 +8899,19 @@ def test_node_what_was_refused_is_said_to_be_known(solo):
     assert settled == [{"upto": 5}] * 2
 
 
+@pytest.mark.parametrize("text", ["shown", "x" * 2000])
+def test_node_a_message_that_the_end_of_its_stream_completes_is_acknowledged(text):
+    rig = World("Ann", settings={"budget": 1000})
+    mallory = rig.attack(rig.ann)
+    mallory.send(p2pchat.create_message("MSG_CHAT", mallory.id, text, id=1).rstrip(b"\n"))
+    rig.run(0.1)
+    mallory.connection._end_sent = True
+    mallory.connection.transmit(SEG_END)
+    rig.run(1)
+    assert [acknowledged["upto"] for acknowledged in mallory.got("MSG_CHAT_ACK")] == [1]
+    assert bool(rig.ann.texts()) == ("refused" not in mallory.got("MSG_CHAT_ACK")[0]) == (text == "shown")
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
