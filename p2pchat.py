@@ -3569,7 +3569,7 @@ class Discovery(Endpoint):
 
     def __init__(self, node: "PeerNode") -> None:
         super().__init__(node.loop, "Discovery", {
-            MSG_REGISTER_ACK: Discovery.handle_answer, MSG_HEARTBEAT: Discovery.handle_answer,
+            MSG_REGISTER_ACK: Discovery.handle_register_ack, MSG_HEARTBEAT: Discovery.handle_answer,
             MSG_PEER_LIST_UPDATE: Discovery.handle_peer_list_update, MSG_ERROR: Discovery.handle_error})
         self.node = node
         self.is_online: Optional[bool] = None  # None until the listeners were told
@@ -3634,16 +3634,16 @@ class Discovery(Endpoint):
             return
         self.node.whereabouts.on_local_address(self.connection.local[0])
         me = self.node.me
-        self.drop_questions(MSG_REGISTER_ACK)  # an earlier one that is under way has the same answer
         self._registered_name = me.username
         content = {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
                    "incarnation": me.incarnation}
-        self.ask(MSG_REGISTER, content, self.handle_register_ack, self.node.settings.timeout,
+        self.ask(MSG_REGISTER, content, lambda message: None, self.node.settings.timeout,
                  functools.partial(self.connection.abort, "what listens there does not answer as a server does"))
 
     def handle_register_ack(self, message: Message) -> None:
-        """The server has registered us, and says who is there."""
+        """The server has registered us, and says who is there. To several registrations it may give one answer."""
         node, content = self.node, message["content"]
+        self.drop_questions(MSG_REGISTER_ACK)
         parts = split_id(content["peer_id"])
         assert parts is not None
         self._wait, self._reason = 0.0, ""

@@ -8912,6 +8912,16 @@ def test_node_a_message_that_the_end_of_its_stream_completes_is_acknowledged(tex
     assert bool(rig.ann.texts()) == ("refused" not in mallory.got("MSG_CHAT_ACK")[0]) == (text == "shown")
 
 
+def test_node_two_names_in_a_row_are_both_registered():
+    """The answer to the first is under way when the second leaves: the server's last word counts."""
+    rig = World("Ann", "Bob", by="server", delay=(0.05, 0.05))
+    rig.ann.rename("Anna")
+    rig.run(0.07)
+    rig.ann.rename("Annie")
+    rig.run(2)
+    assert rig.ann.discovery.peer_id == rig.ann.me.id in rig.server.peer_ids
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
