@@ -3594,7 +3594,7 @@ class Discovery(Endpoint):
     @property
     def is_connected(self) -> bool:
         """Whether there is a connection to the server, or one is being opened."""
-        return self.connection.state != CLOSED
+        return not self._timer.active
 
     def names(self) -> Tuple[str, str]:
         return self.peer_id or self.node.me.id, "server"
@@ -3739,7 +3739,7 @@ class Discovery(Endpoint):
         """Tell the server that we leave."""
         self._timer.cancel()
         self._heartbeat.cancel()
-        if self.is_online and self.is_connected:
+        if self.is_online:
             self.send(MSG_UNREGISTER, None)
         self.connection.close("leaving")
 

@@ -8922,6 +8922,19 @@ def test_node_two_names_in_a_row_are_both_registered():
     assert rig.ann.discovery.peer_id == rig.ann.me.id in rig.server.peer_ids
 
 
+def test_node_a_server_that_is_found_just_when_the_last_one_is_lost_is_dialled_once():
+    rig = World("Ann", "Bob", by="server")
+    rig.run(5)
+
+    def lose_and_find():
+        rig.ann.discovery.connection.abort("lost")
+        rig.ann.discovery.on_found(SERVER)
+
+    rig.ann.loop.enter(lose_and_find)
+    rig.run(20)
+    assert rig.ann.online() and len(rig.server._sessions) == 2
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
