@@ -2595,7 +2595,7 @@ class Link(Endpoint):
         return False
 
 
-_FROM_ANYONE = frozenset((MSG_HELLO, MSG_CHAT, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_REGISTER))
+_FROM_ANYONE = frozenset((MSG_HELLO, MSG_CHAT, MSG_CHAT_SETTLED, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_REGISTER))
 
 
 class Whereabouts:
@@ -3981,8 +3981,8 @@ class Delivery:
 
     def acknowledge(self, link: Link) -> None:
         """Tell the far end what became of all its messages so far. To tell it again changes nothing."""
-        inbox = link.peer.inbox if link.peer is not None else link.inbox
-        if inbox is None or not inbox.upto:
+        inbox = self._inbox(link)
+        if not inbox.upto:
             return
         if inbox.refused:
             link.send(MSG_CHAT_ACK, {"upto": inbox.upto, "refused": inbox.refused})
@@ -3992,8 +3992,7 @@ class Delivery:
 
     def handle_chat_settled(self, link: Link, message: Message) -> None:
         """The sender knows our refusals up to a number: they need not be told again."""
-        if link.peer is not None and link.peer.inbox is not None:
-            link.peer.inbox.settle(message["content"]["upto"])
+        self._inbox(link).settle(message["content"]["upto"])
 
     def _inbox(self, link: Link) -> Inbox:
         """The inbox of the peer at the far end; of a program that never said hello, one for the link, with a

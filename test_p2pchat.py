@@ -8935,6 +8935,18 @@ def test_node_a_server_that_is_found_just_when_the_last_one_is_lost_is_dialled_o
     assert rig.ann.online() and len(rig.server._sessions) == 2
 
 
+def test_node_a_program_without_a_hello_may_say_what_it_knows_to_be_refused():
+    rig = World("Ann", settings={"budget": 1000})
+    mallory = rig.client(rig.ann)
+    for number, text in ((1, "a" * 2000), (2, "b")):
+        mallory.say("MSG_CHAT", text, id=number)
+        rig.run(0.1)
+        mallory.say("MSG_CHAT_SETTLED", {"upto": number})
+    rig.run(1)
+    assert rig.ann.texts() == ["b"] and not mallory.ended
+    assert mallory.got("MSG_CHAT_ACK") == [{"upto": 1, "refused": [[1, 1, "you send too much: slow down"]]}, {"upto": 2}]
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
