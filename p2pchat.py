@@ -3969,6 +3969,7 @@ class Delivery:
         if not budget or inbox.budget.take(self.node.loop.now(), size):
             return ""
         if inbox.budget.excess > CUT_OFF_FACTOR * budget:
+            inbox.budget.excess = 0.0
             self.node.links.ban(link)
         return "you send too much: slow down"
 

@@ -8947,6 +8947,20 @@ def test_node_a_program_without_a_hello_may_say_what_it_knows_to_be_refused():
     assert mallory.got("MSG_CHAT_ACK") == [{"upto": 1, "refused": [[1, 1, "you send too much: slow down"]]}, {"upto": 2}]
 
 
+def test_node_a_peer_that_was_cut_off_begins_anew_when_it_is_back():
+    """What was refused before counts no more: again it takes CUT_OFF_FACTOR times the budget."""
+    rig = World("Ann", settings={"budget": 10_000})
+    numbers = itertools.count(1)
+    for most in (5, 5):
+        mallory, refused = rig.attack(rig.ann), 0
+        while not mallory.ended:
+            mallory.say("MSG_CHAT", "x" * 9_800, id=next(numbers))
+            rig.run(0.01)
+            refused += 1
+        assert refused == most + 1, refused
+        rig.run(p2pchat.BAN_TIME)
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
