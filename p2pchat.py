@@ -2505,7 +2505,7 @@ class Contact(Peer):
         self.contested_at = float("-inf")  # when it was asked whether it lives: somebody elsewhere claims to be it
         self.banned_until = float("-inf")
         self.suspicion: Optional[Suspicion] = None
-        self.askers: Dict[Link, Message] = {}  # who asked us to probe it, and the question
+        self.askers: Dict[Link, Dict[str, Any]] = {}  # who asked us to probe it, and what the answer repeats
         self.sync_by_user: Optional[bool] = None  # lists are to be compared once it is linked: by the user's wish?
         self.outbox: Optional[Outbox] = None  # until something is sent to it
         self.inbox: Optional[Inbox] = None  # until something comes from it
@@ -3256,14 +3256,14 @@ class Detector:
         if peer is None or peer.gone:
             return
         if len(peer.askers) < IDLE_LINKS:
-            peer.askers[link] = message
+            peer.askers[link] = reference(message)  # a question may be long
         self.probe(peer, SUSPECT)
 
     def answer_askers(self, peer: Contact) -> None:
         """A peer is alive just now: tell those that asked."""
         askers, peer.askers = peer.askers, {}
-        for link, question in askers.items():
-            link.answer(question, MSG_PROBE_RESULT, {"peer": peer.wire(self.node.loop.now())})
+        for link, repeated in askers.items():
+            link.send(MSG_PROBE_RESULT, {"peer": peer.wire(self.node.loop.now())}, **repeated)
 
     def _on_helper_answered(self, message: Message) -> None:
         """A peer that we asked has heard the one that we suspect."""

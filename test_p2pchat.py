@@ -8961,6 +8961,17 @@ def test_node_a_peer_that_was_cut_off_begins_anew_when_it_is_back():
         rig.run(p2pchat.BAN_TIME)
 
 
+def test_hostile_a_long_question_about_a_silent_peer_is_not_kept(world, mallory):
+    world.bob.loop.freeze()
+    mallory.say("MSG_PROBE_REQUEST", {"peer": world.bob.me.wire(0.0), "more": "x" * 500_000}, re="a")
+    world.run(0.5)
+    askers = world.alice.record_of(world.bob).askers
+    assert [len(str(kept)) < 100 for kept in askers.values()] == [True]
+    world.bob.loop.thaw()
+    world.run(0.5)
+    assert [message.get("re") for message in mallory.heard if message["type"] == "MSG_PROBE_RESULT"] == ["a"]
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
