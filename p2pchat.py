@@ -2701,6 +2701,7 @@ class Targets:
         self._all: Dict[Address, Target] = {}
         self.dialling = 0
         self.queue: Dict[Address, None] = {}  # those for which there is no room now
+        self._named: Dict[Address, float] = {}  # when a beacon or a peer named those of the last seconds
 
     def __len__(self) -> int:
         return len(self._all)
@@ -2736,10 +2737,10 @@ class Targets:
         target = self._all.get(address)
         return target is None or now >= target.retry_at
 
-    def recent(self, now: float) -> List[Address]:
-        """Those that were dialled within QUIET_AFTER because a beacon or a peer named them."""
-        latest = itertools.islice(reversed(self._all.values()), 4 * MAX_DIALS)
-        return [each.address for each in latest if each.why in (HEARSAY, BEACON) and now - each.tried_at < QUIET_AFTER]
+    def recent(self, now: float) -> Dict[Address, float]:
+        """Those that are or were to be dialled within QUIET_AFTER because a beacon or a peer named them, and when."""
+        self._named = {address: at for address, at in self._named.items() if now - at < QUIET_AFTER}
+        return self._named
 
     def results(self) -> List[Target]:
         """The last tries that the report names."""
@@ -2801,6 +2802,7 @@ class Links:
         at_machine = sum(ip == address[0] for ip, _ in recent)
         is_crowded = at_machine >= MAX_LOOKS // 4 and not self.node.whereabouts.is_own(address[0])
         if address not in (self.node.me.address, *recent) and not is_crowded and len(recent) < MAX_LOOKS:
+            recent[address] = now
             self.dial(address, why)
 
     def is_awaiting_hello(self, peer: Contact, since: float) -> bool:

@@ -8972,6 +8972,27 @@ def test_hostile_a_long_question_about_a_silent_peer_is_not_kept(world, mallory)
     assert [message.get("re") for message in mallory.heard if message["type"] == "MSG_PROBE_RESULT"] == ["a"]
 
 
+def test_hostile_addresses_that_are_named_while_no_dial_has_room_are_few(monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_DIALS", 3)
+    rig = World()
+    ann = rig.add("Ann", join=tuple(("10.8.0.1", port) for port in (1, 2, 3)))
+    rig.run(0.1)
+    for number in range(1, 200):
+        ann.look((f"10.9.0.{number}", 666))
+    check_bounds(ann)
+    assert len(ann.targets.queue) == p2pchat.MAX_LOOKS
+
+
+def test_hostile_an_address_named_by_hand_is_dialled_no_more_often_because_others_name_it_too():
+    rig = World()
+    rig.network.host("off", "10.9.0.1")
+    ann = rig.add("Ann", join=(("10.9.0.1", 5000), ))
+    for _ in range(100):
+        rig.run(0.1)
+        ann.look(("10.9.0.1", 5000))
+    assert ann.loop.dialled.count(("10.9.0.1", 5000)) <= 10 / p2pchat.BEACON_INTERVAL_ALONE + 4
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
