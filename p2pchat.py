@@ -2775,6 +2775,12 @@ class Links:
         if peer.link is None and not peer.gone:
             self.dial(peer.route, OUR_PEER, peer)
 
+    def renew(self, peer: Contact) -> None:
+        """Dial a peer whose link is lost; a little later, if the last dial was just now: it may be lost at once again."""
+        target, now = self.node.targets.get(peer.route), self.node.loop.now()
+        wait = max(0.0, target.tried_at + RETRY_MIN - now) if target is not None else 0.0
+        self.node.loop.call_later(wait, self.ensure_link, peer)
+
     def dial(self, address: Address, why: str, peer: Optional[Contact] = None) -> None:
         """Open a link to an address, unless that is being done; more than MAX_DIALS wait their turn."""
         node, targets = self.node, self.node.targets
@@ -4421,7 +4427,7 @@ class PeerNode:
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, why)
             if not self.links.was_idle(link, peer):
-                self.links.ensure_link(peer)  # links break among the living, too: does its program still answer?
+                self.links.renew(peer)  # links break among the living, too: does its program still answer?
 
     def dial_failed(self, peer: Contact, why: str) -> None:
         """A peer could not be reached at its address."""

@@ -8993,6 +8993,18 @@ def test_hostile_an_address_named_by_hand_is_dialled_no_more_often_because_other
     assert ann.loop.dialled.count(("10.9.0.1", 5000)) <= 10 / p2pchat.BEACON_INTERVAL_ALONE + 4
 
 
+def test_hostile_one_that_ends_each_link_at_once_is_not_dialled_without_a_pause(rig):
+    eve = take_part(rig, rig.ann)
+    rig.until(lambda: "Eve" in rig.ann.names(), 5)
+    rig.ann.loop.dialled.clear()
+    for _ in range(1000):
+        rig.run(0.01)
+        for end in [eve, *eve.taken]:
+            if "MSG_HELLO" in end.kinds():
+                end.connection.close("enough")
+    assert rig.ann.loop.dialled.count(eve.peer.address) <= 40
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
