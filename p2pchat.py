@@ -3101,7 +3101,7 @@ class Suspicion:
     @property
     def is_hearsay(self) -> bool:
         """Whether there is nothing against the peer but what others say."""
-        return self.evidence <= {SAID_DEAD, SAID_LEFT}
+        return self.evidence.isdisjoint((SILENT, REFUSES))
 
     @property
     def reason(self) -> str:
