@@ -1409,9 +1409,9 @@ class Connection:
                 self._line_timer = self.loop.call_later(LINE_TIMEOUT, self._check_line)
 
     def end_of_stream(self) -> None:
-        """The far end sends no more, which also ends its last message. What we have queued is still sent."""
+        """The far end sends no more, which also ends its last message. What this turn answers to it is still sent."""
         self.feed(b"\n")
-        self.close("closed by the other side")
+        self.loop.at_turn_end(functools.partial(self.close, "closed by the other side"))
 
     def _flush_later(self) -> None:
         if not self._flush_pending:
@@ -2514,7 +2514,7 @@ class Contact(Peer):
         self.contested_at = float("-inf")  # when it was asked whether it lives: somebody elsewhere claims to be it
         self.banned_until = float("-inf")
         self.suspicion: Optional[Suspicion] = None
-        self.askers: Dict[Link, Message] = {}  # link -> question of a peer that asked us to probe it
+        self.askers: Dict[Link, Dict[str, Any]] = {}  # peers that asked us to probe it -> what the answer repeats
         self.sync_by_user: Optional[bool] = None  # None: no lists to compare; else: did the user ask for it?
         self.outbox: Optional[Outbox] = None  # None until something is sent to it
         self.inbox: Optional[Inbox] = None  # None until a chat message comes from it
@@ -2563,7 +2563,7 @@ class Link(Endpoint):
     def may_handle(self, message: Message) -> bool:
         """A peer sends under its own id only, and before its hello few types of messages."""
         if self.peer is None:
-            if message["type"] in (MSG_HELLO, MSG_CHAT, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_REGISTER):
+            if message["type"] in _FROM_ANYONE:
                 return True
             self.refuse("say MSG_HELLO first")
         elif message["sender_id"] in self.ids:
@@ -2601,6 +2601,9 @@ class Link(Endpoint):
             return True
         self.node.links.ban(self)
         return False
+
+
+_FROM_ANYONE = frozenset((MSG_HELLO, MSG_CHAT, MSG_CHAT_SETTLED, MSG_SYNC_PEERS_REQUEST, MSG_ERROR, MSG_REGISTER))
 
 
 class Whereabouts:
@@ -2704,6 +2707,7 @@ class Targets:
         self._all: Dict[Address, Target] = {}
         self.dialling = 0
         self.queue: Dict[Address, None] = {}  # addresses that wait for a dial to end
+        self._named: Dict[Address, float] = {}  # when a beacon or a peer named those of the last seconds
 
     def __len__(self) -> int:
         return len(self._all)
@@ -2739,10 +2743,10 @@ class Targets:
         target = self._all.get(address)
         return target is None or now >= target.retry_at
 
-    def recent(self, now: float) -> List[Address]:
-        """The addresses dialled in the last QUIET_AFTER seconds because a beacon or a peer named them."""
-        latest = itertools.islice(reversed(self._all.values()), 4 * MAX_DIALS)
-        return [each.address for each in latest if each.why in (HEARSAY, BEACON) and now - each.tried_at < QUIET_AFTER]
+    def recent(self, now: float) -> Dict[Address, float]:
+        """The addresses that a beacon or a peer named in the last QUIET_AFTER seconds, and when."""
+        self._named = {address: at for address, at in self._named.items() if now - at < QUIET_AFTER}
+        return self._named
 
     def results(self) -> List[Target]:
         """The last tries that the report names."""
@@ -2777,6 +2781,12 @@ class Links:
         if peer.link is None and not peer.gone:
             self.dial(peer.route, PRESENT_PEER, peer)
 
+    def renew(self, peer: Contact) -> None:
+        """Dial a peer whose link is lost; a little later if the last dial was just now: links may end at once."""
+        target, now = self.node.targets.get(peer.route), self.node.loop.now()
+        wait = max(0.0, target.tried_at + RETRY_MIN - now) if target is not None else 0.0
+        self.node.loop.call_later(wait, self.ensure_link, peer)
+
     def dial(self, address: Address, why: str, peer: Optional[Contact] = None) -> None:
         """Dial an address, unless that is under way; beyond MAX_DIALS at once, addresses wait in a queue."""
         node, targets = self.node, self.node.targets
@@ -2804,6 +2814,7 @@ class Links:
         at_machine = sum(ip == address[0] for ip, _ in recent)
         is_crowded = at_machine >= MAX_LOOKS // 4 and not self.node.whereabouts.is_own(address[0])
         if address not in (self.node.me.address, *recent) and not is_crowded and len(recent) < MAX_LOOKS:
+            recent[address] = now
             self.dial(address, why)
 
     def is_awaiting_hello(self, peer: Contact, begun_by: float) -> bool:
@@ -3093,9 +3104,9 @@ class Suspicion:
         self.timer = Timer()
 
     @property
-    def is_said_gone(self) -> bool:
-        """Whether there is no evidence but that others call the peer gone."""
-        return self.evidence <= {SAID_DEAD, SAID_LEFT}
+    def is_hearsay(self) -> bool:
+        """Whether there is no evidence but what others say."""
+        return self.evidence.isdisjoint((SILENT, REFUSES))
 
     @property
     def reason(self) -> str:
@@ -3216,7 +3227,7 @@ class Detector:
             return
         if peer.ip != self.node.me.ip:
             self.on_heard(None)  # somebody sent the refusal: our own network works
-        if peer.suspicion is not None and peer.suspicion.is_said_gone:
+        if peer.suspicion is not None and peer.suspicion.is_hearsay:
             self.suspect(peer, REFUSES)
         elif (peer.link is None and self.node.loop.now() - peer.confirmed_at > QUIET_AFTER
               and self.suspect(peer, REFUSES)):
@@ -3259,14 +3270,14 @@ class Detector:
         if peer is None or peer.gone:
             return
         if len(peer.askers) < IDLE_LINKS:
-            peer.askers[link] = message
+            peer.askers[link] = reference(message)  # a question may be long
         self.probe(peer, SUSPECT)
 
     def answer_askers(self, peer: Contact) -> None:
         """Tell those that asked us to probe a peer that it is alive."""
         askers, peer.askers = peer.askers, {}
-        for link, question in askers.items():
-            link.answer(question, MSG_PROBE_RESULT, {"peer": peer.wire(self.node.loop.now())})
+        for link, repeated in askers.items():
+            link.send(MSG_PROBE_RESULT, {"peer": peer.wire(self.node.loop.now())}, **repeated)
 
     def _on_helper_answered(self, message: Message) -> None:
         """A peer that we asked has heard the one that we suspect."""
@@ -3282,7 +3293,7 @@ class Detector:
         now = self.node.loop.now()
         self._check_isolation()
         is_local = peer.ip == self.node.me.ip  # which a pulled cable does not hide
-        is_hello_due = (suspicion.is_said_gone and now - suspicion.since < TIME_TO_REFUTE[frozenset((SAID_DEAD,))]
+        is_hello_due = (suspicion.is_hearsay and now - suspicion.since < TIME_TO_REFUTE[frozenset((SAID_DEAD,))]
                         and self.node.links.is_awaiting_hello(peer, suspicion.since + CONTEST_TIME / 2))
         if is_hello_due or (self.is_isolated and not is_local and now - self.contact_at < TOMBSTONE_TIME):
             wait = WARN_INTERVAL if is_hello_due else QUIET_AFTER
@@ -3570,7 +3581,7 @@ class Discovery(Endpoint):
 
     def __init__(self, node: "PeerNode") -> None:
         super().__init__(node.loop, "Discovery", {
-            MSG_REGISTER_ACK: Discovery.handle_answer, MSG_HEARTBEAT: Discovery.handle_answer,
+            MSG_REGISTER_ACK: Discovery.handle_register_ack, MSG_HEARTBEAT: Discovery.handle_answer,
             MSG_PEER_LIST_UPDATE: Discovery.handle_peer_list_update, MSG_ERROR: Discovery.handle_error})
         self.node = node
         self.is_online: Optional[bool] = None  # None until the listeners were told
@@ -3595,7 +3606,7 @@ class Discovery(Endpoint):
     @property
     def is_connected(self) -> bool:
         """Whether there is a connection to the server, or one is being opened."""
-        return self.connection.state != CLOSED
+        return not self._timer.active
 
     def sender_and_to(self) -> Tuple[str, str]:
         return self.peer_id or self.node.me.id, "server"
@@ -3635,16 +3646,16 @@ class Discovery(Endpoint):
             return
         self.node.whereabouts.on_local_address(self.connection.local[0])
         me = self.node.me
-        self.drop_questions(MSG_REGISTER_ACK)  # an earlier one that is under way has the same answer
         self._registered_name = me.username
         content = {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
                    "incarnation": me.incarnation}
-        self.ask(MSG_REGISTER, content, self.handle_register_ack, self.node.settings.timeout,
+        self.ask(MSG_REGISTER, content, lambda message: None, self.node.settings.timeout,
                  functools.partial(self.connection.abort, "what listens there does not answer as a server does"))
 
     def handle_register_ack(self, message: Message) -> None:
-        """The server has registered us, and says who is there."""
+        """The server has registered us, and says who is there. To several registrations it may give one answer."""
         node, content = self.node, message["content"]
+        self.drop_questions(MSG_REGISTER_ACK)
         parts = split_id(content["peer_id"])
         assert parts is not None
         self._wait, self._reason = 0.0, ""
@@ -3740,7 +3751,7 @@ class Discovery(Endpoint):
         """Tell the server that we leave."""
         self._timer.cancel()
         self._heartbeat.cancel()
-        if self.is_online and self.is_connected:
+        if self.is_online:
             self.send(MSG_UNREGISTER, None)
         self.connection.close("leaving")
 
@@ -3970,6 +3981,7 @@ class Delivery:
         if not budget or inbox.budget.take(self.node.loop.now(), size):
             return ""
         if inbox.budget.excess > CUT_OFF_FACTOR * budget:
+            inbox.budget.excess = 0.0
             self.node.links.ban(link)
         return "you send too much: slow down"
 
@@ -3982,8 +3994,8 @@ class Delivery:
 
     def acknowledge(self, link: Link) -> None:
         """Tell the far end what became of all its messages so far. To tell it again changes nothing."""
-        inbox = link.peer.inbox if link.peer is not None else link.inbox
-        if inbox is None or not inbox.upto:
+        inbox = self._inbox(link)
+        if not inbox.upto:
             return
         if inbox.refused:
             link.send(MSG_CHAT_ACK, {"upto": inbox.upto, "refused": inbox.refused})
@@ -3993,8 +4005,7 @@ class Delivery:
 
     def handle_chat_settled(self, link: Link, message: Message) -> None:
         """The sender knows our refusals up to a number: they need not be told again."""
-        if link.peer is not None and link.peer.inbox is not None:
-            link.peer.inbox.settle(message["content"]["upto"])
+        self._inbox(link).settle(message["content"]["upto"])
 
     def _inbox(self, link: Link) -> Inbox:
         """The inbox of the peer at the far end; of a program that never said hello, one for the link, with a
@@ -4419,7 +4430,7 @@ class PeerNode:
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, why)
             if not self.links.was_idle(link, peer):
-                self.links.ensure_link(peer)  # links break among the living, too: does its program still answer?
+                self.links.renew(peer)  # links break among the living, too: does its program still answer?
 
     def dial_failed(self, peer: Contact, why: str) -> None:
         """A peer could not be reached at its address."""

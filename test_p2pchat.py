@@ -9185,7 +9185,7 @@ def test_node_time_to_refute(evidence, seconds, reason):
     suspicion.evidence = set(evidence.split(", "))
     assert suspicion.evidence <= set(EVIDENCE)
     assert p2pchat.time_to_refute(suspicion.evidence) == seconds and suspicion.reason == reason
-    assert suspicion.is_said_gone == (not suspicion.evidence & {"silent", "refuses", "said suspect"})
+    assert suspicion.is_hearsay == (not suspicion.evidence & {"silent", "refuses"})
 
 
 def test_node_more_evidence_never_gives_more_time():
@@ -9326,6 +9326,129 @@ def test_node_what_was_refused_is_said_to_be_known(solo):
     assert len(solo.ann.saw("delivered")) == 2 and solo.ann.delivery.in_flight == 1
     settled = mallory.got("MSG_CHAT_SETTLED")
     assert settled == [{"upto": 5}] * 2
+
+
+@pytest.mark.parametrize("text", ["shown", "x" * 2000])
+def test_node_a_message_that_the_end_of_its_stream_completes_is_acknowledged(text):
+    rig = World("Ann", settings={"budget": 1000})
+    mallory = rig.attack(rig.ann)
+    mallory.send(p2pchat.create_message("MSG_CHAT", mallory.id, text, id=1).rstrip(b"\n"))
+    rig.run(0.1)
+    mallory.connection._end_sent = True
+    mallory.connection.transmit(SEG_END)
+    rig.run(1)
+    assert [acknowledged["upto"] for acknowledged in mallory.got("MSG_CHAT_ACK")] == [1]
+    assert bool(rig.ann.texts()) == ("refused" not in mallory.got("MSG_CHAT_ACK")[0]) == (text == "shown")
+
+
+def test_node_two_names_in_a_row_are_both_registered():
+    """The answer to the first is under way when the second leaves: the server's last word counts."""
+    rig = World("Ann", "Bob", by="server", delay=(0.05, 0.05))
+    rig.ann.rename("Anna")
+    rig.run(0.07)
+    rig.ann.rename("Annie")
+    rig.run(2)
+    assert rig.ann.discovery.peer_id == rig.ann.me.id in rig.server.peer_ids
+
+
+def test_node_a_server_that_is_found_just_when_the_last_one_is_lost_is_dialled_once():
+    rig = World("Ann", "Bob", by="server")
+    rig.run(5)
+
+    def lose_and_find():
+        rig.ann.discovery.connection.abort("lost")
+        rig.ann.discovery.on_found(SERVER)
+
+    rig.ann.loop.enter(lose_and_find)
+    rig.run(20)
+    assert rig.ann.online() and len(rig.server._sessions) == 2
+
+
+def test_node_a_program_without_a_hello_may_say_what_it_knows_to_be_refused():
+    rig = World("Ann", settings={"budget": 1000})
+    mallory = rig.client(rig.ann)
+    for number, text in ((1, "a" * 2000), (2, "b")):
+        mallory.say("MSG_CHAT", text, id=number)
+        rig.run(0.1)
+        mallory.say("MSG_CHAT_SETTLED", {"upto": number})
+    rig.run(1)
+    assert rig.ann.texts() == ["b"] and not mallory.ended
+    assert mallory.got("MSG_CHAT_ACK") == [{"upto": 1, "refused": [[1, 1, "you send too much: slow down"]]}, {"upto": 2}]
+
+
+def test_node_a_peer_that_was_cut_off_begins_anew_when_it_is_back():
+    """What was refused before counts no more: again it takes CUT_OFF_FACTOR times the budget."""
+    rig = World("Ann", settings={"budget": 10_000})
+    numbers = itertools.count(1)
+    for most in (5, 5):
+        mallory, refused = rig.attack(rig.ann), 0
+        while not mallory.ended:
+            mallory.say("MSG_CHAT", "x" * 9_800, id=next(numbers))
+            rig.run(0.01)
+            refused += 1
+        assert refused == most + 1, refused
+        rig.run(p2pchat.BAN_TIME)
+
+
+def test_hostile_a_long_question_about_a_silent_peer_is_not_kept(world, mallory):
+    world.bob.loop.freeze()
+    mallory.say("MSG_PROBE_REQUEST", {"peer": world.bob.me.wire(0.0), "more": "x" * 500_000}, re="a")
+    world.run(0.5)
+    askers = world.alice.record_of(world.bob).askers
+    assert [len(str(kept)) < 100 for kept in askers.values()] == [True]
+    world.bob.loop.thaw()
+    world.run(0.5)
+    assert [message.get("re") for message in mallory.heard if message["type"] == "MSG_PROBE_RESULT"] == ["a"]
+
+
+def test_hostile_addresses_that_are_named_while_no_dial_has_room_are_few(monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_DIALS", 3)
+    rig = World()
+    ann = rig.add("Ann", join=tuple(("10.8.0.1", port) for port in (1, 2, 3)))
+    rig.run(0.1)
+    for number in range(1, 200):
+        ann.look((f"10.9.0.{number}", 666))
+    check_bounds(ann)
+    assert len(ann.targets.queue) == p2pchat.MAX_LOOKS
+
+
+def test_hostile_an_address_named_by_hand_is_dialled_no_more_often_because_others_name_it_too():
+    rig = World()
+    rig.network.host("off", "10.9.0.1")
+    ann = rig.add("Ann", join=(("10.9.0.1", 5000), ))
+    for _ in range(100):
+        rig.run(0.1)
+        ann.look(("10.9.0.1", 5000))
+    assert ann.loop.dialled.count(("10.9.0.1", 5000)) <= 10 / p2pchat.BEACON_INTERVAL_ALONE + 4
+
+
+def test_hostile_one_that_ends_each_link_at_once_is_not_dialled_without_a_pause(rig):
+    eve = take_part(rig, rig.ann)
+    rig.until(lambda: "Eve" in rig.ann.names(), 5)
+    rig.ann.loop.dialled.clear()
+    for _ in range(1000):
+        rig.run(0.01)
+        for end in [eve, *eve.taken]:
+            if "MSG_HELLO" in end.kinds():
+                end.connection.close("enough")
+    assert rig.ann.loop.dialled.count(eve.peer.address) <= 40
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("said", [("left",), ("suspect", "left"), ("suspect", "dead")])
+def test_hostile_several_rumours_leave_no_less_time_than_the_last_one(seed, said):
+    """About one that is not linked, 300 to 500 ms away: it may be asked before it is believed to be gone."""
+    rig = World("Ann", "Bob", "Cy", seed=seed, delay=(0.3, 0.5))
+    rig.run(8)
+    bob = rig.ann.record_of(rig.bob)
+    rig.network.break_link(rig.ann.link_to(rig.bob).connection)
+    rig.until(lambda: bob.link is None, 2, 0.01)
+    bob.heard_at -= 10
+    for status in said:
+        rig.ann.hear_of(rig.bob.me.wire(0.0, status))
+        rig.run(0.2)
+    rig.run(15)
+    assert not any(peer.saw("left") for peer in rig.peers)
 
 
 # -- on demand -----------------------------------------------------------------------------------------
