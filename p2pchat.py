@@ -3361,6 +3361,8 @@ class Detector:
         if max(late, jump) > CLOCK_JUMP:
             log.warning("[P2P] the clock jumped by %d s: looking who is still there", max(late, jump))
             self.node.check_server()
+        for peer in self.node.peers.tombstones():
+            peer.removed_at += max(0.0, late)  # they did not grow older for the others
         if late >= QUIET_AFTER - PROBE_INTERVAL:  # its senders may have given up what came meanwhile
             self.node.links.abort_all("this process was stopped")
         self.node.start_over()

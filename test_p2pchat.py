@@ -4789,6 +4789,19 @@ def test_node_a_walled_peer_without_a_link_is_not_taken_for_gone_where_not_all_a
     assert not rig.ann.links._is_unreachable(held.peer)
 
 
+def test_node_a_clock_that_jumps_brings_back_nobody(trio):
+    """A tombstone is no older after it: what others still believe of a peer that crashed does not count."""
+    record = trio.bob.me.wire(0)
+    trio.bob.crash()
+    trio.until(lambda: trio.bob.instance not in trio.ann.sees(), 20)
+    trio.ann.loop.jump(p2pchat.TOMBSTONE_TIME + 10)
+    trio.run(1)
+    trio.cy.crash()  # its tombstone is the newest; the oldest are looked at
+    trio.until(lambda: not trio.ann.sees(), 30)
+    trio.ann.hear_of(record)
+    assert not trio.ann.sees()
+
+
 def test_node_chat_of_one_that_never_says_hello_survives_a_stop(solo):
     """It sends nothing again, and asks for no acknowledgement: what lies here is shown."""
     client = solo.client(solo.ann)
