@@ -2743,6 +2743,11 @@ class Targets:
         target = self._all.get(address)
         return target is None or now >= target.retry_at
 
+    def pause(self, address: Address, now: float) -> float:
+        """How long to wait with a dial if a link there was lost: dialled just now, it may be lost at once again."""
+        target = self._all.get(address)
+        return max(0.0, target.tried_at + RETRY_MIN - now) if target is not None else 0.0
+
     def recent(self, now: float) -> Dict[Address, float]:
         """The addresses that a beacon or a peer named in the last QUIET_AFTER seconds, and when."""
         self._named = {address: at for address, at in self._named.items() if now - at < QUIET_AFTER}
@@ -2780,12 +2785,6 @@ class Links:
         """Dial a peer that is present, unless there is a link to it."""
         if peer.link is None and not peer.gone:
             self.dial(peer.route, PRESENT_PEER, peer)
-
-    def renew(self, peer: Contact) -> None:
-        """Dial a peer whose link is lost; a little later if the last dial was just now: links may end at once."""
-        target, now = self.node.targets.get(peer.route), self.node.loop.now()
-        wait = max(0.0, target.tried_at + RETRY_MIN - now) if target is not None else 0.0
-        self.node.loop.call_later(wait, self.ensure_link, peer)
 
     def dial(self, address: Address, why: str, peer: Optional[Contact] = None) -> None:
         """Dial an address, unless that is under way; beyond MAX_DIALS at once, addresses wait in a queue."""
@@ -4432,7 +4431,8 @@ class PeerNode:
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, why)
             if not self.links.was_idle(link, peer):
-                self.links.renew(peer)  # links break among the living, too: does its program still answer?
+                wait = self.targets.pause(peer.route, self.loop.now())
+                self.loop.call_later(wait, self.links.ensure_link, peer)  # a link may break while both peers live
 
     def dial_failed(self, peer: Contact, why: str) -> None:
         """A peer could not be reached at its address."""
