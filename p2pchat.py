@@ -3430,7 +3430,7 @@ class Gossip:
 
     def sync(self, peer: Contact, by_user: bool = False) -> None:
         """Compare lists with a peer, now or as soon as it is linked."""
-        peer.sync_by_user = by_user
+        peer.sync_by_user = by_user or bool(peer.sync_by_user)
         if peer.link is None:
             self.node.links.ensure_link(peer)
         else:
@@ -3958,7 +3958,7 @@ class Delivery:
         if peer is None:
             return
         inbox, sequence = self._inbox(link), message.get("id", 0)
-        self.node.acknowledge_later(link)
+        self.node.acknowledge_later(link, inbox)
         if sequence and sequence <= inbox.upto:
             return  # it came again because our acknowledgement was lost
         refusal = self._refusal(link, inbox, message)
@@ -3974,17 +3974,16 @@ class Delivery:
     def _refusal(self, link: Link, inbox: Inbox, message: Message) -> str:
         """Why a message is refused; empty if it is not."""
         to, text, budget = message["to"], message["content"], self.node.settings.budget
+        size = CHAT_OVERHEAD + (len(text) if text.isascii() else len(text.encode("utf-8", "replace")))
+        if budget and not inbox.budget.take(self.node.loop.now(), size):  # first: it counts what is refused anyway
+            if inbox.budget.excess > CUT_OFF_FACTOR * budget:
+                inbox.budget.excess = 0.0
+                self.node.links.ban(link)
+            return "you send too much: slow down"
         if inbox.is_full:
             return inbox.refused[-1][2]
-        if to != EVERYONE and to not in self.node.my_ids and to != self.node.discovery.peer_id:
-            return "it is meant for somebody else"
-        size = CHAT_OVERHEAD + (len(text) if text.isascii() else len(text.encode("utf-8", "replace")))
-        if not budget or inbox.budget.take(self.node.loop.now(), size):
-            return ""
-        if inbox.budget.excess > CUT_OFF_FACTOR * budget:
-            inbox.budget.excess = 0.0
-            self.node.links.ban(link)
-        return "you send too much: slow down"
+        is_for_us = to == EVERYONE or to in self.node.my_ids or to == self.node.discovery.peer_id
+        return "" if is_for_us else "it is meant for somebody else"
 
     def _refuse(self, link: Link, inbox: Inbox, sequence: int, why: str) -> None:
         limited_log("refused chat", logging.WARNING, "[Chat] refused from %s: %s", link.connection.remote[0], why)
@@ -3993,9 +3992,8 @@ class Delivery:
         else:
             link.send(MSG_ERROR, {"reason": why})
 
-    def acknowledge(self, link: Link) -> None:
+    def acknowledge(self, link: Link, inbox: Inbox) -> None:
         """Tell the far end what became of all its messages so far. To tell it again changes nothing."""
-        inbox = self._inbox(link)
         if not inbox.upto:
             return
         if inbox.refused:
@@ -4199,7 +4197,7 @@ class Turn:
     def __init__(self, node: "PeerNode") -> None:
         self._node = node
         self._events: List[Event] = []
-        self._links: Dict[Link, None] = {}
+        self._inboxes: Dict[Link, Inbox] = {}
         self._is_end_scheduled = False
 
     def emit(self, event: Event) -> None:
@@ -4208,17 +4206,17 @@ class Turn:
         if not self._is_end_scheduled:
             self._call_at_end()
 
-    def acknowledge_later(self, link: Link) -> None:
+    def acknowledge_later(self, link: Link, inbox: Inbox) -> None:
         """Acknowledge what came over a link at the end of this turn, when the listeners have it."""
-        self._links[link] = None
+        self._inboxes[link] = inbox
         if not self._is_end_scheduled:
             self._call_at_end()
 
     def acknowledge(self) -> None:
         """Acknowledge it now."""
-        links, self._links = self._links, {}
-        for link in links:
-            self._node.delivery.acknowledge(link)
+        inboxes, self._inboxes = self._inboxes, {}
+        for link, inbox in inboxes.items():
+            self._node.delivery.acknowledge(link, inbox)
 
     def _call_at_end(self) -> None:
         self._is_end_scheduled = True

@@ -9650,6 +9650,64 @@ def test_hostile_several_rumours_leave_no_less_time_than_the_last_one(seed, said
     assert not any(peer.saw("left") for peer in rig.peers)
 
 
+@pytest.mark.parametrize("is_full", [False, True])
+def test_hostile_chat_that_is_refused_anyway_counts_for_the_cut_off(is_full):
+    """Messages to somebody else, and those of a sender that settles nothing."""
+    rig = World("Ann", settings={"budget": 100_000})
+    mallory, numbers = rig.attack(rig.ann), itertools.count(1)
+    for _ in range(p2pchat.MAX_REFUSALS if is_full else 0):
+        mallory.say("MSG_CHAT", "", "Mallory@10.0.0.66:666", id=next(numbers), to="X@10.9.9.9:1")
+        mallory.say("MSG_CHAT", "", "Mallory@10.0.0.66:666", id=next(numbers))
+    for _ in range(100):
+        mallory.say("MSG_CHAT", "x" * 10_000, id=next(numbers), to=rig.ann.me.id if is_full else "X@10.9.9.9:1")
+    rig.run(1)
+    assert mallory.ended and "".join(rig.ann.texts()) == "" and "cut off" in rig.ann.saw("notice")[0]["text"]
+
+
+def test_node_a_message_before_the_hello_is_acknowledged_though_a_hello_follows_at_once(solo):
+    mallory = solo.client(solo.ann)
+    mallory.say("MSG_CHAT", "first", id=1)
+    mallory.hello()
+    solo.run(1)
+    assert solo.ann.texts() == ["first"] and mallory.got("MSG_CHAT_ACK") == [{"upto": 1}]
+
+
+def test_node_the_user_is_told_of_a_comparison_though_another_one_begins_before_it_ends(rig):
+    rig.bob.loop.freeze()
+    rig.ann.loop.enter(rig.ann.sync)
+    rig.run(6)
+    rig.bob.loop.thaw()
+    rig.run(5)
+    assert [event["text"] for event in rig.ann.saw("notice")] == ["Comparing lists with Bob ...",
+                                                                   "Compared lists with Bob: nothing new."]
+
+
+@pytest.mark.parametrize("is_linked, is_confirmed, is_suspected", [(1, 0, False), (0, 1, False), (0, 0, True)])
+def test_node_one_that_refuses_is_suspected_unless_it_is_heard(rig, is_linked, is_confirmed, is_suspected):
+    """Its firewall may refuse what it does not dial itself."""
+    bob = rig.ann.record_of(rig.bob)
+    bob.link = bob.link if is_linked else None
+    bob.confirmed_at = rig.ann.loop.now() - (0 if is_confirmed else 10)
+    rig.ann.loop.enter(rig.ann.dial_failed, bob, p2pchat.REFUSED)
+    assert (bob.suspicion is not None) == is_suspected
+
+
+def test_node_a_peer_that_dials_us_while_it_waits_to_be_dialled_waits_no_more(monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_DIALS", 1)
+    rig = World(settings={"join": (("10.8.0.1", 1),)})
+    ann = rig.add("Ann")
+    bob = take_part(rig, ann)
+    bob.greets = False
+    ann.hear_of(bob.peer.wire(0.0))
+    ann.chat("hello")
+    assert list(ann.targets.queue) == [bob.peer.address]
+    bob.hello()
+    rig.run(4)
+    assert not ann.targets.queue and ann.record_of(bob.peer).link
+    rig.run(4)
+    assert bob.peer.address not in ann.loop.dialled
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
