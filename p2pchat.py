@@ -30,7 +30,11 @@ One thread, one loop, and no call that blocks. Each section uses only the sectio
 There is no encryption and no password: whoever is on the network can read and can join.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 8):  # so everything below must parse on 3.6; annotations of what stands below are quoted
+    sys.exit("p2pchat.py needs Python 3.8 or newer, and this is {}.{}: look for python3.8, python3.9 and so on, "
+             "or for python3 on another machine.".format(*sys.version_info))
 
 import argparse
 import codecs
@@ -50,7 +54,6 @@ import selectors
 import signal
 import socket
 import stat
-import sys
 import time
 import unicodedata
 from typing import (
@@ -5128,7 +5131,7 @@ class Layout(NamedTuple):
     side: int
 
 
-def layout(view: ChatView, rows: int, cols: int) -> Layout:
+def layout(view: "ChatView", rows: int, cols: int) -> Layout:
     """Divide a screen."""
     bar, rule = int(rows >= 3), int(rows >= 6)
     wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
@@ -5140,7 +5143,7 @@ def layout(view: ChatView, rows: int, cols: int) -> Layout:
     return Layout(bar, rows - bar - rule - lines, rule, lines, side)
 
 
-def render(view: ChatView, rows: int, cols: int) -> Screen:
+def render(view: "ChatView", rows: int, cols: int) -> Screen:
     """Draw the screen: the status bar, messages beside the list of peers, a rule with a hint, the input line."""
     part, scrollback = layout(view, rows, cols), view.window.scrollback
     scrollback.start_drawing()
@@ -5177,7 +5180,7 @@ def fill(line: Tuple[Span, ...], cols: int) -> Line:
     return [*clipped, Span(" " * (cols - sum(width(span.text) for span in clipped)))]
 
 
-def _hint(view: ChatView) -> str:
+def _hint(view: "ChatView") -> str:
     """Return what is said above the input line."""
     if view.node.leaving:
         return "Leaving, once what is under way has arrived. Ctrl-C leaves at once."
@@ -5188,7 +5191,7 @@ def _hint(view: ChatView) -> str:
     return f"{count} new below: End goes there." if count else "Scrolled back: End goes down."
 
 
-def _status_bar(view: ChatView, cols: int) -> Line:
+def _status_bar(view: "ChatView", cols: int) -> Line:
     """Draw the status bar, as much of it as there is room for."""
     online, address, since = view.node.server_status()
     number = len(view.node.present())
@@ -5207,12 +5210,12 @@ def _status_bar(view: ChatView, cols: int) -> Line:
     return [Span(pad(f" {name}", cols), "bar")]
 
 
-def _label_and_address(view: ChatView, peer: Peer) -> Tuple[str, str]:
+def _label_and_address(view: "ChatView", peer: Peer) -> Tuple[str, str]:
     label = view.node.label(peer.id)
     return label, "" if "@" in label else f" {peer.ip}:{peer.port}"
 
 
-def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
+def _side_rows(view: "ChatView", height: int, cols: int) -> List[Line]:
     """Draw the list of peers: a mark, the name, and the address if it fits."""
     peers = view.node.present()
     shown = peers if len(peers) <= height else peers[:height - 1]
@@ -5234,7 +5237,7 @@ def _side_by_side(left: List[Line], right: List[Line]) -> List[Line]:
     return [[*line, Span("│ ", "dim"), *other] for line, other in zip(left, right + blank)]
 
 
-def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
+def _input_rows(view: "ChatView", cols: int) -> Tuple[List[str], Tuple[int, int]]:
     """Return the prompt, which names the receiver, and the line as rows; and where the cursor is."""
     window = view.window
     prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target else PROMPT
@@ -5242,7 +5245,7 @@ def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
     return flow(prompt, window.line.left, window.line.right, cols)
 
 
-def _prompted(view: ChatView, text: str, first: bool) -> Line:
+def _prompted(view: "ChatView", text: str, first: bool) -> Line:
     """Draw a row of the input line; nobody should overlook that it goes to one peer only."""
     end = text.find(PROMPT) + len(PROMPT) if first and view.window.target and text.startswith("[") else 0
     return [Span(text[:end], "private"), Span(text[end:])]
@@ -5275,7 +5278,7 @@ def flow(prompt: str, left: str, right: str, cols: int) -> Tuple[List[str], Tupl
 class Narrator:
     """Shows what happened at the node: an event becomes an entry or changes one."""
 
-    def __init__(self, view: ChatView) -> None:
+    def __init__(self, view: "ChatView") -> None:
         self.view = view
         self._labels: Dict[str, str] = {}  # by id; the same for all events of a turn, which come when all is done
         self._failures: List[Receipts] = []  # of messages that failed and came to their end in this turn
@@ -5531,7 +5534,7 @@ def command(usage: str) -> Callable[[Handle], Handle]:
 class Commands:
     """Sends what was entered, or runs it as a command. Commands raise ChatError when they can't be done."""
 
-    def __init__(self, view: ChatView) -> None:
+    def __init__(self, view: "ChatView") -> None:
         self.view = view
         self.node = view.node
         self._most_blanks: Tuple[Sequence[Peer], int] = ([], 0)  # some peers, and the most blanks in one of their names
@@ -5803,7 +5806,7 @@ class Commands:
 class Completion:
     """Completes the word before the cursor; done again, it takes the next candidate."""
 
-    def __init__(self, view: ChatView) -> None:
+    def __init__(self, view: "ChatView") -> None:
         self.view = view
         self._before = ""  # what stands before the word
         self._candidates: List[str] = []
@@ -5837,7 +5840,7 @@ class Completion:
 class Keyboard:
     """What keys, typed text and pastes do."""
 
-    def __init__(self, view: ChatView) -> None:
+    def __init__(self, view: "ChatView") -> None:
         self.view = view
         self._completion = Completion(view)
         self._key = self._key_before = ""
@@ -6929,9 +6932,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; return its exit status: 0 all well, 1 it failed, 2 it was called wrongly."""
     _open_standard_files()
     parser = make_parser()
-    options = parser.parse_args(argv)
-    if options.command is None:
-        parser.error("say what to start, peer (the chat) or server, for example: p2pchat.py peer --user Alice")
+    options = parser.parse_args(with_command(parser, list(sys.argv[1:] if argv is None else argv)))
     problem = start_logging(options)
     if problem:
         sys.stderr.write(f"p2pchat: {problem}\n")
@@ -6940,6 +6941,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return int(options.run(options))
     except KeyboardInterrupt:
         return 130
+
+
+def with_command(parser: Parser, arguments: List[str]) -> List[str]:
+    """Return the arguments, which begin with a command; if there are none, and there is a terminal, "peer".
+
+    Without a command the program ends, and says which line the user probably meant."""
+    if not arguments and os.isatty(0) and os.isatty(1):
+        return ["peer"]
+    first = arguments[0] if arguments else ""
+    if first not in ("peer", "server", "-h", "--help", "--version"):
+        import shlex
+        is_peers = first[:1] not in ("", "-") or any(each.startswith("--user") for each in arguments)
+        rest = " ".join(map(shlex.quote, arguments)) if is_peers else "--user Alice"
+        parser.error(f"say peer (the chat) or server first, for example: python3 p2pchat.py peer {rest}")
+    return arguments
 
 
 def _open_standard_files() -> None:
@@ -6993,16 +7009,35 @@ PEER_OPTIONS: Tuple[Row, ...] = (
 )
 
 
+PEER_EXAMPLES = """examples:
+  python3 p2pchat.py peer Alice                             chat with whoever is on this network
+  python3 p2pchat.py peer Alice --server 192.168.1.5        be introduced by a server elsewhere
+  python3 p2pchat.py peer Alice --join 192.168.1.10:40123   name a peer by hand; /who there says its address
+  python3 p2pchat.py peer Alice --host 127.0.0.1            try it: nothing leaves this machine
+"""
+SERVER_EXAMPLES = """examples:
+  python3 p2pchat.py server                                 all that a server needs
+  python3 p2pchat.py server --host 127.0.0.1                try it: nothing leaves this machine
+"""
+
+
 def make_parser() -> Parser:
     """The command line: two subcommands and their options, whose defaults are those of the settings."""
-    parser = Parser(prog="p2pchat.py", description="Chat for a room full of machines on one network.")
+    parser = Parser(prog="p2pchat.py", description="Chat for a room full of machines on one network. Alone, on a "
+                    "terminal, it starts the chat, and a form asks for your name.")
     parser.add_argument("--version", action="version", version=f"p2pchat {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="server|peer")
-    server = commands.add_parser("server", help="introduce peers to one another")
+    server = commands.add_parser(
+        "server", help="introduce peers to one another", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The discovery server. It introduces peers to one another; no chat passes through it.",
+        epilog=SERVER_EXAMPLES)
     _add_options(server, SERVER_OPTIONS, ServerSettings(), run_server)
     server.add_argument("-v", "--verbose", action="store_true", help="log more")
     server.add_argument("-q", "--quiet", action="store_true", help="log only what is wrong")
-    peer = commands.add_parser("peer", help="chat")
+    peer = commands.add_parser(
+        "peer", help="chat", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=PEER_EXAMPLES,
+        description="The chat. Peers on one local network find each other; no server is needed.")
+    peer.add_argument("name", nargs="?", type=_username, metavar="NAME", help="the same as --user NAME")
     _add_options(peer, PEER_OPTIONS, Settings(), run_peer)
     kind = peer.add_mutually_exclusive_group()
     kind.add_argument("--plain", dest="kind", action="store_const", const=PlainInterface, help="lines in, lines out")
@@ -7087,7 +7122,11 @@ def run_server(options: argparse.Namespace) -> int:
 
 def run_peer(options: argparse.Namespace) -> int:
     """The chat, in one of the three ways."""
-    settings = Settings(**_chosen(options, Settings._fields))._replace(join=tuple(options.join))
+    if options.name and options.username not in (None, options.name):
+        sys.stderr.write(f"p2pchat: you gave two names, {options.name} and {options.username}: leave out one\n")
+        return 2
+    settings = Settings(**_chosen(options, Settings._fields))
+    settings = settings._replace(join=tuple(options.join), username=options.username or options.name)
     try:
         check_reach(settings.host, [*settings.join, *([settings.server] if settings.server else [])])
     except ValueError as error:

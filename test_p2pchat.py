@@ -5890,7 +5890,12 @@ WRONG_OPTIONS = {
     "peer --user A --log-file /nowhere/at/all": "/nowhere",
     "server --port -5": "-5",
     "server --heartbeat-timeout nan": "nan",
-    "dance": "dance",
+    "peer A --user B": "two names, A and B",
+    "peer A B": "B",
+    "dance": "python3 p2pchat.py peer dance",
+    "--user Alice": "python3 p2pchat.py peer --user Alice",
+    "--port 7 --user A B": "python3 p2pchat.py peer --port 7 --user A B",
+    "-v": "python3 p2pchat.py peer --user Alice",
     "": "server",
 }
 
@@ -6736,6 +6741,13 @@ def test_the_form_finds_the_server():
     finally:
         server.terminate()
         server.communicate()
+
+
+def test_without_arguments_on_a_terminal_the_form_asks():
+    with PtyProgram() as alice:
+        alice.expect("Name    login")
+        alice.type("\x03")
+        alice.ends(0)
 
 
 def test_the_form_can_be_left():
@@ -9140,6 +9152,29 @@ def test_readme_has_the_messages_and_events_of_the_program():
         events = set(re.findall(r'\{"event": "(\w+)"', file.read()))
     for heading, names in (("## The wire format", types), ("## A bot in ten lines", events)):
         assert {row[0].strip("`") for row in readme_table(heading)} == names
+
+
+def test_help_has_a_sentence_and_examples_that_can_be_typed(capsys):
+    for command in ("peer", "server"):
+        with pytest.raises(SystemExit):
+            p2pchat.main([command, "--help"])
+        text = capsys.readouterr().out
+        examples = re.findall(rf"python3 p2pchat\.py ({command}.*?)(?:   |$)", text, re.MULTILINE)
+        assert len(examples) > 1 and re.search(r"^The .+\.$", text, re.MULTILINE)
+        assert max(map(len, text.split("\n"))) <= 110
+        for example in examples:
+            p2pchat.make_parser().parse_args(example.split())
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 7, 16)])
+def test_an_old_python_is_told_in_one_line(version, monkeypatch):
+    """It must get so far as to say it: the file parses there, and the first statements ask for the version."""
+    with open(p2pchat.__file__, encoding="utf-8") as file:
+        tree = ast.parse(file.read(), feature_version=version[:2])
+    assert not [each for each in tree.body if isinstance(each, ast.ImportFrom) and each.module == "__future__"]
+    monkeypatch.setattr(sys, "version_info", version)
+    with pytest.raises(SystemExit, match=r"^p2pchat.py needs Python 3\.8 .* 3\.[67]: [^\n]+$"):
+        exec(compile(ast.Module(tree.body[:3], []), "p2pchat.py", "exec"), {})
 
 
 def test_the_docstring_maps_the_sections_of_the_program():
