@@ -2642,8 +2642,9 @@ class Whereabouts:
 
     @property
     def has_network(self) -> bool:
-        """Whether our address is still this machine's; True behind NAT, where it never was."""
-        return self.is_fixed or self.node.me.ip in self.own_addresses() or self._is_behind_nat
+        """Whether this machine has an address on a network, and, except behind NAT, the one that we are known by."""
+        own = self.own_addresses()
+        return self.is_fixed or (not is_loopback(own[0]) and (self.node.me.ip in own or self._is_behind_nat))
 
     def on_local_address(self, ip: str) -> None:
         """A connection left from this address of ours."""
@@ -3733,7 +3734,8 @@ class Discovery(Endpoint):
         if self.node.stopping:
             return
         reason, self._reason = self._reason or reason, ""
-        self.node.targets.note(self.address, reason, SERVER)
+        if self.node.settings.server or self.address != self._first:  # else nobody said that one is there
+            self.node.targets.note(self.address, reason, SERVER)
         self._set_online(False, reason)
         self.candidates.append(self.candidates.pop(0))
         self._wait, delay = back_off(self._wait, RETRY_SERVER_MIN, RETRY_SERVER_MAX, self.node.loop.random)
@@ -4042,6 +4044,9 @@ class Delivery:
         return known or Contact(*parts)
 
 
+NO_NETWORK = "This machine has no address on a network at the moment."
+
+
 class Finder:
     """Looks for others: at the addresses named with --join, and by beacons on the local network. What a
     beacon says is only a hint: its address is dialled, and few of them at once."""
@@ -4141,15 +4146,27 @@ class Finder:
             return []
         lines = ["Nobody else is here.", f"You are {node.me.id}."]
         lines += [f"Tried {self._outcome(target)}." for target in node.targets.results()]
-        if self._lan is not None and node.loop.now() - self._beacon_at > 2 * BEACON_INTERVAL:
+        has_network, is_local = node.whereabouts.has_network, is_loopback(node.me.ip)
+        if not has_network:
+            lines.append(NO_NETWORK)
+        elif self._lan is not None and node.loop.now() - self._beacon_at > 2 * BEACON_INTERVAL:
             result = f", but {self._lan.problem}" if self._lan.problem else f" (UDP port {DEFAULT_PORT}): no answer"
-            lines.append(f"Looked on the local network{result}.")
-        if not node.whereabouts.has_network:
-            return [*lines, "This machine has no address on a network at the moment."]
-        where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
-        option = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
-        lines.append(f"To connect {where}: python3 p2pchat.py peer{option} --join {node.me.ip}:{node.me.port}")
+            lines.append(f"Looked on {'this machine only' if is_local else 'the local network'}{result}.")
+        if has_network or is_local:
+            where = "in another terminal of this machine" if is_local else "on the other machine"
+            option = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
+            lines.append(f"To connect {where}: python3 p2pchat.py peer{option} --join {node.me.ip}:{node.me.port}")
         return lines
+
+    def first_look(self) -> str:
+        """What the first look around has shown of the network and of a server, in a line; empty if that was said."""
+        node = self.node
+        if not node.whereabouts.has_network:
+            return NO_NETWORK
+        if node.discovery.is_online or node.settings.server:
+            return ""
+        looked_outside = self._lan is not None and not is_loopback(node.settings.host)
+        return f"No server on this {'network' if looked_outside else 'machine'}; none is needed."
 
     def _outcome(self, target: Target) -> str:
         """An address that was tried, and what came of it."""
@@ -4271,8 +4288,9 @@ class PeerNode:
         self.delivery = Delivery(self)
         self.finder = Finder(self)
         self.handlers = node_handlers(self)
-        # For interfaces: everybody else, by name; the peers that a typed text names; why nobody is here.
-        self.present, self.find, self.alone = self.peers.present, self.peers.find, self.finder.report
+        # For interfaces: everybody else, by name; the peers that a typed text names; what was found, or why nothing.
+        self.present, self.find = self.peers.present, self.peers.find
+        self.first_look, self.alone = self.finder.first_look, self.finder.report
         self.sync = self.gossip.sync_for_user
 
     # -- starting and leaving --------------------------------------------------------------------------
@@ -5283,6 +5301,7 @@ class Narrator:
         self._labels: Dict[str, str] = {}  # by id; the same for all events of a turn, which come when all is done
         self._failures: List[Receipts] = []  # of messages that failed and came to their end in this turn
         self._rang_at = float("-inf")
+        self._has_met_server = False
         self._namesake = ""  # the user's own name, once it was said that somebody else has it, too
         kinds = ("ready", "settled", "server", "network", "joined", "left", "renamed", "chat", "sent", "delivered",
                  "failed", "notice")
@@ -5432,16 +5451,22 @@ class Narrator:
         self.view.notice(f"You are {event['id']}. /help lists the commands.")
 
     def on_settled(self, event: Event) -> None:
-        """The first look around is over: if nobody is here, say why."""
+        """The first look around is over: say what it has shown, and if nobody is here, why."""
+        node = self.view.node
         self.view.people.fresh.clear()
-        alone = [line for line in self.view.node.alone() if line != f"You are {self.view.node.me.id}."]
-        if alone:
-            self.view.notice("\n".join(alone))
+        lines = dict.fromkeys([node.first_look(), *node.alone()])  # neither says the same twice
+        text = "\n".join(line for line in lines if line not in ("", f"You are {node.me.id}."))
+        if text:
+            self.view.notice(text)
 
     def on_server(self, event: Event) -> None:
+        """Say that the server is online, or is not: but not that there is none where nobody named one."""
         address, reason = event["address"], event["reason"]
-        self.view.notice(f"Server {address} is online." if event["online"] else
-                         f"No server at {address} ({reason}). P2P mode: the chat goes on without it.")
+        if event["online"]:
+            self.view.notice(f"Server {address} is online.")
+        elif self._has_met_server or self.view.node.settings.server:
+            self.view.notice(f"No server at {address} ({reason}). P2P mode: the chat goes on without it.")
+        self._has_met_server = self._has_met_server or event["online"]
 
     def on_network(self, event: Event) -> None:
         if event["gone"]:

@@ -66,6 +66,7 @@ class ViewNode:
         self.me = p2pchat.Peer(me, "10.0.0.1", 10001, "me")
         self.peers = p2pchat.PeerList(self.me)
         self.undelivered = 0
+        self.settings = p2pchat.Settings()
         self.leaving = False
         self.network_gone = False
         self.online = True
@@ -121,6 +122,9 @@ class ViewNode:
 
     def alone(self):
         return [] if self.present() else ["Nobody else is here."]
+
+    def first_look(self):
+        return ""
 
     def server_status(self):
         return self.online, "10.0.0.9:9999", self.loop.seconds
@@ -714,6 +718,33 @@ def test_what_is_said_at_the_start():
     screen = "\n".join(view_screen(view))
     assert screen.count("You are Alice@") == 1 and "Tried x" in screen
     assert "Server h:1 is online." in screen and "No server at h:1 (refused). P2P mode: the chat goes on" in screen
+
+
+SERVER_ONLINE = {"event": "server", "online": True, "address": "h:1", "reason": ""}
+SERVER_OFFLINE = {"event": "server", "online": False, "address": "h:1", "reason": "refused"}
+P2P_MODE = "No server at h:1 (refused). P2P mode: the chat goes on without it."
+
+
+@pytest.mark.parametrize("server, events, said", [
+    (None, [SERVER_OFFLINE], []),
+    (None, [SERVER_ONLINE, SERVER_OFFLINE], ["Server h:1 is online.", P2P_MODE]),
+    (None, [SERVER_OFFLINE, SERVER_ONLINE, SERVER_OFFLINE], ["Server h:1 is online.", P2P_MODE]),
+    (("h", 1), [SERVER_OFFLINE], [P2P_MODE]),
+])
+def test_a_server_that_nobody_named_is_not_missed(server, events, said):
+    view = view_make("Bob")
+    view.node.settings = p2pchat.Settings(server=server)
+    for event in events:
+        view_event(view, event)
+    assert [entry.text for entry in view.window.scrollback.entries if "erver" in entry.text] == said
+
+
+def test_what_the_first_look_has_shown_is_said_once():
+    view = view_make()
+    view.node.first_look = lambda: "No network."
+    view.node.alone = lambda: ["Nobody else is here.", "No network."]
+    view_event(view, {"event": "settled"})
+    assert view.window.scrollback.entries[-1].text == "No network.\nNobody else is here."
 
 
 def test_a_namesake_is_told_of_once():
@@ -4214,7 +4245,7 @@ def scenario_lan(seed, size=8):
     world.run(4)
     first = world.peers[0]
     words = "\n".join(first.alone())
-    assert f"--join {first.me.ip}:{first.me.port}" in words and "127.0.0.1:9999: refused" in words
+    assert f"--join {first.me.ip}:{first.me.port}" in words and "127.0.0.1:9999" not in words
     assert first.present() == []
     for _ in range(size - 1):
         world.run(world.random.random())
@@ -4952,6 +4983,34 @@ def test_node_alone_says_what_was_tried(solo):
     assert silent not in report
     solo.run(30)
     assert silent in zoe.alone()
+
+
+@pytest.mark.parametrize("ip, settings, first_look, looked, others", [
+    (None, {}, "No server on this network; none is needed.", "the local network", "on the other machine: python3 p2pchat.py peer"),
+    (None, {"lan": False}, "No server on this machine; none is needed.", "", "on the other machine: python3 p2pchat.py peer"),
+    (None, {"host": "127.0.0.1"}, "No server on this machine; none is needed.", "this machine only",
+     "in another terminal of this machine: python3 p2pchat.py peer --host 127.0.0.1"),
+    ("127.0.0.1", {}, p2pchat.NO_NETWORK, "", "in another terminal of this machine: python3 p2pchat.py peer"),
+    (None, {"server": SERVER}, "", "", "on the other machine: python3 p2pchat.py peer"),
+])
+def test_node_says_what_its_first_look_has_shown(ip, settings, first_look, looked, others):
+    """Where it has not looked it does not claim so, and nobody named the server on its own machine."""
+    rig = World(by="lan")
+    rig.network.host("server", SERVER[0])
+    ann = rig.add("Ann", ip, **settings)
+    rig.run(30)
+    report = "\n".join(ann.alone())
+    assert ann.first_look() == first_look and "127.0.0.1:9999" not in report
+    assert re.findall("Looked on (.*) \\(UDP", report) == [looked] * bool(looked)
+    assert f"{others} --join {ann.me.ip}:{ann.me.port}" in report
+
+
+def test_node_with_a_server_says_nothing_more_of_it():
+    rig = World(by="lan")
+    rig.start_server(lan=True)
+    ann = rig.add("Ann")
+    rig.run(3)
+    assert ann.saw("server", online=True) and ann.first_look() == ""
 
 
 def test_node_alone_repeats_what_the_other_side_said(solo):
