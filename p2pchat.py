@@ -112,6 +112,7 @@ SEND_SIZE = 256 * 1024  # queued pieces are joined up to this size for one send:
 MAX_OUTPUT = 8 * 1024 * 1024  # queued to a far end that does not read; beyond it the connection is aborted
 STALL_TIMEOUT = 10.0  # a connection is aborted when it takes none of its queued output for this long
 LINE_TIMEOUT = 10.0  # a message that was begun must be complete by then; every 64 KiB of it allow as much again
+NAME_TIME = 30.0  # an address that a name had is used for this long: longer than the wait between two dials of it
 DRAIN_TIMEOUT = 3.0  # a closing connection has this long to deliver what is queued
 TURN_TIME = 0.025  # for the ready sockets of one turn: timers, keys and output wait no longer than that and one read
 ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes eight turns; more makes turns longer
@@ -1250,6 +1251,7 @@ def hash64(text: str) -> int:
 CONNECTING, OPEN, DRAINING, CLOSED = "connecting", "open", "draining", "closed"
 
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+UNKNOWN_NAME = "its name is not known at the moment"
 REFUSED = "refused"  # the reason given to on_close when nothing listens at the address; others are for people only
 
 
@@ -1452,7 +1454,34 @@ class SocketConnection(Connection):
             pass  # the far end is gone already; reading will report it
         if state == OPEN:
             self._learn_local()
-        self._set_interest(selectors.EVENT_WRITE if state == CONNECTING else selectors.EVENT_READ)
+            self._set_interest(selectors.EVENT_READ)
+
+    def dial(self) -> None:
+        """Dial the far end; if it is given by its name, once that was looked up."""
+        if is_name(self.remote[0]):
+            self._reason = "its name is still being looked up"  # if that takes longer than the dial may
+            self.loop.look_up(self.remote[0], self._on_looked_up)
+        else:
+            self._connect()
+
+    def _on_looked_up(self, ip: str) -> None:
+        self._reason = ""
+        if self.state != CONNECTING:
+            return
+        if ip:
+            self.remote = (ip, self.remote[1])
+            self._connect()
+        else:
+            self.abort(UNKNOWN_NAME)
+
+    def _connect(self) -> None:
+        self._set_interest(selectors.EVENT_WRITE)
+        try:
+            self._socket.connect(self.remote)
+        except BlockingIOError:
+            pass  # dialling goes on in the background
+        except (OSError, OverflowError) as error:  # no route, or not an address
+            self.abort(error_text(error))
 
     def close_transport(self) -> None:
         self._set_interest(0)
@@ -1764,6 +1793,54 @@ class Lan:
             log.debug("[P2P] no answer to %s: %s", to[0], error_text(error))
 
 
+class Resolver:
+    """Looks up names of machines, and never waits for that: the system's call may take half a minute.
+
+    So a lookup has a thread, the second exception to "one thread" beside the keyboard on Windows. The thread makes
+    that one call, touches nothing of ours, and tells the loop by a socket what it found. A child process would do
+    the same for a second Python at each start. One that asks name servers itself would not know what the system
+    knows from /etc/hosts, mDNS or NetBIOS, and these are the names in a room. A program that ends does not wait for it.
+    Names come from the user alone, so they are few."""
+
+    def __init__(self, loop: "Loop") -> None:
+        self._loop = loop
+        self._waiting: Dict[str, List[Callable[[str], None]]] = {}  # by name, while it is looked up
+        self._found: Dict[str, Tuple[float, str]] = {}  # by name: when, and which address
+
+    def look_up(self, name: str, then: Callable[[str], None]) -> None:
+        """Call back in a later turn with the IPv4 address of a name, or "" if it has none."""
+        found_at, ip = self._found.get(name, (float("-inf"), ""))
+        if self._loop.now() - found_at < NAME_TIME:
+            self._loop.call_later(0, then, ip)
+            return
+        if name not in self._waiting:
+            try:
+                self._start(name)
+            except (OSError, RuntimeError):  # no descriptor, or no thread
+                self._loop.call_later(0, then, "")
+                return
+        self._waiting.setdefault(name, []).append(then)
+
+    def _start(self, name: str) -> None:
+        import threading
+        near, far = socket.socketpair()
+
+        def call() -> None:
+            with far:
+                far.sendall(find_ip(name).encode("ascii"))
+        threading.Thread(target=call, daemon=True).start()
+        self._loop.set_interest(near, selectors.EVENT_READ, functools.partial(self._on_found, name, near))
+
+    def _on_found(self, name: str, near: socket.socket, events: int) -> None:
+        with near:
+            self._loop.set_interest(near, 0)
+            ip = near.recv(64).decode("ascii")
+        if ip:
+            self._found[name] = (self._loop.now(), ip)
+        for then in self._waiting.pop(name):
+            self._loop.call_later(0, then, ip)
+
+
 class Loop:
     """The real loop, with the system's clock, randomness and sockets."""
 
@@ -1778,6 +1855,7 @@ class Loop:
         self._stopped = False
         self._addresses = ["127.0.0.1"]
         self._most = max(24, raise_descriptor_limit() - 32)  # descriptors to wait for; 32 are left for other files
+        self.look_up = Resolver(self).look_up
         self._signals: Dict[int, Callable[[], None]] = {}
         self._wake: Optional[Tuple[socket.socket, socket.socket]] = None
 
@@ -1800,7 +1878,7 @@ class Loop:
         return SocketListener(self, host, port, accept)
 
     def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
-        """Dial an IPv4 address. Within `timeout` seconds the handler's on_open or on_close is called."""
+        """Dial an IPv4 address or a name. Within `timeout` seconds the handler's on_open or on_close is called."""
         connection = Connection(self, address, CONNECTING)  # to report the failure if there is no descriptor
         connection.handler = handler
         try:
@@ -1809,10 +1887,8 @@ class Loop:
             connection = SocketConnection(self, sock, address, CONNECTING)
             connection.handler = handler
             connection.set_deadline(timeout, f"no answer within {timeout:g} s")
-            sock.connect(address)
-        except BlockingIOError:
-            pass  # dialling goes on in the background
-        except (OSError, OverflowError) as error:  # no descriptor, no route, or not an address
+            connection.dial()
+        except OSError as error:  # no descriptor
             connection.abort(error_text(error))
         return connection
 
@@ -2033,21 +2109,34 @@ def raise_descriptor_limit() -> int:
 
 
 def parse_address(text: str) -> Address:
-    """Parse HOST or HOST:PORT. Raises ValueError with a sentence that says what is allowed.
-
-    A name is looked up at once, which may block, so call this only before the loop runs."""
+    """Parse HOST or HOST:PORT; a name is not looked up. Raises ValueError with a sentence that says what is allowed."""
     host, _, port = text.rpartition(":") if ":" in text else (text, "", str(DEFAULT_PORT))
     if not host or ":" in host:
         raise ValueError(f"{text!r} is not HOST or HOST:PORT (IPv4 or a name)")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and is_port(int(port))):
         raise ValueError(f"{port!r} is not a port: 1 to 65535")
+    if host.lower() == "localhost":
+        host = "127.0.0.1"
+    if not (_HOST_NAME.fullmatch(host) if is_name(host) else is_peer_ip(host)):
+        raise ValueError(f"{host!r} is not the IPv4 address or the name of a machine")
+    return host, int(port)
+
+
+_HOST_NAME = re.compile(r"\w([\w-]{0,61}\w)?(\.\w([\w-]{0,61}\w)?){0,15}\.?")
+
+
+def is_name(host: str) -> bool:
+    """Whether a host is given by its name, not by its IPv4 address."""
+    return bool(host.strip("0123456789."))
+
+
+def find_ip(name: str) -> str:
+    """Look up an IPv4 address of a machine; "" if there is none. This may block for half a minute."""
     try:
-        ip = str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+        ip = str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError):
-        raise ValueError(f"{host!r} is not the IPv4 address or the name of a machine") from None
-    if not is_peer_ip(ip):
-        raise ValueError(f"{host!r} is not an address that a machine can have")
-    return ip, int(port)
+        return ""
+    return ip if is_peer_ip(ip) else ""
 
 
 def format_address(address: Address) -> str:
@@ -2546,7 +2635,7 @@ class Link(Endpoint):
     def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
         super().__init__(node.loop, "P2P", node.handlers)
         self.node = node
-        self.address = address  # of the far end
+        self.address = address  # of the far end, as it was named: by its IP or its host's name
         self.dialled = dialled  # by us
         self.peer: Optional[Contact] = None
         self.ids: Tuple[str, ...] = ()  # that it may send as: its id, and up to seven older ones
@@ -2893,7 +2982,7 @@ class Links:
         was_lost = before is not None and before.gone
         verdict, peer, changes = node.peers.merge_own_claim(record, node.loop.now())
         if link.dialled:
-            peer.via = link.address if link.address != peer.address else None
+            peer.via = link.connection.remote if link.connection.remote != peer.address else None
         self._bind(link, peer, record["id"])
         if link.dialled:
             node.whereabouts.on_seen(content.get("you", {}).get("ip"), link.connection.remote[0])
@@ -2959,8 +3048,8 @@ class Links:
     def _may_be_multihomed(self, link: Link, record: Dict[str, Any], known: Optional[Contact],
                            holder: Optional[Contact]) -> bool:
         """Whether a peer that we dialled may claim another address: its machine may have several."""
-        fits_known = known is None or known.gone or link.address in (known.via, known.address)
-        is_its_port = link.dialled and link.address[1] == record["port"]
+        fits_known = known is None or known.gone or link.connection.remote in (known.via, known.address)
+        is_its_port = link.dialled and link.connection.remote[1] == record["port"]
         return is_its_port and fits_known and holder in (None, known) and not self.node.whereabouts.is_own(record["ip"])
 
     def _is_unreachable(self, peer: Contact) -> bool:
@@ -3665,7 +3754,7 @@ class Discovery(Endpoint):
         assert parts is not None
         self._wait, self._reason = 0.0, ""
         self.peer_id = content["peer_id"]
-        node.whereabouts.on_seen(parts[1], self.address[0])
+        node.whereabouts.on_seen(parts[1], self.connection.remote[0])
         node.targets.note(self.address, "online", SERVER)
         if not self.is_online:
             log.info("[Discovery] registered as %s", content["peer_id"])
@@ -3696,7 +3785,7 @@ class Discovery(Endpoint):
         if not self.traffic.take(self.node.loop.now(), len(messages)):
             self.connection.abort("the server sends too much")
             return
-        if not is_loopback(self.address[0]):
+        if not is_loopback(self.connection.remote[0]):
             self.node.detector.on_heard(None)
         super().on_messages(messages)
 
@@ -3723,7 +3812,7 @@ class Discovery(Endpoint):
             return
         for record in records:
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
-                self.node.gossip.merge_hearsay(record, self.address[0])
+                self.node.gossip.merge_hearsay(record, self.connection.remote[0])
 
     # -- without a server ------------------------------------------------------------------------------
 
@@ -3743,7 +3832,7 @@ class Discovery(Endpoint):
         self.node.on_server_failed()
 
     def _set_online(self, is_online: bool, reason: str) -> None:
-        if not is_loopback(self.address[0]) and (is_online or self.is_online):
+        if not is_loopback(self.connection.remote[0]) and (is_online or self.is_online):
             self.node.detector.server_seen_at = float("inf") if is_online else self.node.loop.now()
         if is_online != self.is_online:
             self.is_online = is_online
@@ -7010,8 +7099,15 @@ _port = _option(int, "a port: 0 to 65535", lambda port: 0 <= port <= 65535)
 _seconds = _option(float, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400)
 _bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
 _username, _address = _option(check_username), _option(parse_address)
-_local_ip = _option(lambda text: text if text == "0.0.0.0" else parse_address(f"{text}:1")[0],
-                    "an IPv4 address or the name of this machine")
+
+
+def _find_local_ip(text: str) -> str:
+    """Return the address to listen on; a name is looked up at once, for without it nothing can start."""
+    host = text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
+    return find_ip(host) if is_name(host) else host
+
+
+_local_ip = _option(_find_local_ip, "an IPv4 address or the name of this machine", bool)
 
 Row = Tuple[str, Callable[[str], Any], str, str]  # of an option that has a value: name, converter, value, help
 _HOST: Row = ("host", _local_ip, "IP", "address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")

@@ -1734,6 +1734,8 @@ class SimNetwork:
         self.lan_works = True
         self.hosts = {}  # by name
         self.by_ip = {}
+        self.names = {}  # addresses by the name of the machine
+        self.name_delay = 0.01  # seconds that it takes to look up a name
         self.cuts = []  # pairs of frozensets: nothing passes from a host in the first to one in the second
         self.blocked = {}  # connections with segments that a cut holds up, and since when
         self.lans = []
@@ -2003,7 +2005,10 @@ class SimLoop:
         ip = "127.0.0.1" if address[0].startswith("127.") else self.host.addresses[0]
         connection.local = (ip, self.host.free_port())
         connection.set_deadline(timeout, f"no answer within {timeout:g} s")
-        self.network.syn(connection)
+        if p2pchat.is_name(address[0]):
+            self.network.post(self.network.name_delay, self.enter, connection.on_looked_up)
+        else:
+            self.network.syn(connection)
         return connection
 
     def lan(self, host, port, heard):
@@ -2146,6 +2151,15 @@ class SimConnection(p2pchat.Connection):
             self._all_sent()
 
     # -- turns of its process --------------------------------------------------------------------------
+
+    def on_looked_up(self):
+        """The name that is dialled was looked up."""
+        ip = self.loop.network.names.get(self.remote[0])
+        if self.state == p2pchat.CONNECTING and ip:
+            self.remote = (ip, self.remote[1])
+            self.loop.network.syn(self)
+        elif self.state == p2pchat.CONNECTING:
+            self.abort(p2pchat.UNKNOWN_NAME)
 
     def established(self):
         """The dial has succeeded."""
@@ -3460,6 +3474,60 @@ def test_loop_a_dial_without_a_descriptor_fails_like_any_other(wire):
         wire.turn_until(lambda: heard)
         assert heard == ["too many open files"]
     wire.loop._most = room
+
+
+def test_loop_a_name_is_looked_up_while_the_loop_turns(wire, monkeypatch):
+    """Once, however many dial it at the same time; one that comes too late for a dial counts for the next."""
+    import threading
+    may_answer, asked = threading.Event(), []
+
+    def getaddrinfo(name, *rest):
+        asked.append(name)
+        assert may_answer.wait(20)
+        return [(0, 0, 0, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(p2pchat.socket, "getaddrinfo", getaddrinfo)
+    listener = wire.loop.listen("127.0.0.1", 0, lambda connection: p2pchat.Handler())
+
+    def dial(timeout):
+        return wire.loop.connect(("pc7", listener.address[1]), LoggingHandler("d", wire.log), timeout)
+
+    dials = [dial(0.05), dial(20)]
+    wire.logs("d closed its name is still being looked up")
+    may_answer.set()
+    wire.turn_until(lambda: dials[1].state == p2pchat.OPEN)
+    dials.append(dial(20))
+    wire.turn_until(lambda: dials[2].state == p2pchat.OPEN)
+    assert [each.remote for each in dials[1:]] == [listener.address] * 2 and asked == ["pc7"]
+    for each in dials:
+        each.abort("done")
+    listener.close()
+
+
+@pytest.mark.parametrize("answer", [OSError("no such name"), UnicodeError("label too long"), "255.255.255.255"])
+def test_loop_a_name_without_an_address_is_a_dial_that_failed(wire, monkeypatch, answer):
+    def getaddrinfo(name, *rest):
+        if isinstance(answer, Exception):
+            raise answer
+        return [(0, 0, 0, "", (answer, 0))]
+
+    monkeypatch.setattr(p2pchat.socket, "getaddrinfo", getaddrinfo)
+    wire.loop.connect(("pc7", 1), LoggingHandler("d", wire.log), 20)
+    wire.logs("d closed its name is not known at the moment")
+
+
+@pytest.mark.parametrize("text, address", [
+    ("10.0.0.1", ("10.0.0.1", 9999)), ("10.0.0.1:80", ("10.0.0.1", 80)), ("localhost:1", ("127.0.0.1", 1)),
+    ("pc-7.lab.example.:5", ("pc-7.lab.example.", 5)), ("bücher", ("bücher", 9999)),
+    *[(text, None) for text in ("", ":1", "a:b", "a:0", "a:65536", "a:1:2", "1.2.3", "1.2.3.4.5", "0.0.0.0", "224.0.0.1",
+                                "010.0.0.1", "a b", "-a", "a..b", "a-", "x" * 64, "a/b", "\u202ea", "a.\n")],
+])
+def test_addresses_as_typed(text, address):
+    if address is None:
+        with pytest.raises(ValueError, match="HOST|port|IPv4"):
+            p2pchat.parse_address(text)
+    else:
+        assert p2pchat.parse_address(text) == address
 
 
 def test_loop_a_turn_handles_no_more_sockets_than_there_is_time_for(monkeypatch):
@@ -5013,6 +5081,23 @@ def test_node_with_a_server_says_nothing_more_of_it():
     assert ann.saw("server", online=True) and ann.first_look() == ""
 
 
+def test_node_a_name_that_is_not_known_yet_is_tried_again():
+    """Of a server and of a peer: the start does not wait for it, it is said, and they are found under it later."""
+    rig = World("Zoe")
+    rig.start_server()
+    ann = rig.add("Ann", server=("hub.lan", 9999), join=(("pc7", rig.zoe.me.port),), lan=False)
+    rig.run(6)
+    assert ann.saw("ready") and ann.saw("settled") and ann.names() == []
+    assert ann.saw("server", online=False, address="hub.lan:9999", reason="its name is not known at the moment")
+    assert f"Tried pc7:{rig.zoe.me.port}: its name is not known at the moment." in ann.alone()
+    rig.network.names.update({"pc7": rig.zoe.me.ip, "hub.lan": SERVER[0]})
+    rig.until(lambda: ann.names() == ["Zoe"], 11)
+    rig.until(lambda: ann.saw("server", online=True, address="hub.lan:9999"), 30)
+    dials = ann.loop.dialled.count(("pc7", rig.zoe.me.port))
+    rig.run(60)
+    assert ann.loop.dialled.count(("pc7", rig.zoe.me.port)) == dials and rig.server.peer_ids == [ann.me.id]
+
+
 def test_node_alone_repeats_what_the_other_side_said(solo):
     address = solo.ann.me.address
     solo.ann.links._objection = lambda link, record: "not you"
@@ -5937,7 +6022,11 @@ WRONG_OPTIONS = {
     "peer --user A --host 300.1.1.1": "300.1.1.1",
     "peer --user A --server 127.0.0.1:0": "port",
     "peer --user A --server :9999": "HOST",
-    "peer --user A --join nowhere.invalid:1": "nowhere.invalid",
+    "peer --user A --join no/where:1": "no/where",
+    "peer --user A --join -x:1": "-x",
+    "peer --user A --server 10.0.0": "10.0.0",
+    "peer --user A --host nowhere.invalid": "nowhere.invalid",
+    "peer --user A --host 127.0.0.1 --server pc7": "pc7:9999",
     "peer --user A --host 127.0.0.1 --join 10.0.0.1:1": "leave out --host",
     "peer --user A --host 127.0.0.1 --server 10.0.0.1": "10.0.0.1:9999",
     "peer --user A --timeout never": "never",
