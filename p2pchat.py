@@ -30,7 +30,11 @@ One thread, one loop, and no call that blocks. Each section uses only the sectio
 There is no encryption and no password: whoever is on the network can read and can join.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 8):  # so everything below must parse on 3.6; annotations of what stands below are quoted
+    sys.exit("p2pchat.py needs Python 3.8 or newer, and this is {}.{}: look for python3.8, python3.9 and so on, "
+             "or for python3 on another machine.".format(*sys.version_info))
 
 import argparse
 import codecs
@@ -50,7 +54,6 @@ import selectors
 import signal
 import socket
 import stat
-import sys
 import time
 import unicodedata
 from typing import (
@@ -109,6 +112,7 @@ SEND_SIZE = 256 * 1024  # queued pieces are joined up to this size for one send:
 MAX_OUTPUT = 8 * 1024 * 1024  # queued to a far end that does not read; beyond it the connection is aborted
 STALL_TIMEOUT = 10.0  # a connection is aborted when it takes none of its queued output for this long
 LINE_TIMEOUT = 10.0  # a message that was begun must be complete by then; every 64 KiB of it allow as much again
+NAME_TIME = 30.0  # an address that a name had is used for this long: longer than the wait between two dials of it
 DRAIN_TIMEOUT = 3.0  # a closing connection has this long to deliver what is queued
 TURN_TIME = 0.025  # for the ready sockets of one turn: timers, keys and output wait no longer than that and one read
 ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes eight turns; more makes turns longer
@@ -1247,6 +1251,7 @@ def hash64(text: str) -> int:
 CONNECTING, OPEN, DRAINING, CLOSED = "connecting", "open", "draining", "closed"
 
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+UNKNOWN_NAME = "its name is not known at the moment"
 REFUSED = "refused"  # the reason given to on_close when nothing listens at the address; others are for people only
 
 
@@ -1449,7 +1454,34 @@ class SocketConnection(Connection):
             pass  # the far end is gone already; reading will report it
         if state == OPEN:
             self._learn_local()
-        self._set_interest(selectors.EVENT_WRITE if state == CONNECTING else selectors.EVENT_READ)
+            self._set_interest(selectors.EVENT_READ)
+
+    def dial(self) -> None:
+        """Dial the far end; if it is given by its name, once that was looked up."""
+        if is_name(self.remote[0]):
+            self._reason = "its name is still being looked up"  # if that takes longer than the dial may
+            self.loop.look_up(self.remote[0], self._on_looked_up)
+        else:
+            self._connect()
+
+    def _on_looked_up(self, ip: str) -> None:
+        self._reason = ""
+        if self.state != CONNECTING:
+            return
+        if ip:
+            self.remote = (ip, self.remote[1])
+            self._connect()
+        else:
+            self.abort(UNKNOWN_NAME)
+
+    def _connect(self) -> None:
+        self._set_interest(selectors.EVENT_WRITE)
+        try:
+            self._socket.connect(self.remote)
+        except BlockingIOError:
+            pass  # dialling goes on in the background
+        except (OSError, OverflowError) as error:  # no route, or not an address
+            self.abort(error_text(error))
 
     def close_transport(self) -> None:
         self._set_interest(0)
@@ -1761,6 +1793,54 @@ class Lan:
             log.debug("[P2P] no answer to %s: %s", to[0], error_text(error))
 
 
+class Resolver:
+    """Looks up names of machines, and never waits for that: the system's call may take half a minute.
+
+    So a lookup has a thread, the second exception to "one thread" beside the keyboard on Windows. The thread makes
+    that one call, touches nothing of ours, and tells the loop by a socket what it found. A child process would do
+    the same for a second Python at each start. One that asks name servers itself would not know what the system
+    knows from /etc/hosts, mDNS or NetBIOS, and these are the names in a room. A program that ends does not wait for it.
+    Names come from the user alone, so they are few."""
+
+    def __init__(self, loop: "Loop") -> None:
+        self._loop = loop
+        self._waiting: Dict[str, List[Callable[[str], None]]] = {}  # by name, while it is looked up
+        self._found: Dict[str, Tuple[float, str]] = {}  # by name: when, and which address
+
+    def look_up(self, name: str, then: Callable[[str], None]) -> None:
+        """Call back in a later turn with the IPv4 address of a name, or "" if it has none."""
+        found_at, ip = self._found.get(name, (float("-inf"), ""))
+        if self._loop.now() - found_at < NAME_TIME:
+            self._loop.call_later(0, then, ip)
+            return
+        if name not in self._waiting:
+            try:
+                self._start(name)
+            except (OSError, RuntimeError):  # no descriptor, or no thread
+                self._loop.call_later(0, then, "")
+                return
+        self._waiting.setdefault(name, []).append(then)
+
+    def _start(self, name: str) -> None:
+        import threading
+        near, far = socket.socketpair()
+
+        def call() -> None:
+            with far:
+                far.sendall(find_ip(name).encode("ascii"))
+        threading.Thread(target=call, daemon=True).start()
+        self._loop.set_interest(near, selectors.EVENT_READ, functools.partial(self._on_found, name, near))
+
+    def _on_found(self, name: str, near: socket.socket, events: int) -> None:
+        with near:
+            self._loop.set_interest(near, 0)
+            ip = near.recv(64).decode("ascii")
+        if ip:
+            self._found[name] = (self._loop.now(), ip)
+        for then in self._waiting.pop(name):
+            self._loop.call_later(0, then, ip)
+
+
 class Loop:
     """The real loop, with the system's clock, randomness and sockets."""
 
@@ -1775,6 +1855,7 @@ class Loop:
         self._stopped = False
         self._addresses = ["127.0.0.1"]
         self._most = max(24, raise_descriptor_limit() - 32)  # descriptors to wait for; 32 are left for other files
+        self.look_up = Resolver(self).look_up
         self._signals: Dict[int, Callable[[], None]] = {}
         self._wake: Optional[Tuple[socket.socket, socket.socket]] = None
 
@@ -1797,7 +1878,7 @@ class Loop:
         return SocketListener(self, host, port, accept)
 
     def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
-        """Dial an IPv4 address. Within `timeout` seconds the handler's on_open or on_close is called."""
+        """Dial an IPv4 address or a name. Within `timeout` seconds the handler's on_open or on_close is called."""
         connection = Connection(self, address, CONNECTING)  # to report the failure if there is no descriptor
         connection.handler = handler
         try:
@@ -1806,10 +1887,8 @@ class Loop:
             connection = SocketConnection(self, sock, address, CONNECTING)
             connection.handler = handler
             connection.set_deadline(timeout, f"no answer within {timeout:g} s")
-            sock.connect(address)
-        except BlockingIOError:
-            pass  # dialling goes on in the background
-        except (OSError, OverflowError) as error:  # no descriptor, no route, or not an address
+            connection.dial()
+        except OSError as error:  # no descriptor
             connection.abort(error_text(error))
         return connection
 
@@ -2030,21 +2109,34 @@ def raise_descriptor_limit() -> int:
 
 
 def parse_address(text: str) -> Address:
-    """Parse HOST or HOST:PORT. Raises ValueError with a sentence that says what is allowed.
-
-    A name is looked up at once, which may block, so call this only before the loop runs."""
+    """Parse HOST or HOST:PORT; a name is not looked up. Raises ValueError with a sentence that says what is allowed."""
     host, _, port = text.rpartition(":") if ":" in text else (text, "", str(DEFAULT_PORT))
     if not host or ":" in host:
         raise ValueError(f"{text!r} is not HOST or HOST:PORT (IPv4 or a name)")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and is_port(int(port))):
         raise ValueError(f"{port!r} is not a port: 1 to 65535")
+    if host.lower() == "localhost":
+        host = "127.0.0.1"
+    if not (_HOST_NAME.fullmatch(host) if is_name(host) else is_peer_ip(host)):
+        raise ValueError(f"{host!r} is not the IPv4 address or the name of a machine")
+    return host, int(port)
+
+
+_HOST_NAME = re.compile(r"\w([\w-]{0,61}\w)?(\.\w([\w-]{0,61}\w)?){0,15}\.?")
+
+
+def is_name(host: str) -> bool:
+    """Whether a host is given by its name, not by its IPv4 address."""
+    return bool(host.strip("0123456789."))
+
+
+def find_ip(name: str) -> str:
+    """Look up an IPv4 address of a machine; "" if there is none. This may block for half a minute."""
     try:
-        ip = str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+        ip = str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError):
-        raise ValueError(f"{host!r} is not the IPv4 address or the name of a machine") from None
-    if not is_peer_ip(ip):
-        raise ValueError(f"{host!r} is not an address that a machine can have")
-    return ip, int(port)
+        return ""
+    return ip if is_peer_ip(ip) else ""
 
 
 def format_address(address: Address) -> str:
@@ -2543,7 +2635,7 @@ class Link(Endpoint):
     def __init__(self, node: "PeerNode", address: Address, dialled: bool) -> None:
         super().__init__(node.loop, "P2P", node.handlers)
         self.node = node
-        self.address = address  # of the far end
+        self.address = address  # of the far end, as it was named: by its IP or its host's name
         self.dialled = dialled  # by us
         self.peer: Optional[Contact] = None
         self.ids: Tuple[str, ...] = ()  # that it may send as: its id, and up to seven older ones
@@ -2639,8 +2731,9 @@ class Whereabouts:
 
     @property
     def has_network(self) -> bool:
-        """Whether our address is still this machine's; True behind NAT, where it never was."""
-        return self.is_fixed or self.node.me.ip in self.own_addresses() or self._is_behind_nat
+        """Whether this machine has an address on a network, and, except behind NAT, the one that we are known by."""
+        own = self.own_addresses()
+        return self.is_fixed or (not is_loopback(own[0]) and (self.node.me.ip in own or self._is_behind_nat))
 
     def on_local_address(self, ip: str) -> None:
         """A connection left from this address of ours."""
@@ -2889,7 +2982,7 @@ class Links:
         was_lost = before is not None and before.gone
         verdict, peer, changes = node.peers.merge_own_claim(record, node.loop.now())
         if link.dialled:
-            peer.via = link.address if link.address != peer.address else None
+            peer.via = link.connection.remote if link.connection.remote != peer.address else None
         self._bind(link, peer, record["id"])
         if link.dialled:
             node.whereabouts.on_seen(content.get("you", {}).get("ip"), link.connection.remote[0])
@@ -2955,8 +3048,8 @@ class Links:
     def _may_be_multihomed(self, link: Link, record: Dict[str, Any], known: Optional[Contact],
                            holder: Optional[Contact]) -> bool:
         """Whether a peer that we dialled may claim another address: its machine may have several."""
-        fits_known = known is None or known.gone or link.address in (known.via, known.address)
-        is_its_port = link.dialled and link.address[1] == record["port"]
+        fits_known = known is None or known.gone or link.connection.remote in (known.via, known.address)
+        is_its_port = link.dialled and link.connection.remote[1] == record["port"]
         return is_its_port and fits_known and holder in (None, known) and not self.node.whereabouts.is_own(record["ip"])
 
     def _is_unreachable(self, peer: Contact) -> bool:
@@ -3661,7 +3754,7 @@ class Discovery(Endpoint):
         assert parts is not None
         self._wait, self._reason = 0.0, ""
         self.peer_id = content["peer_id"]
-        node.whereabouts.on_seen(parts[1], self.address[0])
+        node.whereabouts.on_seen(parts[1], self.connection.remote[0])
         node.targets.note(self.address, "online", SERVER)
         if not self.is_online:
             log.info("[Discovery] registered as %s", content["peer_id"])
@@ -3692,7 +3785,7 @@ class Discovery(Endpoint):
         if not self.traffic.take(self.node.loop.now(), len(messages)):
             self.connection.abort("the server sends too much")
             return
-        if not is_loopback(self.address[0]):
+        if not is_loopback(self.connection.remote[0]):
             self.node.detector.on_heard(None)
         super().on_messages(messages)
 
@@ -3719,7 +3812,7 @@ class Discovery(Endpoint):
             return
         for record in records:
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
-                self.node.gossip.merge_hearsay(record, self.address[0])
+                self.node.gossip.merge_hearsay(record, self.connection.remote[0])
 
     # -- without a server ------------------------------------------------------------------------------
 
@@ -3730,7 +3823,8 @@ class Discovery(Endpoint):
         if self.node.stopping:
             return
         reason, self._reason = self._reason or reason, ""
-        self.node.targets.note(self.address, reason, SERVER)
+        if self.node.settings.server or self.address != self._first:  # else nobody said that one is there
+            self.node.targets.note(self.address, reason, SERVER)
         self._set_online(False, reason)
         self.candidates.append(self.candidates.pop(0))
         self._wait, delay = back_off(self._wait, RETRY_SERVER_MIN, RETRY_SERVER_MAX, self.node.loop.random)
@@ -3738,7 +3832,7 @@ class Discovery(Endpoint):
         self.node.on_server_failed()
 
     def _set_online(self, is_online: bool, reason: str) -> None:
-        if not is_loopback(self.address[0]) and (is_online or self.is_online):
+        if not is_loopback(self.connection.remote[0]) and (is_online or self.is_online):
             self.node.detector.server_seen_at = float("inf") if is_online else self.node.loop.now()
         if is_online != self.is_online:
             self.is_online = is_online
@@ -4037,6 +4131,9 @@ class Delivery:
         return known or Contact(*parts)
 
 
+NO_NETWORK = "This machine has no address on a network at the moment."
+
+
 class Finder:
     """Looks for others: at the addresses named with --join, and by beacons on the local network. What a
     beacon says is only a hint: its address is dialled, and few of them at once."""
@@ -4136,15 +4233,27 @@ class Finder:
             return []
         lines = ["Nobody else is here.", f"You are {node.me.id}."]
         lines += [f"Tried {self._outcome(target)}." for target in node.targets.results()]
-        if self._lan is not None and node.loop.now() - self._beacon_at > 2 * BEACON_INTERVAL:
+        has_network, is_local = node.whereabouts.has_network, is_loopback(node.me.ip)
+        if not has_network:
+            lines.append(NO_NETWORK)
+        elif self._lan is not None and node.loop.now() - self._beacon_at > 2 * BEACON_INTERVAL:
             result = f", but {self._lan.problem}" if self._lan.problem else f" (UDP port {DEFAULT_PORT}): no answer"
-            lines.append(f"Looked on the local network{result}.")
-        if not node.whereabouts.has_network:
-            return [*lines, "This machine has no address on a network at the moment."]
-        where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
-        option = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
-        lines.append(f"To connect {where}: python3 p2pchat.py peer{option} --join {node.me.ip}:{node.me.port}")
+            lines.append(f"Looked on {'this machine only' if is_local else 'the local network'}{result}.")
+        if has_network or is_local:
+            where = "in another terminal of this machine" if is_local else "on the other machine"
+            option = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
+            lines.append(f"To connect {where}: python3 p2pchat.py peer{option} --join {node.me.ip}:{node.me.port}")
         return lines
+
+    def first_look(self) -> str:
+        """What the first look around has shown of the network and of a server, in a line; empty if that was said."""
+        node = self.node
+        if not node.whereabouts.has_network:
+            return NO_NETWORK
+        if node.discovery.is_online or node.settings.server:
+            return ""
+        looked_outside = self._lan is not None and not is_loopback(node.settings.host)
+        return f"No server on this {'network' if looked_outside else 'machine'}; none is needed."
 
     def _outcome(self, target: Target) -> str:
         """An address that was tried, and what came of it."""
@@ -4266,8 +4375,9 @@ class PeerNode:
         self.delivery = Delivery(self)
         self.finder = Finder(self)
         self.handlers = node_handlers(self)
-        # For interfaces: everybody else, by name; the peers that a typed text names; why nobody is here.
-        self.present, self.find, self.alone = self.peers.present, self.peers.find, self.finder.report
+        # For interfaces: everybody else, by name; the peers that a typed text names; what was found, or why nothing.
+        self.present, self.find = self.peers.present, self.peers.find
+        self.first_look, self.alone = self.finder.first_look, self.finder.report
         self.sync = self.gossip.sync_for_user
 
     # -- starting and leaving --------------------------------------------------------------------------
@@ -5126,7 +5236,7 @@ class Layout(NamedTuple):
     side: int
 
 
-def layout(view: ChatView, rows: int, cols: int) -> Layout:
+def layout(view: "ChatView", rows: int, cols: int) -> Layout:
     """Divide a screen."""
     bar, rule = int(rows >= 3), int(rows >= 6)
     wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
@@ -5138,7 +5248,7 @@ def layout(view: ChatView, rows: int, cols: int) -> Layout:
     return Layout(bar, rows - bar - rule - lines, rule, lines, side)
 
 
-def render(view: ChatView, rows: int, cols: int) -> Screen:
+def render(view: "ChatView", rows: int, cols: int) -> Screen:
     """Draw the screen: the status bar, messages beside the list of peers, a rule with a hint, the input line."""
     part, scrollback = layout(view, rows, cols), view.window.scrollback
     scrollback.start_drawing()
@@ -5175,7 +5285,7 @@ def fill(line: Tuple[Span, ...], cols: int) -> Line:
     return [*clipped, Span(" " * (cols - sum(width(span.text) for span in clipped)))]
 
 
-def _hint(view: ChatView) -> str:
+def _hint(view: "ChatView") -> str:
     """Return what is said above the input line."""
     if view.node.leaving:
         return "Leaving, once what is under way has arrived. Ctrl-C leaves at once."
@@ -5186,7 +5296,7 @@ def _hint(view: ChatView) -> str:
     return f"{count} new below: End goes there." if count else "Scrolled back: End goes down."
 
 
-def _status_bar(view: ChatView, cols: int) -> Line:
+def _status_bar(view: "ChatView", cols: int) -> Line:
     """Draw the status bar, as much of it as there is room for."""
     online, address, since = view.node.server_status()
     number = len(view.node.present())
@@ -5205,12 +5315,12 @@ def _status_bar(view: ChatView, cols: int) -> Line:
     return [Span(pad(f" {name}", cols), "bar")]
 
 
-def _label_and_address(view: ChatView, peer: Peer) -> Tuple[str, str]:
+def _label_and_address(view: "ChatView", peer: Peer) -> Tuple[str, str]:
     label = view.node.label(peer.id)
     return label, "" if "@" in label else f" {peer.ip}:{peer.port}"
 
 
-def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
+def _side_rows(view: "ChatView", height: int, cols: int) -> List[Line]:
     """Draw the list of peers: a mark, the name, and the address if it fits."""
     peers = view.node.present()
     shown = peers if len(peers) <= height else peers[:height - 1]
@@ -5232,7 +5342,7 @@ def _side_by_side(left: List[Line], right: List[Line]) -> List[Line]:
     return [[*line, Span("│ ", "dim"), *other] for line, other in zip(left, right + blank)]
 
 
-def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
+def _input_rows(view: "ChatView", cols: int) -> Tuple[List[str], Tuple[int, int]]:
     """Return the prompt, which names the receiver, and the line as rows; and where the cursor is."""
     window = view.window
     prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target else PROMPT
@@ -5240,7 +5350,7 @@ def _input_rows(view: ChatView, cols: int) -> Tuple[List[str], Tuple[int, int]]:
     return flow(prompt, window.line.left, window.line.right, cols)
 
 
-def _prompted(view: ChatView, text: str, first: bool) -> Line:
+def _prompted(view: "ChatView", text: str, first: bool) -> Line:
     """Draw a row of the input line; nobody should overlook that it goes to one peer only."""
     end = text.find(PROMPT) + len(PROMPT) if first and view.window.target and text.startswith("[") else 0
     return [Span(text[:end], "private"), Span(text[end:])]
@@ -5273,11 +5383,12 @@ def flow(prompt: str, left: str, right: str, cols: int) -> Tuple[List[str], Tupl
 class Narrator:
     """Shows what happened at the node: an event becomes an entry or changes one."""
 
-    def __init__(self, view: ChatView) -> None:
+    def __init__(self, view: "ChatView") -> None:
         self.view = view
         self._labels: Dict[str, str] = {}  # by id; the same for all events of a turn, which come when all is done
         self._failures: List[Receipts] = []  # of messages that failed and came to their end in this turn
         self._rang_at = float("-inf")
+        self._has_met_server = False
         self._namesake = ""  # the user's own name, once it was said that somebody else has it, too
         kinds = ("ready", "settled", "server", "network", "joined", "left", "renamed", "chat", "sent", "delivered",
                  "failed", "notice")
@@ -5427,16 +5538,22 @@ class Narrator:
         self.view.notice(f"You are {event['id']}. /help lists the commands.")
 
     def on_settled(self, event: Event) -> None:
-        """The first look around is over: if nobody is here, say why."""
+        """The first look around is over: say what it has shown, and if nobody is here, why."""
+        node = self.view.node
         self.view.people.fresh.clear()
-        alone = [line for line in self.view.node.alone() if line != f"You are {self.view.node.me.id}."]
-        if alone:
-            self.view.notice("\n".join(alone))
+        lines = dict.fromkeys([node.first_look(), *node.alone()])  # neither says the same twice
+        text = "\n".join(line for line in lines if line not in ("", f"You are {node.me.id}."))
+        if text:
+            self.view.notice(text)
 
     def on_server(self, event: Event) -> None:
+        """Say that the server is online, or is not: but not that there is none where nobody named one."""
         address, reason = event["address"], event["reason"]
-        self.view.notice(f"Server {address} is online." if event["online"] else
-                         f"No server at {address} ({reason}). P2P mode: the chat goes on without it.")
+        if event["online"]:
+            self.view.notice(f"Server {address} is online.")
+        elif self._has_met_server or self.view.node.settings.server:
+            self.view.notice(f"No server at {address} ({reason}). P2P mode: the chat goes on without it.")
+        self._has_met_server = self._has_met_server or event["online"]
 
     def on_network(self, event: Event) -> None:
         if event["gone"]:
@@ -5529,7 +5646,7 @@ def command(usage: str) -> Callable[[Handle], Handle]:
 class Commands:
     """Sends what was entered, or runs it as a command. Commands raise ChatError when they can't be done."""
 
-    def __init__(self, view: ChatView) -> None:
+    def __init__(self, view: "ChatView") -> None:
         self.view = view
         self.node = view.node
         self._most_blanks: Tuple[Sequence[Peer], int] = ([], 0)  # some peers, and the most blanks in one of their names
@@ -5801,7 +5918,7 @@ class Commands:
 class Completion:
     """Completes the word before the cursor; done again, it takes the next candidate."""
 
-    def __init__(self, view: ChatView) -> None:
+    def __init__(self, view: "ChatView") -> None:
         self.view = view
         self._before = ""  # what stands before the word
         self._candidates: List[str] = []
@@ -5835,7 +5952,7 @@ class Completion:
 class Keyboard:
     """What keys, typed text and pastes do."""
 
-    def __init__(self, view: ChatView) -> None:
+    def __init__(self, view: "ChatView") -> None:
         self.view = view
         self._completion = Completion(view)
         self._key = self._key_before = ""
@@ -6927,9 +7044,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; return its exit status: 0 all well, 1 it failed, 2 it was called wrongly."""
     _open_standard_files()
     parser = make_parser()
-    options = parser.parse_args(argv)
-    if options.command is None:
-        parser.error("say what to start, peer (the chat) or server, for example: p2pchat.py peer --user Alice")
+    options = parser.parse_args(with_command(parser, list(sys.argv[1:] if argv is None else argv)))
     problem = start_logging(options)
     if problem:
         sys.stderr.write(f"p2pchat: {problem}\n")
@@ -6938,6 +7053,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return int(options.run(options))
     except KeyboardInterrupt:
         return 130
+
+
+def with_command(parser: Parser, arguments: List[str]) -> List[str]:
+    """Return the arguments, which begin with a command; if there are none, and there is a terminal, "peer".
+
+    Without a command the program ends, and says which line the user probably meant."""
+    if not arguments and os.isatty(0) and os.isatty(1):
+        return ["peer"]
+    first = arguments[0] if arguments else ""
+    if first not in ("peer", "server", "-h", "--help", "--version"):
+        import shlex
+        is_peers = first[:1] not in ("", "-") or any(each.startswith("--user") for each in arguments)
+        rest = " ".join(map(shlex.quote, arguments)) if is_peers else "--user Alice"
+        parser.error(f"say peer (the chat) or server first, for example: python3 p2pchat.py peer {rest}")
+    return arguments
 
 
 def _open_standard_files() -> None:
@@ -6967,8 +7097,15 @@ _port = _option(int, "a port: 0 to 65535", lambda port: 0 <= port <= 65535)
 _seconds = _option(float, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400)
 _bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
 _username, _address = _option(check_username), _option(parse_address)
-_local_ip = _option(lambda text: text if text == "0.0.0.0" else parse_address(f"{text}:1")[0],
-                    "an IPv4 address or the name of this machine")
+
+
+def _find_local_ip(text: str) -> str:
+    """Return the address to listen on; a name is looked up at once, for without it nothing can start."""
+    host = text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
+    return find_ip(host) if is_name(host) else host
+
+
+_local_ip = _option(_find_local_ip, "an IPv4 address or the name of this machine", bool)
 
 Row = Tuple[str, Callable[[str], Any], str, str]  # of an option that has a value: name, converter, value, help
 _HOST: Row = ("host", _local_ip, "IP", "address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")
@@ -6991,16 +7128,35 @@ PEER_OPTIONS: Tuple[Row, ...] = (
 )
 
 
+PEER_EXAMPLES = """examples:
+  python3 p2pchat.py peer Alice                             chat with whoever is on this network
+  python3 p2pchat.py peer Alice --server 192.168.1.5        be introduced by a server elsewhere
+  python3 p2pchat.py peer Alice --join 192.168.1.10:40123   name a peer by hand; /who there says its address
+  python3 p2pchat.py peer Alice --host 127.0.0.1            try it: nothing leaves this machine
+"""
+SERVER_EXAMPLES = """examples:
+  python3 p2pchat.py server                                 all that a server needs
+  python3 p2pchat.py server --host 127.0.0.1                try it: nothing leaves this machine
+"""
+
+
 def make_parser() -> Parser:
     """The command line: two subcommands and their options, whose defaults are those of the settings."""
-    parser = Parser(prog="p2pchat.py", description="Chat for a room full of machines on one network.")
+    parser = Parser(prog="p2pchat.py", description="Chat for a room full of machines on one network. Alone, on a "
+                    "terminal, it starts the chat, and a form asks for your name.")
     parser.add_argument("--version", action="version", version=f"p2pchat {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="server|peer")
-    server = commands.add_parser("server", help="introduce peers to one another")
+    server = commands.add_parser(
+        "server", help="introduce peers to one another", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The discovery server. It introduces peers to one another; no chat passes through it.",
+        epilog=SERVER_EXAMPLES)
     _add_options(server, SERVER_OPTIONS, ServerSettings(), run_server)
     server.add_argument("-v", "--verbose", action="store_true", help="log more")
     server.add_argument("-q", "--quiet", action="store_true", help="log only what is wrong")
-    peer = commands.add_parser("peer", help="chat")
+    peer = commands.add_parser(
+        "peer", help="chat", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=PEER_EXAMPLES,
+        description="The chat. Peers on one local network find each other; no server is needed.")
+    peer.add_argument("name", nargs="?", type=_username, metavar="NAME", help="the same as --user NAME")
     _add_options(peer, PEER_OPTIONS, Settings(), run_peer)
     kind = peer.add_mutually_exclusive_group()
     kind.add_argument("--plain", dest="kind", action="store_const", const=PlainInterface, help="lines in, lines out")
@@ -7085,7 +7241,11 @@ def run_server(options: argparse.Namespace) -> int:
 
 def run_peer(options: argparse.Namespace) -> int:
     """The chat, in one of the three ways."""
-    settings = Settings(**_chosen(options, Settings._fields))._replace(join=tuple(options.join))
+    if options.name and options.username not in (None, options.name):
+        sys.stderr.write(f"p2pchat: you gave two names, {options.name} and {options.username}: leave out one\n")
+        return 2
+    settings = Settings(**_chosen(options, Settings._fields))
+    settings = settings._replace(join=tuple(options.join), username=options.username or options.name)
     try:
         check_reach(settings.host, [*settings.join, *([settings.server] if settings.server else [])])
     except ValueError as error:

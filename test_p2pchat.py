@@ -66,6 +66,7 @@ class ViewNode:
         self.me = p2pchat.Peer(me, "10.0.0.1", 10001, "me")
         self.peers = p2pchat.PeerList(self.me)
         self.undelivered = 0
+        self.settings = p2pchat.Settings()
         self.leaving = False
         self.network_gone = False
         self.online = True
@@ -121,6 +122,9 @@ class ViewNode:
 
     def alone(self):
         return [] if self.present() else ["Nobody else is here."]
+
+    def first_look(self):
+        return ""
 
     def server_status(self):
         return self.online, "10.0.0.9:9999", self.loop.seconds
@@ -714,6 +718,33 @@ def test_what_is_said_at_the_start():
     screen = "\n".join(view_screen(view))
     assert screen.count("You are Alice@") == 1 and "Tried x" in screen
     assert "Server h:1 is online." in screen and "No server at h:1 (refused). P2P mode: the chat goes on" in screen
+
+
+SERVER_ONLINE = {"event": "server", "online": True, "address": "h:1", "reason": ""}
+SERVER_OFFLINE = {"event": "server", "online": False, "address": "h:1", "reason": "refused"}
+P2P_MODE = "No server at h:1 (refused). P2P mode: the chat goes on without it."
+
+
+@pytest.mark.parametrize("server, events, said", [
+    (None, [SERVER_OFFLINE], []),
+    (None, [SERVER_ONLINE, SERVER_OFFLINE], ["Server h:1 is online.", P2P_MODE]),
+    (None, [SERVER_OFFLINE, SERVER_ONLINE, SERVER_OFFLINE], ["Server h:1 is online.", P2P_MODE]),
+    (("h", 1), [SERVER_OFFLINE], [P2P_MODE]),
+])
+def test_a_server_that_nobody_named_is_not_missed(server, events, said):
+    view = view_make("Bob")
+    view.node.settings = p2pchat.Settings(server=server)
+    for event in events:
+        view_event(view, event)
+    assert [entry.text for entry in view.window.scrollback.entries if "erver" in entry.text] == said
+
+
+def test_what_the_first_look_has_shown_is_said_once():
+    view = view_make()
+    view.node.first_look = lambda: "No network."
+    view.node.alone = lambda: ["Nobody else is here.", "No network."]
+    view_event(view, {"event": "settled"})
+    assert view.window.scrollback.entries[-1].text == "No network.\nNobody else is here."
 
 
 def test_a_namesake_is_told_of_once():
@@ -1703,6 +1734,8 @@ class SimNetwork:
         self.lan_works = True
         self.hosts = {}  # by name
         self.by_ip = {}
+        self.names = {}  # addresses by the name of the machine
+        self.name_delay = 0.01  # seconds that it takes to look up a name
         self.cuts = []  # pairs of frozensets: nothing passes from a host in the first to one in the second
         self.blocked = {}  # connections with segments that a cut holds up, and since when
         self.lans = []
@@ -1972,7 +2005,10 @@ class SimLoop:
         ip = "127.0.0.1" if address[0].startswith("127.") else self.host.addresses[0]
         connection.local = (ip, self.host.free_port())
         connection.set_deadline(timeout, f"no answer within {timeout:g} s")
-        self.network.syn(connection)
+        if p2pchat.is_name(address[0]):
+            self.network.post(self.network.name_delay, self.enter, connection.on_looked_up)
+        else:
+            self.network.syn(connection)
         return connection
 
     def lan(self, host, port, heard):
@@ -2115,6 +2151,15 @@ class SimConnection(p2pchat.Connection):
             self._all_sent()
 
     # -- turns of its process --------------------------------------------------------------------------
+
+    def on_looked_up(self):
+        """The name that is dialled was looked up."""
+        ip = self.loop.network.names.get(self.remote[0])
+        if self.state == p2pchat.CONNECTING and ip:
+            self.remote = (ip, self.remote[1])
+            self.loop.network.syn(self)
+        elif self.state == p2pchat.CONNECTING:
+            self.abort(p2pchat.UNKNOWN_NAME)
 
     def established(self):
         """The dial has succeeded."""
@@ -3431,6 +3476,60 @@ def test_loop_a_dial_without_a_descriptor_fails_like_any_other(wire):
     wire.loop._most = room
 
 
+def test_loop_a_name_is_looked_up_while_the_loop_turns(wire, monkeypatch):
+    """Once, however many dial it at the same time; one that comes too late for a dial counts for the next."""
+    import threading
+    may_answer, asked = threading.Event(), []
+
+    def getaddrinfo(name, *rest):
+        asked.append(name)
+        assert may_answer.wait(20)
+        return [(0, 0, 0, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(p2pchat.socket, "getaddrinfo", getaddrinfo)
+    listener = wire.loop.listen("127.0.0.1", 0, lambda connection: p2pchat.Handler())
+
+    def dial(timeout):
+        return wire.loop.connect(("pc7", listener.address[1]), LoggingHandler("d", wire.log), timeout)
+
+    dials = [dial(0.05), dial(20)]
+    wire.logs("d closed its name is still being looked up")
+    may_answer.set()
+    wire.turn_until(lambda: dials[1].state == p2pchat.OPEN)
+    dials.append(dial(20))
+    wire.turn_until(lambda: dials[2].state == p2pchat.OPEN)
+    assert [each.remote for each in dials[1:]] == [listener.address] * 2 and asked == ["pc7"]
+    for each in dials:
+        each.abort("done")
+    listener.close()
+
+
+@pytest.mark.parametrize("answer", [OSError("no such name"), UnicodeError("label too long"), "255.255.255.255"])
+def test_loop_a_name_without_an_address_is_a_dial_that_failed(wire, monkeypatch, answer):
+    def getaddrinfo(name, *rest):
+        if isinstance(answer, Exception):
+            raise answer
+        return [(0, 0, 0, "", (answer, 0))]
+
+    monkeypatch.setattr(p2pchat.socket, "getaddrinfo", getaddrinfo)
+    wire.loop.connect(("pc7", 1), LoggingHandler("d", wire.log), 20)
+    wire.logs("d closed its name is not known at the moment")
+
+
+@pytest.mark.parametrize("text, address", [
+    ("10.0.0.1", ("10.0.0.1", 9999)), ("10.0.0.1:80", ("10.0.0.1", 80)), ("localhost:1", ("127.0.0.1", 1)),
+    ("pc-7.lab.example.:5", ("pc-7.lab.example.", 5)), ("bücher", ("bücher", 9999)),
+    *[(text, None) for text in ("", ":1", "a:b", "a:0", "a:65536", "a:1:2", "1.2.3", "1.2.3.4.5", "0.0.0.0", "224.0.0.1",
+                                "010.0.0.1", "a b", "-a", "a..b", "a-", "x" * 64, "a/b", "\u202ea", "a.\n")],
+])
+def test_addresses_as_typed(text, address):
+    if address is None:
+        with pytest.raises(ValueError, match="HOST|port|IPv4"):
+            p2pchat.parse_address(text)
+    else:
+        assert p2pchat.parse_address(text) == address
+
+
 def test_loop_a_turn_handles_no_more_sockets_than_there_is_time_for(monkeypatch):
     """The others come first in the next turns, and what is due comes between."""
     monkeypatch.setattr(p2pchat, "TURN_TIME", 0.0)
@@ -4214,7 +4313,7 @@ def scenario_lan(seed, size=8):
     world.run(4)
     first = world.peers[0]
     words = "\n".join(first.alone())
-    assert f"--join {first.me.ip}:{first.me.port}" in words and "127.0.0.1:9999: refused" in words
+    assert f"--join {first.me.ip}:{first.me.port}" in words and "127.0.0.1:9999" not in words
     assert first.present() == []
     for _ in range(size - 1):
         world.run(world.random.random())
@@ -4952,6 +5051,51 @@ def test_node_alone_says_what_was_tried(solo):
     assert silent not in report
     solo.run(30)
     assert silent in zoe.alone()
+
+
+@pytest.mark.parametrize("ip, settings, first_look, looked, others", [
+    (None, {}, "No server on this network; none is needed.", "the local network", "on the other machine: python3 p2pchat.py peer"),
+    (None, {"lan": False}, "No server on this machine; none is needed.", "", "on the other machine: python3 p2pchat.py peer"),
+    (None, {"host": "127.0.0.1"}, "No server on this machine; none is needed.", "this machine only",
+     "in another terminal of this machine: python3 p2pchat.py peer --host 127.0.0.1"),
+    ("127.0.0.1", {}, p2pchat.NO_NETWORK, "", "in another terminal of this machine: python3 p2pchat.py peer"),
+    (None, {"server": SERVER}, "", "", "on the other machine: python3 p2pchat.py peer"),
+])
+def test_node_says_what_its_first_look_has_shown(ip, settings, first_look, looked, others):
+    """Where it has not looked it does not claim so, and nobody named the server on its own machine."""
+    rig = World(by="lan")
+    rig.network.host("server", SERVER[0])
+    ann = rig.add("Ann", ip, **settings)
+    rig.run(30)
+    report = "\n".join(ann.alone())
+    assert ann.first_look() == first_look and "127.0.0.1:9999" not in report
+    assert re.findall("Looked on (.*) \\(UDP", report) == [looked] * bool(looked)
+    assert f"{others} --join {ann.me.ip}:{ann.me.port}" in report
+
+
+def test_node_with_a_server_says_nothing_more_of_it():
+    rig = World(by="lan")
+    rig.start_server(lan=True)
+    ann = rig.add("Ann")
+    rig.run(3)
+    assert ann.saw("server", online=True) and ann.first_look() == ""
+
+
+def test_node_a_name_that_is_not_known_yet_is_tried_again():
+    """Of a server and of a peer: the start does not wait for it, it is said, and they are found under it later."""
+    rig = World("Zoe")
+    rig.start_server()
+    ann = rig.add("Ann", server=("hub.lan", 9999), join=(("pc7", rig.zoe.me.port),), lan=False)
+    rig.run(6)
+    assert ann.saw("ready") and ann.saw("settled") and ann.names() == []
+    assert ann.saw("server", online=False, address="hub.lan:9999", reason="its name is not known at the moment")
+    assert f"Tried pc7:{rig.zoe.me.port}: its name is not known at the moment." in ann.alone()
+    rig.network.names.update({"pc7": rig.zoe.me.ip, "hub.lan": SERVER[0]})
+    rig.until(lambda: ann.names() == ["Zoe"], 11)
+    rig.until(lambda: ann.saw("server", online=True, address="hub.lan:9999"), 30)
+    dials = ann.loop.dialled.count(("pc7", rig.zoe.me.port))
+    rig.run(60)
+    assert ann.loop.dialled.count(("pc7", rig.zoe.me.port)) == dials and rig.server.peer_ids == [ann.me.id]
 
 
 def test_node_alone_repeats_what_the_other_side_said(solo):
@@ -5878,7 +6022,11 @@ WRONG_OPTIONS = {
     "peer --user A --host 300.1.1.1": "300.1.1.1",
     "peer --user A --server 127.0.0.1:0": "port",
     "peer --user A --server :9999": "HOST",
-    "peer --user A --join nowhere.invalid:1": "nowhere.invalid",
+    "peer --user A --join no/where:1": "no/where",
+    "peer --user A --join -x:1": "-x",
+    "peer --user A --server 10.0.0": "10.0.0",
+    "peer --user A --host nowhere.invalid": "nowhere.invalid",
+    "peer --user A --host 127.0.0.1 --server pc7": "pc7:9999",
     "peer --user A --host 127.0.0.1 --join 10.0.0.1:1": "leave out --host",
     "peer --user A --host 127.0.0.1 --server 10.0.0.1": "10.0.0.1:9999",
     "peer --user A --timeout never": "never",
@@ -5890,7 +6038,12 @@ WRONG_OPTIONS = {
     "peer --user A --log-file /nowhere/at/all": "/nowhere",
     "server --port -5": "-5",
     "server --heartbeat-timeout nan": "nan",
-    "dance": "dance",
+    "peer A --user B": "two names, A and B",
+    "peer A B": "B",
+    "dance": "python3 p2pchat.py peer dance",
+    "--user Alice": "python3 p2pchat.py peer --user Alice",
+    "--port 7 --user A B": "python3 p2pchat.py peer --port 7 --user A B",
+    "-v": "python3 p2pchat.py peer --user Alice",
     "": "server",
 }
 
@@ -6736,6 +6889,13 @@ def test_the_form_finds_the_server():
     finally:
         server.terminate()
         server.communicate()
+
+
+def test_without_arguments_on_a_terminal_the_form_asks():
+    with PtyProgram() as alice:
+        alice.expect("Name    login")
+        alice.type("\x03")
+        alice.ends(0)
 
 
 def test_the_form_can_be_left():
@@ -9326,6 +9486,29 @@ def test_readme_has_the_messages_and_events_of_the_program():
         events = set(re.findall(r'\{"event": "(\w+)"', file.read()))
     for heading, names in (("## The wire format", types), ("## A bot in ten lines", events)):
         assert {row[0].strip("`") for row in readme_table(heading)} == names
+
+
+def test_help_has_a_sentence_and_examples_that_can_be_typed(capsys):
+    for command in ("peer", "server"):
+        with pytest.raises(SystemExit):
+            p2pchat.main([command, "--help"])
+        text = capsys.readouterr().out
+        examples = re.findall(rf"python3 p2pchat\.py ({command}.*?)(?:   |$)", text, re.MULTILINE)
+        assert len(examples) > 1 and re.search(r"^The .+\.$", text, re.MULTILINE)
+        assert max(map(len, text.split("\n"))) <= 110
+        for example in examples:
+            p2pchat.make_parser().parse_args(example.split())
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 7, 16)])
+def test_an_old_python_is_told_in_one_line(version, monkeypatch):
+    """It must get so far as to say it: the file parses there, and the first statements ask for the version."""
+    with open(p2pchat.__file__, encoding="utf-8") as file:
+        tree = ast.parse(file.read(), feature_version=version[:2])
+    assert not [each for each in tree.body if isinstance(each, ast.ImportFrom) and each.module == "__future__"]
+    monkeypatch.setattr(sys, "version_info", version)
+    with pytest.raises(SystemExit, match=r"^p2pchat.py needs Python 3\.8 .* 3\.[67]: [^\n]+$"):
+        exec(compile(ast.Module(tree.body[:3], []), "p2pchat.py", "exec"), {})
 
 
 def test_the_docstring_maps_the_sections_of_the_program():
