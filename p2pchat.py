@@ -265,6 +265,13 @@ def check_username(name: str) -> str:
     return name
 
 
+@functools.lru_cache(maxsize=4096)
+def natural_key(name: str) -> List[Tuple[bool, int, str]]:
+    """Return what to sort a name by: pc2 stands before pc10, and É beside E."""
+    plain = "".join(each for each in unicodedata.normalize("NFKD", name.casefold()) if not unicodedata.combining(each))
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.findall(r"\d+|\D+", plain)]
+
+
 def graphemes(text: str) -> List[str]:
     """Split a text into what a reader sees as one character: a base with marks, an emoji sequence, a flag."""
     if text.isascii():
@@ -955,7 +962,7 @@ class PeerList(Generic[P]):
     def present(self) -> List[P]:
         """Return the present peers, sorted by name. The list may be kept but not changed."""
         if self._sorted is None:
-            self._sorted = sorted(self._present.values(), key=lambda peer: (peer.username.casefold(), peer.id))
+            self._sorted = sorted(self._present.values(), key=lambda peer: (natural_key(peer.username), peer.id))
         return self._sorted
 
     def tombstones(self) -> List[P]:
@@ -2621,11 +2628,15 @@ class Contact(Peer):
         """Whether something that was sent to it is not acknowledged yet."""
         return self.outbox is not None and bool(self.outbox.waiting)
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether it is heard over a link of our own, and not through others."""
+        return self.heard_at > 0 and self.link is not None
+
     def describe(self, now: float) -> Tuple[str, str, str]:
         """Return in words how we hear it, how long ago we last did, and how long a round trip takes."""
-        is_direct = self.heard_at > 0 and self.link is not None
-        how = "quiet" if self.quiet else "directly" if is_direct else "through others"
-        since = now - (self.heard_at if is_direct else self.last_sign_at())
+        how = "quiet" if self.quiet else "directly" if self.is_direct else "through others"
+        since = now - (self.heard_at if self.is_direct else self.last_sign_at())
         return how, f"{max(0, since):.0f} s", "" if self.rtt is None else f"{self.rtt * 1000:.1f} ms"
 
 
@@ -4667,6 +4678,7 @@ LATELY = 1800.0  # seconds: of a peer that spoke within them, /quiet shows joins
 BELL_INTERVAL = 3.0  # seconds between two rings
 ASK_LINES = 20  # a message of more lines is sent only when Enter is pressed twice
 SIDE_COLS = 60  # a narrower screen has no list of peers
+FRESH_TIME = 60.0  # seconds that a peer is marked as new, or until the next key
 TIME_COLS = 32  # a narrower screen shows no times
 NICK_STYLES = 8  # colours of names: the styles nick0 to nick7
 PROMPT = "> "
@@ -5179,7 +5191,8 @@ class People:
 
     def __init__(self) -> None:
         self.ignored: Dict[str, None] = {}  # ids
-        self.fresh: Set[str] = set()  # ids of those who came since the last key
+        self.fresh: Dict[str, float] = {}  # of those who came since the last key: when, as Unix time by id
+        self.top = 0  # index of the first one that the list shows
         self.spoke_at: Dict[str, float] = {}  # Unix time by id; the latest speaker stands last
         self.private: Optional[str] = None  # id of the peer that last wrote privately
 
@@ -5190,9 +5203,15 @@ class People:
         if len(self.spoke_at) > 2 * MAX_PEERS:
             del self.spoke_at[next(iter(self.spoke_at))]
 
+    def mark(self, peer: Contact, now: float) -> str:
+        """Return the sign that stands before a peer in the list."""
+        if peer.quiet:
+            return "○ "
+        return "+ " if now - self.fresh.get(peer.id, float("-inf")) < FRESH_TIME else "● " if peer.is_direct else "◐ "
+
     def rename(self, old: str, new: str) -> None:
         """Note that a peer has another id."""
-        tables: Tuple[Dict[str, Any], ...] = (self.ignored, self.spoke_at)
+        tables: Tuple[Dict[str, Any], ...] = (self.ignored, self.spoke_at, self.fresh)
         for table in tables:
             if old in table:
                 table[new] = table.pop(old)
@@ -5241,10 +5260,8 @@ def layout(view: "ChatView", rows: int, cols: int) -> Layout:
     bar, rule = int(rows >= 3), int(rows >= 6)
     wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
     lines = max(1, min(wanted, (rows - bar - rule) // 3))
-    side = 0
-    if view.has_side and cols >= SIDE_COLS and rows >= 4:  # as wide as its texts, up to three eighths
-        texts = ["".join(_label_and_address(view, peer)) for peer in view.node.present()[:rows]]
-        side = min(max(max(map(width, texts), default=0) + 4, 16), cols * 3 // 8)
+    has_side = view.has_side and cols >= SIDE_COLS and rows >= 4
+    side = min(cols // 4, 40) if has_side else 0  # whatever the names, for nothing should move when somebody comes
     return Layout(bar, rows - bar - rule - lines, rule, lines, side)
 
 
@@ -5257,7 +5274,7 @@ def render(view: "ChatView", rows: int, cols: int) -> Screen:
     if hint and not part.rule and messages:
         messages[-1] = fill((Span(hint, "rule"),), cols - part.side)
     if part.side:
-        messages = _side_by_side(messages, _side_rows(view, part.messages, part.side - 2))
+        messages = _side_by_side(messages, _side_rows(view, part.messages, part.side - 3))
     start = f"── {hint} " if hint else ""
     rule = [Span(start, "rule"), Span("─" * (cols - width(start)), "dim")]
     typed, (row, column) = _input_rows(view, cols)
@@ -5293,7 +5310,7 @@ def _hint(view: "ChatView") -> str:
     if view.hint or scrollback.anchor is None:
         return view.hint
     count = scrollback.count_below()
-    return f"{count} new below: End goes there." if count else "Scrolled back: End goes down."
+    return f"{count} new below: End goes there." if count else "More below: PgDn shows it, End goes there."
 
 
 def _status_bar(view: "ChatView", cols: int) -> Line:
@@ -5315,31 +5332,29 @@ def _status_bar(view: "ChatView", cols: int) -> Line:
     return [Span(pad(f" {name}", cols), "bar")]
 
 
-def _label_and_address(view: "ChatView", peer: Peer) -> Tuple[str, str]:
-    label = view.node.label(peer.id)
-    return label, "" if "@" in label else f" {peer.ip}:{peer.port}"
-
-
 def _side_rows(view: "ChatView", height: int, cols: int) -> List[Line]:
-    """Draw the list of peers: a mark, the name, and the address if it fits."""
-    peers = view.node.present()
-    shown = peers if len(peers) <= height else peers[:height - 1]
+    """Draw the list of peers: a mark and the name, and the address if all of them have room for theirs."""
+    peers, people, now = view.node.present(), view.people, view.node.loop.wall()
+    room = height if len(peers) <= height else height - 1
+    people.top = max(0, min(people.top, len(peers) - room))
+    shown = peers[people.top:people.top + room]
+    texts = [(label, "" if "@" in label else f" {peer.ip}:{peer.port}") for peer, label in zip(shown, view.labels(shown))]
+    has_addresses = all(width(label + address) <= cols - 2 for label, address in texts)
     rows: List[Line] = []
-    for peer in shown:
-        mark = "○ " if peer.quiet else "+ " if peer.id in view.people.fresh else "● "
-        label, address = _label_and_address(view, peer)
-        room = width(label + address) <= cols - 2
+    for peer, (label, address) in zip(shown, texts):
         style = "dim" if peer.quiet else nick_style(label)
-        rows.append([Span(mark, "dim"), Span(cut(label, cols - 2, "…"), style), Span(address if room else "", "dim")])
-    if len(shown) < len(peers):
-        rows.append([Span(f"+ {len(peers) - len(shown)} more", "dim")])
-    return rows
+        rows.append([Span(people.mark(peer, now), "dim"), Span(cut(label, cols - 2, "…"), style),
+                     Span(address if has_addresses else "", "dim")])
+    below = len(peers) - people.top - room
+    if room < len(peers):
+        rows.append([Span(f"{below} more: Alt-PgDn" if below else f"{people.top} more: Alt-PgUp", "dim")])
+    return [clip(row, cols) for row in rows]
 
 
 def _side_by_side(left: List[Line], right: List[Line]) -> List[Line]:
-    """Put two blocks of rows side by side, with a line between them."""
+    """Put two blocks of rows side by side, with a line between them that no text touches."""
     blank: List[Line] = [[]] * (len(left) - len(right))
-    return [[*line, Span("│ ", "dim"), *other] for line, other in zip(left, right + blank)]
+    return [[*line, Span(" │ ", "dim"), *other] for line, other in zip(left, right + blank)]
 
 
 def _input_rows(view: "ChatView", cols: int) -> Tuple[List[str], Tuple[int, int]]:
@@ -5478,13 +5493,13 @@ class Narrator:
     # -- who is here -----------------------------------------------------------------------------------
 
     def on_joined(self, event: Event) -> None:
-        self.view.people.fresh.add(event["peer"]["id"])
+        self.view.people.fresh[event["peer"]["id"]] = self.view.node.loop.wall()
         self._gather("joined", event["peer"]["id"], "")
         self._warn_of_namesake()
 
     def on_left(self, event: Event) -> None:
         peer_id, reason = event["peer"]["id"], event["reason"]
-        self.view.people.fresh.discard(peer_id)
+        self.view.people.fresh.pop(peer_id, None)
         kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
         self._gather(kind, peer_id, why)
 
@@ -5603,9 +5618,12 @@ VIEW_KEYS: Tuple[Key, ...] = (
     Key("PgDn", "scroll forth", lambda keys: keys.page(1)),
     Key("Alt-Up", "scroll back by a line", lambda keys: keys.scroll(-1)),
     Key("Alt-Down", "scroll forth by a line", lambda keys: keys.scroll(1)),
+    Key("Alt-PgUp, F11", "scroll the list of peers back", lambda keys: keys.scroll_peers(-1)),
+    Key("Alt-PgDn, F12", "scroll the list of peers forth", lambda keys: keys.scroll_peers(1)),
+    Key("F9", "show or hide the list of peers", lambda keys: keys.toggle_peers()),
     Key("Ctrl-Home", "to the oldest message", lambda keys: keys.to_top()),
     Key("Esc, Ctrl-End", "to the newest message", lambda keys: keys.to_bottom()),
-    Key("End", "to the newest message, and to the end of the line", lambda keys: keys.to_end()),
+    Key("End", "to the newest message; and to the end of the line", lambda keys: keys.to_end()),
     Key("Ctrl-C", "drop the line; twice: leave", lambda keys: keys.interrupt()),
     Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda keys: keys.end_input()),
     Key("Ctrl-L", "draw the screen anew", lambda keys: None),  # this and the next one are the interface's
@@ -5627,20 +5645,37 @@ class Command(NamedTuple):
 
     name: str
     usage: str
-    help: str
+    help: str  # what stands before a semicolon has to be enough where there is little room
     run: Handle
+    group: str  # one of GROUPS
 
 
+GROUPS = ("talk", "people", "screen", "connection")  # the order of /help
 COMMANDS: Dict[str, Command] = {}
 
 
-def command(usage: str) -> Callable[[Handle], Handle]:
+def command(usage: str, group: str) -> Callable[[Handle], Handle]:
     """Put a method into the table of commands. Its docstring is the command's help."""
     def enter(method: Handle) -> Handle:
         name = usage.split()[0]
-        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method)
+        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method, group)
         return method
     return enter
+
+
+Topics = Dict[str, List[Tuple[str, str, str]]]  # by heading: a text, a shorter one, and what it means
+
+
+def topic_list(topics: Topics, cols: int) -> str:
+    """Return a table below each heading. Texts are shortened if that saves rows."""
+    forms = []
+    for short, brief in ((False, False), (False, True), (True, True)):
+        rows = {heading: [(each[short], each[2].partition(";")[0] if brief else each[2]) for each in rows]
+                for heading, rows in topics.items()}
+        size = max(len(left) for table in rows.values() for left, _ in table)
+        forms.append("\n".join("\n".join([heading, *(f"{left.ljust(size)}  {right}" for left, right in table)])
+                               for heading, table in rows.items()))
+    return min(forms, key=lambda form: len(wrap(form, cols, table=True)))
 
 
 class Commands:
@@ -5735,7 +5770,7 @@ class Commands:
 
     # -- talk ------------------------------------------------------------------------------------------
 
-    @command("/msg NAME TEXT")
+    @command("/msg NAME TEXT", "talk")
     def _msg(self, rest: str) -> None:
         """send a private message."""
         peer, text = self._split_name(rest)
@@ -5743,18 +5778,18 @@ class Commands:
             raise ChatError("There is nothing to send: say the text behind the name.")
         self.node.send_chat_message(peer.id, text)
 
-    @command("/reply TEXT")
+    @command("/reply TEXT", "talk")
     def _reply(self, rest: str) -> None:
-        """answer whoever last wrote to you privately."""
+        """answer the last private text; goes to whoever wrote it."""
         if self.view.people.private is None:
             raise ChatError("Nobody has written to you privately yet.")
         if not rest:
             raise ChatError("/reply wants a text, for example: /reply yes.")
         self.node.send_chat_message(self.view.people.private, rest)
 
-    @command("/query [NAME [TEXT]]")
+    @command("/query [NAME [TEXT]]", "talk")
     def _query(self, rest: str) -> None:
-        """send what is typed to NAME only, until /query alone."""
+        """type to NAME only; /query alone: to everyone again."""
         peer, text = self._split_name(rest) if rest else (None, "")
         self.view.window.target = peer.id if peer else None
         receiver = f"{self.node.label(peer.id)} only" if peer else "everyone"
@@ -5762,38 +5797,23 @@ class Commands:
         if text:
             self._send(text)
 
-    @command("/me TEXT")
+    @command("/me TEXT", "talk")
     def _me(self, rest: str) -> None:
-        """say what you do: * Alice waves."""
+        """say what you do; /me waves: * Alice waves."""
         if not rest:
             raise ChatError("/me wants a text, for example: /me waves.")
         self._send(ACTION + rest)
 
     # -- people ----------------------------------------------------------------------------------------
 
-    @command("/nick NAME")
-    def _nick(self, rest: str) -> None:
-        """take another name."""
-        self.node.rename(rest)
-
-    @command("/peers")
-    def _peers(self, rest: str) -> None:
-        """show or hide the list of peers."""
-        if self.view.on_screen and self.view.cols >= SIDE_COLS:
-            self.view.has_side = not self.view.has_side
-            return
-        labels = self.view.labels(self.node.present())
-        names = f": {', '.join(labels)}" if labels else ""
-        self.view.answer(f"{_count(len(labels), 'peer')}{names}.")
-
-    @command("/who")
+    @command("/who", "people")
     def _who(self, rest: str) -> None:
-        """who is there, and how well they are heard."""
+        """who is here; and how well they are heard."""
         self.view.answer("\n".join(self.node.alone() or self.node.who()))
 
-    @command("/whois NAME")
+    @command("/whois NAME", "people")
     def _whois(self, rest: str) -> None:
-        """name, address and state of one peer."""
+        """address and state of a peer."""
         people = self.view.people
         if self._is_me(rest):
             self.view.answer(f"You are {self.node.me.id}.")
@@ -5805,7 +5825,22 @@ class Commands:
         traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
         self.view.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
 
-    @command("/info")
+    @command("/peers", "screen")
+    def _peers(self, rest: str) -> None:
+        """show or hide the list of peers."""
+        if self.view.on_screen and self.view.cols >= SIDE_COLS:
+            self.view.keyboard.toggle_peers()
+            return
+        labels = self.view.labels(self.node.present())
+        names = f": {', '.join(labels)}" if labels else ""
+        self.view.answer(f"{_count(len(labels), 'peer')}{names}.")
+
+    @command("/nick NAME", "people")
+    def _nick(self, rest: str) -> None:
+        """take another name."""
+        self.node.rename(rest)
+
+    @command("/info", "talk")
     def _info(self, rest: str) -> None:
         """who has your last message."""
         receipts = self.view.outgoing.last
@@ -5819,12 +5854,12 @@ class Commands:
 
     # -- the network, the screen -----------------------------------------------------------------------
 
-    @command("/sync")
+    @command("/sync", "connection")
     def _sync(self, rest: str) -> None:
-        """compare lists of peers with somebody now."""
+        """compare lists of peers now; with a random peer."""
         self.node.sync()
 
-    @command("/log [LINES]")
+    @command("/log [LINES]", "connection")
     def _log(self, rest: str) -> None:
         """show the last lines of the log."""
         count = (rest or "20")[:9]
@@ -5832,9 +5867,9 @@ class Commands:
             raise ChatError("/log wants a number of lines, for example: /log 50.")
         self.view.answer("\n".join(list(self.view.log)[-max(1, int(count)):]) or "The log is empty.")
 
-    @command("/search [TEXT]")
+    @command("/search [TEXT]", "screen")
     def _search(self, rest: str) -> None:
-        """go to the last message with TEXT; again: to the one before."""
+        """find TEXT, newest first; again: the one before."""
         view, scrollback = self.view, self.view.window.scrollback
         wanted = rest or scrollback.wanted
         if not wanted:
@@ -5853,7 +5888,7 @@ class Commands:
         scrollback.go_to(scrollback.moved((scrollback.found, 0), area.height // 2, area.cols), area)  # below the middle
         view.hint = f"{len(hits) - 1} more above: /search goes on, End comes back."
 
-    @command("/ignore [NAME]")
+    @command("/ignore [NAME]", "people")
     def _ignore(self, rest: str) -> None:
         """show nothing more from a peer; alone: who is ignored."""
         ignored = self.view.people.ignored
@@ -5861,7 +5896,7 @@ class Commands:
             ignored[self._peer(rest).id] = None
         self.view.answer(f"Ignored: {', '.join(map(self.node.label, ignored)) or 'nobody'}.")
 
-    @command("/unignore NAME")
+    @command("/unignore NAME", "people")
     def _unignore(self, rest: str) -> None:
         """show what a peer says again."""
         ignored, wanted = self.view.people.ignored, rest.strip('"').casefold()
@@ -5872,44 +5907,46 @@ class Commands:
         del ignored[found[0]]
         self.view.answer(f"{self.node.label(found[0])} is heard again.")
 
-    @command("/quiet")
+    @command("/quiet", "screen")
     def _quiet(self, rest: str) -> None:
-        """hide or show joins and leaves of those who have not spoken lately."""
+        """show fewer joins and leaves; only of those who spoke lately; again: all."""
         self.view.is_quiet = not self.view.is_quiet
         self.view.answer(f"Joins and leaves of the silent are {'hidden' if self.view.is_quiet else 'shown'}.")
 
-    @command("/bell [on|off]")
+    @command("/bell [on|off]", "screen")
     def _bell(self, rest: str) -> None:
-        """ring when you are named or written to privately."""
+        """ring when you are called; by name or privately."""
         if rest.lower() not in ("", "on", "off"):
             raise ChatError("The bell can be on or off.")
         self.view.may_ring = rest.lower() == "on" if rest else self.view.may_ring
         self.view.answer(f"The bell is {'on' if self.view.may_ring else 'off'}.")
 
-    @command("/clear")
+    @command("/clear", "screen")
     def _clear(self, rest: str) -> None:
         """empty the screen."""
         self.view.window.scrollback.clear()
         if self.view.transcript is not None:
             self.view.transcript.clear()
 
-    @command("/help [COMMAND]")
+    @command("/help [COMMAND]", "screen")
     def _help(self, rest: str) -> None:
-        """list the commands, or explain one; /help keys lists the keys."""
+        """list the commands; or explain one; /help keys lists the keys."""
         wanted = "/" + rest.lower().lstrip("/")
+        topics: Topics = {}
         if wanted == "/keys":
-            rows = [(key.names, key.help) for key in KEYS]
+            for heading, keys in (("Writing:", EDIT_KEYS), ("Sending, reading, leaving:", VIEW_KEYS)):
+                topics[heading] = [(key.names, key.names.partition(",")[0], key.help) for key in keys]
         elif wanted == "/":
-            rows = [(each.usage, each.help) for each in COMMANDS.values()]
-            rows.append(("//TEXT", "say a text that begins with a slash"))
-        elif wanted in COMMANDS:
-            rows = [(COMMANDS[wanted].usage, COMMANDS[wanted].help)]
-        else:
+            for group in GROUPS:
+                topics[f"{group.capitalize()}:"] = [(each.usage, each.name, each.help)
+                                                    for each in COMMANDS.values() if each.group == group]
+            topics["Talk:"].append(("//TEXT", "//TEXT", "say a text with a slash"))
+        elif wanted not in COMMANDS:
             raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
-        first = max(len(left) for left, _ in rows)
-        self.view.answer("\n".join(f"{left.ljust(first)}  {right}" for left, right in rows))
+        found = COMMANDS.get(wanted)
+        self.view.answer(topic_list(topics, self.view.answer_cols()) if found is None else f"{found.usage}  {found.help}")
 
-    @command("/quit")
+    @command("/quit", "connection")
     def _quit(self, rest: str) -> None:
         """leave the chat."""
         self.node.leave()
@@ -5938,8 +5975,10 @@ class Completion:
     def _find(self, text: str, start: int) -> List[str]:
         """Return what the word at `start` can become: commands, or names, the latest speakers first."""
         view, word, before = self.view, text[start:].casefold(), text[:start].split()
-        if word.startswith("/") and (not before or before == ["/help"]):
+        if word.startswith("/") and not before:
             return [name + " " for name in COMMANDS if name.startswith(word)]
+        if before == ["/help"]:
+            return [name + " " for name in (*COMMANDS, "keys") if name.lstrip("/").startswith(word.lstrip("/"))]
         if not word and not before:
             return []
         at = "@" if word.startswith("@") else ""
@@ -6036,6 +6075,13 @@ class Keyboard:
         area = self.view.area()
         self.view.window.scrollback.scroll(pages * max(1, area.height - 1), area)
 
+    def scroll_peers(self, pages: int) -> None:
+        """Scroll the list of peers; drawing it keeps it within its bounds."""
+        self.view.people.top += pages * max(1, self.view.area().height - 2)
+
+    def toggle_peers(self) -> None:
+        self.view.has_side = not self.view.has_side
+
     def to_top(self) -> None:
         self.view.window.scrollback.to_top(self.view.area())
 
@@ -6111,6 +6157,10 @@ class ChatView:
 
     def labels(self, peers: Iterable[Peer]) -> List[str]:
         return [self.node.label(peer.id) for peer in peers]
+
+    def answer_cols(self) -> int:
+        """Return how many columns the text of an answer has; without a screen there is no limit."""
+        return self.area().cols - (8 if self.cols >= TIME_COLS else 2) if self.on_screen else sys.maxsize
 
     def area(self) -> Area:
         """Return the size of the part of the screen that shows messages."""
@@ -6204,7 +6254,8 @@ Press = Tuple[str, str]
 # What follows ESC: an escape sequence's last character, for ~ with its number.
 _SEQUENCES = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter",
               "I": "focus-in", "O": "focus-out", "Z": "shift-tab", "1~": "home", "3~": "delete", "4~": "end",
-              "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end"}
+              "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end", "20~": "f9", "21~": "f10", "23~": "f11",
+              "24~": "f12"}
 _MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
 _CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
 _TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home",
@@ -6424,7 +6475,7 @@ class Interface:
 class Terminal:
     """The terminal while it shows our screen: a context manager that puts it back as it was."""
 
-    _ASCII = str.maketrans("✗●○→…─│·◌", "x*o>~-|-o")
+    _ASCII = str.maketrans("✗●○◐→…─│·◌", "x*o%>~-|-o")
 
     def __init__(self) -> None:
         import curses
@@ -6552,6 +6603,7 @@ class CursesInterface(Interface):
         self.form: Optional[StartForm] = None
         self._next: Optional[Settings] = None  # of the next node, which starts when this one has stopped
         self._frame = Timer()
+        self._still = Timer()  # nothing was drawn for a while
         self._drawn_at = 0.0
         self._escape = Timer()
 
@@ -6612,6 +6664,8 @@ class CursesInterface(Interface):
                 self.view.has_rung = False
                 self.terminal.beep()
         self._drawn_at = self.loop.now()
+        self._still.cancel()
+        self._still = self.loop.call_later(FRESH_TIME, self.changed)  # for marks that grow old
         if not screen.is_complete:
             self.changed()
 

@@ -65,6 +65,7 @@ class ViewNode:
         self.loop = ViewLoop()
         self.me = p2pchat.Peer(me, "10.0.0.1", 10001, "me")
         self.peers = p2pchat.PeerList(self.me)
+        self.peers._make = p2pchat.Contact
         self.undelivered = 0
         self.settings = p2pchat.Settings()
         self.leaving = False
@@ -80,6 +81,7 @@ class ViewNode:
         number = len(self.peers) + 2
         peer = p2pchat.Peer(name, ip or f"10.0.0.{number}", port, f"i{number}x{port}", 1)
         self.peers.merge_own_claim(peer.wire(0.0), 0.0)
+        self.peers.get(peer.id).heard_at, self.peers.get(peer.id).link = 1.0, self
         if tell:
             self.emit({"event": "joined", "peer": peer.public})
         return peer.public
@@ -435,6 +437,9 @@ def test_completion_of_commands():
     assert view.window.line.text == "/whois "
     view_keys(view, "<ctrl-u>", "/help /se", "<tab>")
     assert view.window.line.text == "/help /search "
+    for typed, completed in (("/help whoi", "/help /whois "), ("/help ke", "/help keys "), ("/help zz", "/help zz")):
+        view_keys(view, "<ctrl-u>", typed, "<tab>")
+        assert view.window.line.text == completed
 
 
 # -- commands ------------------------------------------------------------------------------------------
@@ -571,12 +576,37 @@ def test_the_other_commands():
 
 def test_help_has_every_command_and_key():
     view = view_make()
+    view.cols = 200
     listed = view_answer(view, "/help")
     for command in p2pchat.COMMANDS.values():
-        assert command.usage in listed and command.help and view_answer(view, f"/help {command.name[1:]}")
+        assert f"{command.usage}  " in listed and command.help in listed and command.group in p2pchat.GROUPS
+        assert view_answer(view, f"/help {command.name[1:]}") == f"{command.usage}  {command.help}"
     keys = view_answer(view, "/help keys")
-    assert all(key.names in keys and key.help for key in p2pchat.KEYS)
-    assert len(p2pchat.COMMANDS) == 19
+    assert all(key.names in keys and key.help in keys for key in p2pchat.KEYS)
+
+
+@pytest.mark.parametrize("cols, most", [(40, 2.0), (80, 1.0), (100, 1.0), (200, 1.0)])
+@pytest.mark.parametrize("line", ["/help", "/help keys"])
+def test_help_fits_the_screen(line, cols, most):
+    """A command has one row, from 80 columns on; most wanted first, below the headings of its groups."""
+    view = view_make("Bob")
+    view.cols = cols
+    lines = view_answer(view, line).split("\n")
+    rows = p2pchat.wrap("\n".join(lines), view.answer_cols(), table=True)
+    assert len(rows) <= most * len(lines)
+    if line == "/help":
+        assert [each for each in lines if each.endswith(":")] == ["Talk:", "People:", "Screen:", "Connection:"]
+        assert lines[1].startswith("/msg") and lines[lines.index("People:") + 1].startswith("/who ")
+
+
+def test_an_answer_longer_than_the_screen_begins_at_its_first_row():
+    view = view_make("Bob")
+    view_screen(view)
+    view_keys(view, "/help", "<enter>")
+    rows = view_screen(view)
+    assert "- Talk:" in rows[1] and "PgDn shows it" in rows[-2]
+    view_keys(view, "<pgdn>", "<pgdn>", "<pgdn>")
+    assert "PgDn" not in view_screen(view)[-2]
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -682,7 +712,7 @@ def test_a_long_answer_is_shown_from_its_beginning():
     view = view_make("Bob")
     view_screen(view, 12, 80)
     view_keys(view, "/help", "<enter>")
-    assert "/msg NAME TEXT" in view_screen(view, 12, 80)[1]
+    assert "/msg NAME TEXT" in view_screen(view, 12, 80)[2]
     view_keys(view, "hi", "<enter>")
     assert view.window.scrollback.anchor is None
 
@@ -956,24 +986,51 @@ def test_a_name_is_found_without_trying_each_blank(names, line, most):
     assert view.node.sent and 1 <= len(tried) <= most, tried
 
 
+def view_side(view, rows=24, cols=80):
+    """The rows of the list of peers."""
+    return [row.split("│")[1].strip() for row in view_screen(view, rows, cols) if "│" in row]
+
+
 def test_the_list_of_peers():
-    view = view_make("bob", "Carol", "Ab")
-    rows = [row.split("│")[1].strip() for row in view_screen(view) if "│" in row]
-    assert rows[:3] == ["● Ab 10.0.0.4:10001", "● bob 10.0.0.2:10001", "● Carol 10.0.0.3:10001"]
+    view = view_make("pc10", "Pc2", "Eva", "Élise")
+    assert view_side(view, 24, 120)[:4] == [
+        "● Élise 10.0.0.5:10001", "● Eva 10.0.0.4:10001", "● Pc2 10.0.0.3:10001", "● pc10 10.0.0.2:10001"]
+    assert view_side(view)[:4] == ["● Élise", "● Eva", "● Pc2", "● pc10"]  # no room for addresses
+    before = [row.find("│") for row in view_screen(view, 24, 120)]
+    view.node.join("W" * 32)
+    assert view_side(view, 24, 120)[:2] == ["● Élise", "● Eva"] and before == [row.find("│") for row in view_screen(view, 24, 120)]
     view.node.present()[0].quiet = True
+    view.node.present()[1].link = None
+    assert view_side(view)[:2] == ["○ Élise", "◐ Eva"]
+    assert "5 peers" in view_screen(view)[0] and not any("│" in row for row in view_screen(view, 24, 59))
+
+
+def test_the_list_of_peers_marks_whoever_has_just_come():
+    view = view_make("Bob")
     view.node.join("Zed", tell=True)
-    screen = "".join(view_screen(view))
-    assert "○ Ab" in screen and "+ Zed" in screen
-    view_keys(view, "<focus-in>")
-    assert "● Zed" in "".join(view_screen(view))
-    for number in range(30):
-        view.node.join(f"Peer{number:02}")
-    assert "+ 14 more" in "".join(view_screen(view))
-    assert "34 peers" in view_screen(view)[0]
-    assert not any("│" in row for row in view_screen(view, 24, 59))
-    view_screen(view)
-    view.enter("/peers")
-    assert not any("│" in row for row in view_screen(view))
+    view.node.loop.seconds += p2pchat.FRESH_TIME - 1
+    assert view_side(view)[:2] == ["● Bob", "+ Zed"]
+    view.node.loop.seconds += 1
+    assert view_side(view)[1] == "● Zed"  # without a key
+    view.node.join("Zoe", tell=True)
+    view_keys(view, "x")
+    assert view_side(view)[2] == "● Zoe"
+
+
+def test_the_list_of_peers_scrolls_and_hides():
+    view = view_make(*(f"Peer{number}" for number in range(50)))
+    assert view_side(view)[0] == "● Peer0" and view_side(view)[-1] == "30 more: Alt-PgDn"
+    view_keys(view, "<alt-pgdn>")
+    assert view_side(view)[0] == "● Peer19" and view_side(view)[-1] == "11 more: Alt-PgDn"
+    view_keys(view, "<f12>", "<f12>", "<f12>")
+    assert view_side(view)[-2:] == ["● Peer49", "30 more: Alt-PgUp"]
+    view_keys(view, "<alt-pgup>")
+    assert view_side(view)[-1] == "19 more: Alt-PgDn"
+    for hide, show in (("<f9>", "<f9>"), ("/peers\n", "<f9>")):
+        view.enter(hide.strip()) if hide[0] == "/" else view_keys(view, hide)
+        assert not view_side(view)
+        view_keys(view, show)
+        assert view_side(view)
 
 
 def test_the_status_bar():
