@@ -5538,12 +5538,15 @@ class Commands:
 
     def enter(self, text: str) -> bool:
         """Do what a line says; return whether that was possible, and if not, say why."""
+        if not text[:1].isalnum():
+            text = clean(text, newlines=True)  # nothing invisible before a slash makes a command a text, and public
+        start = text.lstrip()
         try:
-            if text.startswith("//"):
-                self._send(text[1:])
-            elif text.startswith("/"):
-                self._run(text)
-            elif text.strip():
+            if start.startswith("//"):
+                self._send(text.replace("//", "/", 1))
+            elif start.startswith("/"):
+                self._run(start)
+            elif start:
                 self._send(text)
         except ChatError as error:
             self.view.refused += 1
@@ -5565,6 +5568,8 @@ class Commands:
         if name == "/":
             raise ChatError("A command begins with a slash and a word; //TEXT says a text with a slash.")
         found = COMMANDS.get(name.lower())
+        if found is None and "/" in name[1:]:
+            raise ChatError(f"There is no command {_shortened(clean(name))}. To say it, begin it with two slashes.")
         if found is None:
             guess = _nearest(name.lower(), list(COMMANDS))
             raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")

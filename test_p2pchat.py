@@ -444,7 +444,26 @@ def test_chat_and_slashes():
     assert "* Alice waves" in "".join(view_screen(view))
 
 
-@pytest.mark.parametrize("line, guess", [("/hlep", "/help"), ("/mgs Bob x", "/msg"), ("/QUITT", "/quit"), ("/usr/bin/env", "")])
+@pytest.mark.parametrize("blank", [" ", "\t", "  \n", "\u00a0", "\u3000", "\ufeff", "\u200b \u2060", "\x85"])
+def test_what_stands_before_a_slash_makes_no_private_text_public(blank):
+    view = view_make("Bob")
+    view.enter(f"{blank}/msg Bob psst")
+    view_keys(view, f"{blank}/msg Bob secret", "<enter>")
+    assert "Did you mean" in view_answer(view, f"{blank}/mgs Bob oops")
+    view.enter(f"{blank}//path")
+    bob = view_peer(view, "Bob")["id"]
+    assert [(text.strip(), to) for text, to in view.node.sent] == [("psst", bob), ("secret", bob), ("/path", None)]
+
+
+@pytest.mark.parametrize("line", ["/etc/passwd", "/usr/bin/env python3", "  /home/x y", "/msg/x", "/\u202eetc/x"])
+def test_a_path_is_answered_with_two_slashes(line):
+    view = view_make("Bob")
+    assert "two slashes" in view_answer(view, line) and view.node.sent == [] and view.refused == 1
+    view.enter(line.replace("/", "//", 1))
+    assert [text for text, _ in view.node.sent] == [line.replace("\u202e", "")]
+
+
+@pytest.mark.parametrize("line, guess", [("/hlep", "/help"), ("/mgs Bob x", "/msg"), ("/QUITT", "/quit")])
 def test_unknown_commands_are_never_sent(line, guess):
     view = view_make("Bob")
     answer = view_answer(view, line)
