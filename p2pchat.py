@@ -5514,18 +5514,58 @@ class Command(NamedTuple):
     usage: str
     help: str
     run: Handle
+    aliases: Tuple[str, ...]
 
 
 COMMANDS: Dict[str, Command] = {}
+_ALIASES: Dict[str, Command] = {}  # the same commands, by every name
+_ONE_CONVERSATION = "There is one conversation so far, and you are in it. /query NAME talks to one peer, /quit leaves."
+_UNCLEAR = {  # names that mean different things elsewhere, or something that does not exist here: what is answered
+    "/w": "Which one: /who, /whois NAME or /msg NAME TEXT?",
+    "/q": "Which one: /query NAME or /quit?",
+    **dict.fromkeys(("/list", "/join", "/j", "/part", "/leave"), _ONE_CONVERSATION),
+}
+_SYNONYMS = {  # what other programs call our commands: is suggested, not done
+    "/msg": ("/whisper", "/tell", "/dm", "/pm", "/send", "/notice"), "/reply": ("/answer", "/r"),
+    "/nick": ("/name", "/rename", "/user"), "/me": ("/action", "/emote", "/describe"), "/whois": ("/finger",),
+    "/who": ("/ls", "/online", "/ping"), "/search": ("/find", "/grep", "/lastlog", "/last"),
+    "/ignore": ("/block", "/mute"), "/unignore": ("/unblock", "/unmute"), "/clear": ("/cls",),
+    "/help": ("/?", "/man", "/commands"), "/quit": ("/disconnect", "/logout", "/close", "/stop"),
+}
 
 
-def command(usage: str) -> Callable[[Handle], Handle]:
+def command(usage: str, *aliases: str) -> Callable[[Handle], Handle]:
     """Put a method into the table of commands. Its docstring is the command's help."""
     def enter(method: Handle) -> Handle:
         name = usage.split()[0]
-        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method)
+        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method, aliases)
+        _ALIASES.update(dict.fromkeys((name, *aliases), COMMANDS[name]))
         return method
     return enter
+
+
+def find_command(name: str) -> Command:
+    """Return the command of this name or alias. Raises ChatError, which says what was probably meant."""
+    name = name.lower()
+    if name in _ALIASES:
+        return _ALIASES[name]
+    if name in _UNCLEAR:
+        raise ChatError(_UNCLEAR[name])
+    shown = _shortened(clean(name))
+    if "/" in name[1:]:
+        raise ChatError(f"There is no command {shown}. To say it, begin it with two slashes.")
+    meant = next((each for each, synonyms in _SYNONYMS.items() if name in synonyms), "") or _begins_alike(name)
+    guess = f" Did you mean {meant}?" if meant else ""
+    raise ChatError(f"There is no {shown}.{guess} /help lists the commands.")
+
+
+def _begins_alike(name: str) -> str:
+    """Return the command that a mistyped one probably is: it begins with the same letter, and shares most letters."""
+    def likeness(each: str) -> float:
+        shared = sum((collections.Counter(each[1:]) & collections.Counter(name[1:])).values())
+        return 1.0 if each.startswith(name) else 2 * shared / (len(each) + len(name) - 2)
+    best = max((each for each in COMMANDS if each[:2] == name[:2]), key=likeness, default="")
+    return best if best and likeness(best) >= 0.7 else ""
 
 
 class Commands:
@@ -5567,12 +5607,7 @@ class Commands:
         name = text.split(None, 1)[0]
         if name == "/":
             raise ChatError("A command begins with a slash and a word; //TEXT says a text with a slash.")
-        found = COMMANDS.get(name.lower())
-        if found is None and "/" in name[1:]:
-            raise ChatError(f"There is no command {_shortened(clean(name))}. To say it, begin it with two slashes.")
-        if found is None:
-            guess = _nearest(name.lower(), list(COMMANDS))
-            raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")
+        found = find_command(name)
         rest = text[len(name):].strip()
         if rest and found.usage == found.name:
             raise ChatError(f"{found.name} takes nothing behind it. /help lists the commands.")
@@ -5625,7 +5660,7 @@ class Commands:
 
     # -- talk ------------------------------------------------------------------------------------------
 
-    @command("/msg NAME TEXT")
+    @command("/msg NAME TEXT", "/m")
     def _msg(self, rest: str) -> None:
         """send a private message."""
         peer, text = self._split_name(rest)
@@ -5676,12 +5711,12 @@ class Commands:
         names = f": {', '.join(labels)}" if labels else ""
         self.view.answer(f"{_count(len(labels), 'peer')}{names}.")
 
-    @command("/who")
+    @command("/who", "/n", "/names", "/users")
     def _who(self, rest: str) -> None:
         """who is there, and how well they are heard."""
         self.view.answer("\n".join(self.node.alone() or self.node.who()))
 
-    @command("/whois NAME")
+    @command("/whois NAME", "/wi")
     def _whois(self, rest: str) -> None:
         """name, address and state of one peer."""
         people = self.view.people
@@ -5792,14 +5827,19 @@ class Commands:
         elif wanted == "/":
             rows = [(each.usage, each.help) for each in COMMANDS.values()]
             rows.append(("//TEXT", "say a text that begins with a slash"))
-        elif wanted in COMMANDS:
-            rows = [(COMMANDS[wanted].usage, COMMANDS[wanted].help)]
         else:
-            raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
+            found = find_command(wanted)
+            rows = [(found.usage, found.help)] + [("also", ", ".join(found.aliases))] * bool(found.aliases)
         first = max(len(left) for left, _ in rows)
         self.view.answer("\n".join(f"{left.ljust(first)}  {right}" for left, right in rows))
 
-    @command("/quit")
+    @command("/version")
+    def _version(self, rest: str) -> None:
+        """show which version this is."""
+        python = ".".join(map(str, sys.version_info[:3]))
+        self.view.answer(f"p2pchat {__version__}, Python {python} on {sys.platform}.")
+
+    @command("/quit", "/exit", "/bye", "/signoff")
     def _quit(self, rest: str) -> None:
         """leave the chat."""
         self.node.leave()

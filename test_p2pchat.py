@@ -463,11 +463,39 @@ def test_a_path_is_answered_with_two_slashes(line):
     assert [text for text, _ in view.node.sent] == [line.replace("\u202e", "")]
 
 
-@pytest.mark.parametrize("line, guess", [("/hlep", "/help"), ("/mgs Bob x", "/msg"), ("/QUITT", "/quit")])
+@pytest.mark.parametrize("line, guess", [
+    ("/hlep", "/help"), ("/mgs Bob x", "/msg"), ("/QUITT", "/quit"), ("/whisper Bob x", "/msg"), ("/name Eve", "/nick"),
+    ("/topic tea", ""), ("/op Bob", ""), ("/kick Bob", ""), ("/mode", ""), ("/say hi", ""), ("/?", "/help"), ("/logout", "/quit")])
 def test_unknown_commands_are_never_sent(line, guess):
+    """What is suggested begins alike or means the same."""
     view = view_make("Bob")
     answer = view_answer(view, line)
-    assert answer.startswith("There is no " + line.split()[0]) and guess in answer and view.node.sent == []
+    assert answer.startswith("There is no " + line.split()[0].lower() + ".") and view.node.sent == []
+    assert f"Did you mean {guess}?" in answer if guess else "Did you mean" not in answer
+
+
+@pytest.mark.parametrize("line, words", [
+    ("/w", "/who, /whois NAME or /msg NAME TEXT?"), ("/w Bob hi", "Which one"), ("/q", "/query NAME or /quit?"),
+    ("/q Bob", "Which one"), ("/list", "one conversation so far"), ("/join #tea", "one conversation so far"),
+    ("/part", "/quit leaves"), ("/help w", "Which one")])
+def test_names_that_could_mean_something_else_are_asked_about(line, words):
+    view = view_make("Bob")
+    assert words in view_answer(view, line) and view.node.sent == [] and view.refused == 1 and not view.node.leaving
+
+
+def test_names_that_other_programs_use():
+    view = view_make("Bob")
+    view.enter("/M Bob hi")
+    assert view.node.sent == [("hi", view_peer(view, "Bob")["id"])]
+    assert all(view_answer(view, line) == view_answer(view, "/who") for line in ("/n", "/names", "/users"))
+    assert view_answer(view, "/version").startswith(f"p2pchat {p2pchat.__version__}, Python 3.")
+    assert "/exit, /bye" in view_answer(view, "/help bye") and view_answer(view, "/help m") == view_answer(view, "/help msg")
+    for line in ("/exit", "/bye"):
+        view = view_make("Bob")
+        view.enter(line)
+        assert view.node.leaving
+    names = [*p2pchat._ALIASES, *p2pchat._UNCLEAR, *(name for names in p2pchat._SYNONYMS.values() for name in names)]
+    assert len(names) == len(set(names)) and set(p2pchat._SYNONYMS) <= set(p2pchat.COMMANDS)
 
 
 @pytest.mark.parametrize("line, name, text", [
@@ -591,7 +619,7 @@ def test_help_has_every_command_and_key():
         assert command.usage in listed and command.help and view_answer(view, f"/help {command.name[1:]}")
     keys = view_answer(view, "/help keys")
     assert all(key.names in keys and key.help for key in p2pchat.KEYS)
-    assert len(p2pchat.COMMANDS) == 19
+    assert len(p2pchat.COMMANDS) == 20
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -9141,6 +9169,10 @@ def readme_table(heading):
 def test_readme_has_the_commands_and_keys_of_the_program():
     told = [(usage.strip("` "), meaning) for usage, meaning in readme_table("## Commands")]
     assert told[:-1] == [(command.usage, command.help) for command in p2pchat.COMMANDS.values()]
+    aliases = [f"{', '.join(f'`{alias}`' for alias in each.aliases)} for `{each.name}`"
+               for each in p2pchat.COMMANDS.values() if each.aliases]
+    with open(os.path.join(os.path.dirname(PROGRAM_FILE), "README.md"), encoding="utf-8") as file:
+        assert f"Other names: {'; '.join(aliases)}." in " ".join(file.read().split())
     assert [tuple(row) for row in readme_table("## Keys")] == [(key.names, key.help) for key in p2pchat.KEYS]
 
 
