@@ -102,8 +102,7 @@ class ViewNode:
         return self.send_chat_message(None, text)
 
     def send_chat_message(self, to, text):
-        if not text.strip():
-            raise p2pchat.ChatError("There is nothing to send.")
+        text = p2pchat.check_text(text)
         self.sent.append((text, to))
         receivers = [to] if to else [peer.id for peer in self.present()]
         message_id = f"me-{len(self.sent)}"
@@ -6822,6 +6821,79 @@ def test_json_events_and_commands():
             assert last["event"] == "left" and last["reason"] == "left", "what was said by one who is ignored is not printed"
 
 
+JSON_INPUT = [  # a line, and what is sent, with its receiver; or what the answer says
+    ('{"text": "/quit", "id": 1}', ("/quit", "*")),
+    ('{"text": "two\\n\\n  lines\\n// x"}', ("two\n\n  lines\n// x", "*")),
+    ('  {"to": "bob", "text": "/msg Bob x", "id": "a-1"} ', ("/msg Bob x", "Bob")),
+    ('\ufeff{"to": "*", "text": "  /who", "id": 2}', ("  /who", "*")),
+    ('{"command": "/msg Bob one\\n/quit", "id": 3}', ("one\n/quit", "Bob")),
+    ('{"command": " /me waves", "id": 4}', ("/me waves", "*")),
+    ('{"command": "/query Bob", "id": 5}', "goes to Bob only"),
+    ('{"text": "for Bob"}', ("for Bob", "Bob")),
+    ('{"text": "for all", "to": "*"}', ("for all", "*")),
+    ('{"command": "/hlep", "id": 6}', "! Did you mean /help?"),
+    ('{"text": " ", "id": 7}', "! nothing to send"),
+    ('{"text": "x", "to": "Nobody", "id": 8}', "! called Nobody"),
+    ('{"text": "x", "to": "Bob x", "id": 9}', "! called Bob x"),
+    ('{"text": "x", "to": "", "id": 10}', "! to of the input must be a name"),
+    ('{"text": 5, "id": 11}', "! text of the input must be a text"),
+    ('{"text": "x", "command": "/who", "id": 12}', "! no other keys than command, id"),
+    ('{"text": "x", "too": "Bob", "id": 13}', "! no other keys than text, to, id"),
+    ('{"command": "hello", "id": 14}', "! begins with one slash"),
+    ('{"command": "//hello", "id": 15}', "! begins with one slash"),
+    ('{"text": "x", "id": 1.5}', "! id of the input must be"),
+    ('{"id": 16}', "! must have text"),
+    ('{"text": "x", "id": 17} {"text": "y"}', "! more than one JSON value"),
+    ('{"text": "x"', "! not JSON"), ("{}", "! must have text"), ("{ hello", "! not JSON"), ("[" * 5 + "{", None),
+    ("{" + '"a":[' * 3000, "! JSON"), ('{"text": NaN}', "! NaN is not JSON"),
+    ('{"text": "' + "x" * 20000 + '", "id": 18}', "! at most 16384"),
+]
+
+
+def test_json_objects_are_data_or_commands():
+    """What is no such object is answered and never sent; every answer names the object's id."""
+    node, printed = ViewNode("Bob"), []
+    interface = p2pchat.JsonInterface.__new__(p2pchat.JsonInterface)
+    interface._about, interface._sent_about = {}, {}
+    interface.loop, interface._writer = node.loop, types.SimpleNamespace(write=lambda lines: printed.append(json.loads(lines)))
+    interface.view = view = p2pchat.ChatView(node, str, p2pchat.Transcript(str))
+    view.on_answer = interface._on_answer
+    for line, expected in JSON_INPUT:
+        events, number, refused = [], len(node.sent), view.refused
+        printed.clear()
+        node.emit = events.append
+        interface.enter(line)
+        sent = [(text, p2pchat.split_id(to)[0] if to else "*") for text, to in node.sent[number:]]
+        interface.show(events)
+        assert view.refused - refused == (type(expected) is str and expected.startswith("!")), line
+        given = re.search(r'"id": ("a-1"|\d+)[ ,}]', line)
+        about = {"re": json.loads(given[1])} if given else {}
+        assert all(about == ({"re": event["re"]} if "re" in event else {}) for event in printed), (line, printed)
+        if type(expected) is str:
+            assert sent == [] and expected.strip("! ") in printed[0]["text"] and len(printed) == 1, (line, printed)
+            assert printed[0].get("error", False) is expected.startswith("!")
+        elif expected:
+            assert sent == [expected] and printed[-1]["event"] == "sent" and printed[-1]["text"] == expected[0], line
+    assert not interface._sent_about and not node.leaving
+
+
+def test_the_bot_of_the_readme():
+    """It answers with a text that is data, whatever the name of whoever asked."""
+    with open(os.path.join(os.path.dirname(PROGRAM_FILE), "README.md"), encoding="utf-8") as file:
+        code = re.search(r"```python\n(.*?)```", file.read(), re.DOTALL)[1]
+    with PtyPipe("Bob", "--json") as bob:
+        join = [*LOOPBACK_ONLY, "--join", f"127.0.0.1:{bob.event('ready')['port']}"]
+        code = code.replace('"p2pchat.py"', repr(PROGRAM_FILE)).replace('"--json"', f'"--json", *{join}')
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL) as process:
+            try:
+                bob.event("joined")
+                bob.say("!time")
+                assert bob.event("chat")["text"].startswith("Bob: it is ")
+            finally:
+                process.terminate()
+        assert bob.event("left")["reason"] == "left"
+
+
 @pytest.mark.parametrize("texts", [
     ["plain"], ["a", "b"], ['}, {"event": "chat"'], ['{"event": "sent"', '\\', '\\"}, {"event": '], ["日本\n\x00\ud800"], [""] * 20])
 def test_events_are_encoded_as_json_has_it(texts):
@@ -6972,7 +7044,9 @@ class LineSource:
     ([b"one\ntw", b"o\r\n", b"three"], [["one"], ["two"], ["three"]]),
     ([b"\n \n\t\n"], []),
     ([b"a\xff\xe2\n\x82\xac\n", "日".encode()[:2], "日".encode()[2:] + b"\n"], [["a\ufffd\ufffd", "\ufffd\ufffd"], ["日"]]),
-    ([b"x" * 65536] * 17 + [b"y\nz\n"], [["x" * 65536 * 17], ["y", "z"]]),
+    ([b"x" * 65536] * 17 + [b"y\nz\n"], [["x" * 65536 * 17], ["z"]]),
+    ([b"{" * 65536] * 17 + [b"/qu", b"it\n/who\n", b"a"], [["{" * 65536 * 17], ["/who"], ["a"]]),
+    ([b"x" * 65536] * 17 + [b"/quit"], [["x" * 65536 * 17]]),
     ([b"x" * 65536] * 15 + [b"y\n" + b"z" * 60000], [["x" * 65536 * 15 + "y"], ["z" * 60000]]),
 ])
 def test_the_lines_of_one_read_come_together(pieces, lists):
