@@ -269,7 +269,8 @@ def check_username(name: str) -> str:
 def natural_key(name: str) -> List[Tuple[bool, int, str]]:
     """Return what to sort a name by: pc2 stands before pc10, and É beside E."""
     plain = "".join(each for each in unicodedata.normalize("NFKD", name.casefold()) if not unicodedata.combining(each))
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.findall(r"\d+|\D+", plain)]
+    parts = re.findall(r"\d+|\D+", plain)
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def graphemes(text: str) -> List[str]:
@@ -5338,7 +5339,8 @@ def _side_rows(view: "ChatView", height: int, cols: int) -> List[Line]:
     room = height if len(peers) <= height else height - 1
     people.top = max(0, min(people.top, len(peers) - room))
     shown = peers[people.top:people.top + room]
-    texts = [(label, "" if "@" in label else f" {peer.ip}:{peer.port}") for peer, label in zip(shown, view.labels(shown))]
+    texts = [(label, "" if "@" in label else f" {format_address(peer.address)}")
+             for peer, label in zip(shown, view.labels(shown))]
     has_addresses = all(width(label + address) <= cols - 2 for label, address in texts)
     rows: List[Line] = []
     for peer, (label, address) in zip(shown, texts):
@@ -5648,17 +5650,33 @@ class Command(NamedTuple):
     help: str  # what stands before a semicolon has to be enough where there is little room
     run: Handle
     group: str  # one of GROUPS
+    aliases: Tuple[str, ...]
 
 
 GROUPS = ("talk", "people", "screen", "connection")  # the order of /help
 COMMANDS: Dict[str, Command] = {}
+_ALIASES: Dict[str, Command] = {}  # the same commands, by every name
+_ONE_CONVERSATION = "There is one conversation so far, and you are in it. /query NAME talks to one peer, /quit leaves."
+_UNCLEAR = {  # names that mean different things elsewhere, or something that does not exist here: what is answered
+    "/w": "Which one: /who, /whois NAME or /msg NAME TEXT?",
+    "/q": "Which one: /query NAME or /quit?",
+    **dict.fromkeys(("/list", "/join", "/j", "/part", "/leave"), _ONE_CONVERSATION),
+}
+_SYNONYMS = {  # what other programs call our commands: is suggested, not done
+    "/msg": ("/whisper", "/tell", "/dm", "/pm", "/send", "/notice"), "/reply": ("/answer", "/r"),
+    "/nick": ("/name", "/rename", "/user"), "/me": ("/action", "/emote", "/describe"), "/whois": ("/finger",),
+    "/who": ("/ls", "/online", "/ping"), "/search": ("/find", "/grep", "/lastlog", "/last"),
+    "/ignore": ("/block", "/mute"), "/unignore": ("/unblock", "/unmute"), "/clear": ("/cls",),
+    "/help": ("/?", "/man", "/commands"), "/quit": ("/disconnect", "/logout", "/close", "/stop"),
+}
 
 
-def command(usage: str, group: str) -> Callable[[Handle], Handle]:
+def command(usage: str, group: str, *aliases: str) -> Callable[[Handle], Handle]:
     """Put a method into the table of commands. Its docstring is the command's help."""
     def enter(method: Handle) -> Handle:
         name = usage.split()[0]
-        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method, group)
+        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method, group, aliases)
+        _ALIASES.update(dict.fromkeys((name, *aliases), COMMANDS[name]))
         return method
     return enter
 
@@ -5678,6 +5696,30 @@ def topic_list(topics: Topics, cols: int) -> str:
     return min(forms, key=lambda form: len(wrap(form, cols, table=True)))
 
 
+def find_command(name: str) -> Command:
+    """Return the command of this name or alias. Raises ChatError, which says what was probably meant."""
+    name = name.lower()
+    if name in _ALIASES:
+        return _ALIASES[name]
+    if name in _UNCLEAR:
+        raise ChatError(_UNCLEAR[name])
+    shown = _shortened(clean(name))
+    if "/" in name[1:]:
+        raise ChatError(f"There is no command {shown}. To say it, begin it with two slashes.")
+    meant = next((each for each, synonyms in _SYNONYMS.items() if name in synonyms), "") or _begins_alike(name)
+    guess = f" Did you mean {meant}?" if meant else ""
+    raise ChatError(f"There is no {shown}.{guess} /help lists the commands.")
+
+
+def _begins_alike(name: str) -> str:
+    """Return the command that a mistyped one probably is: it begins with the same letter, and shares most letters."""
+    def likeness(each: str) -> float:
+        shared = sum((collections.Counter(each[1:]) & collections.Counter(name[1:])).values())
+        return 1.0 if each.startswith(name) else 2 * shared / (len(each) + len(name) - 2)
+    best = max((each for each in COMMANDS if each[:2] == name[:2]), key=likeness, default="")
+    return best if best and likeness(best) >= 0.7 else ""
+
+
 class Commands:
     """Sends what was entered, or runs it as a command. Commands raise ChatError when they can't be done."""
 
@@ -5685,39 +5727,52 @@ class Commands:
         self.view = view
         self.node = view.node
         self._most_blanks: Tuple[Sequence[Peer], int] = ([], 0)  # some peers, and the most blanks in one of their names
+        self.sent_id = ""  # of the last message
 
     def enter(self, text: str) -> bool:
         """Do what a line says; return whether that was possible, and if not, say why."""
+        return self._attempt(self._enter, text)
+
+    def say(self, text: str, to: str) -> bool:
+        """Send a text that is data, never a command, to a name, to EVERYONE, or with "" to the window's receiver."""
+        return self._attempt(self._say, text, to)
+
+    def _attempt(self, do: Callable[..., None], *args: str) -> bool:
         try:
-            if text.startswith("//"):
-                self._send(text[1:])
-            elif text.startswith("/"):
-                self._run(text)
-            elif text.strip():
-                self._send(text)
+            do(*args)
         except ChatError as error:
-            self.view.refused += 1
-            self.view.answer(str(error), "error")
+            self.view.refuse(str(error))
             return False
         return True
 
-    def _send(self, text: str) -> None:
-        """Send a text to the window's receiver."""
-        target = self.view.window.target
-        if target is None:
-            self.node.broadcast_chat_message(text)
+    def _enter(self, text: str) -> None:
+        if not text[:1].isalnum():
+            text = clean(text, newlines=True)  # nothing invisible before a slash makes a command a text, and public
+        start = text.lstrip()
+        if start.startswith("//"):
+            self._send(text.replace("//", "/", 1), self.view.window.target)
+        elif start.startswith("/"):
+            self._run(start)
+        elif start:
+            self._send(text, self.view.window.target)
+
+    def _say(self, text: str, to: str) -> None:
+        if to == EVERYONE:
+            self._send(text, None)
         else:
-            self.node.send_chat_message(target, text)
+            self._send(text, self._only(self.node.find(to), to).id if to else self.view.window.target)
+
+    def _send(self, text: str, to: Optional[str]) -> None:
+        """Send a text to the peer with the id `to`, or to everyone."""
+        send = self.node.send_chat_message
+        self.sent_id = self.node.broadcast_chat_message(text) if to is None else send(to, text)
 
     def _run(self, text: str) -> None:
         """Run the command that a line begins with."""
         name = text.split(None, 1)[0]
         if name == "/":
             raise ChatError("A command begins with a slash and a word; //TEXT says a text with a slash.")
-        found = COMMANDS.get(name.lower())
-        if found is None:
-            guess = _nearest(name.lower(), list(COMMANDS))
-            raise ChatError(f"There is no {clean(name)[:40]}.{guess} /help lists the commands.")
+        found = find_command(name)
         rest = text[len(name):].strip()
         if rest and found.usage == found.name:
             raise ChatError(f"{found.name} takes nothing behind it. /help lists the commands.")
@@ -5770,13 +5825,13 @@ class Commands:
 
     # -- talk ------------------------------------------------------------------------------------------
 
-    @command("/msg NAME TEXT", "talk")
+    @command("/msg NAME TEXT", "talk", "/m")
     def _msg(self, rest: str) -> None:
         """send a private message."""
         peer, text = self._split_name(rest)
         if not text:
             raise ChatError("There is nothing to send: say the text behind the name.")
-        self.node.send_chat_message(peer.id, text)
+        self._send(text, peer.id)
 
     @command("/reply TEXT", "talk")
     def _reply(self, rest: str) -> None:
@@ -5785,7 +5840,7 @@ class Commands:
             raise ChatError("Nobody has written to you privately yet.")
         if not rest:
             raise ChatError("/reply wants a text, for example: /reply yes.")
-        self.node.send_chat_message(self.view.people.private, rest)
+        self._send(rest, self.view.people.private)
 
     @command("/query [NAME [TEXT]]", "talk")
     def _query(self, rest: str) -> None:
@@ -5795,23 +5850,23 @@ class Commands:
         receiver = f"{self.node.label(peer.id)} only" if peer else "everyone"
         self.view.answer(f"What you type goes to {receiver}.")
         if text:
-            self._send(text)
+            self._send(text, self.view.window.target)
 
     @command("/me TEXT", "talk")
     def _me(self, rest: str) -> None:
         """say what you do; /me waves: * Alice waves."""
         if not rest:
             raise ChatError("/me wants a text, for example: /me waves.")
-        self._send(ACTION + rest)
+        self._send(ACTION + rest, self.view.window.target)
 
     # -- people ----------------------------------------------------------------------------------------
 
-    @command("/who", "people")
+    @command("/who", "people", "/n", "/names", "/users")
     def _who(self, rest: str) -> None:
         """who is here; and how well they are heard."""
         self.view.answer("\n".join(self.node.alone() or self.node.who()))
 
-    @command("/whois NAME", "people")
+    @command("/whois NAME", "people", "/wi")
     def _whois(self, rest: str) -> None:
         """address and state of a peer."""
         people = self.view.people
@@ -5941,12 +5996,20 @@ class Commands:
                 topics[f"{group.capitalize()}:"] = [(each.usage, each.name, each.help)
                                                     for each in COMMANDS.values() if each.group == group]
             topics["Talk:"].append(("//TEXT", "//TEXT", "say a text with a slash"))
-        elif wanted not in COMMANDS:
-            raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
-        found = COMMANDS.get(wanted)
-        self.view.answer(topic_list(topics, self.view.answer_cols()) if found is None else f"{found.usage}  {found.help}")
+        else:
+            found = find_command(wanted)
+            also = f"\nalso  {', '.join(found.aliases)}" if found.aliases else ""
+            self.view.answer(f"{found.usage}  {found.help}{also}")
+            return
+        self.view.answer(topic_list(topics, self.view.answer_cols()))
 
-    @command("/quit", "connection")
+    @command("/version", "connection")
+    def _version(self, rest: str) -> None:
+        """show which version this is."""
+        python = ".".join(map(str, sys.version_info[:3]))
+        self.view.answer(f"p2pchat {__version__}, Python {python} on {sys.platform}.")
+
+    @command("/quit", "connection", "/exit", "/bye", "/signoff")
     def _quit(self, rest: str) -> None:
         """leave the chat."""
         self.node.leave()
@@ -6123,7 +6186,7 @@ class ChatView:
         self.has_rung = False  # the interface has yet to ring the bell
         self.on_answer: Callable[[str, str], None] = lambda text, kind: None
         self.keyboard = Keyboard(self)
-        self._commands = Commands(self)
+        self.commands = Commands(self)
         self._narrator = Narrator(self)
 
     def handle(self, events: List[Event]) -> None:
@@ -6132,7 +6195,12 @@ class ChatView:
 
     def enter(self, text: str) -> bool:
         """Do what an entered line says; return whether that was possible."""
-        return self._commands.enter(text)
+        return self.commands.enter(text)
+
+    def refuse(self, why: str) -> None:
+        """Say why something could not be done."""
+        self.refused += 1
+        self.answer(why, "error")
 
     def add(self, kind: str, text: str, style: str = "", sender: str = "", to: str = "", own: bool = False
             ) -> Optional[Entry]:
@@ -6793,6 +6861,7 @@ class LineReader:
         self._on_lines = on_lines  # is called with all lines of one read
         self._on_end = on_end
         self._rest = b""  # the beginning of a line
+        self._is_too_long = False  # the beginning of this line was handed over as a line, and the rest is dropped
         self._source: Any = 0
         self._read: Callable[[int], bytes] = functools.partial(os.read, 0)
         self._state = "paused"  # watching, polling (a file: it can't be watched), paused, ended
@@ -6834,13 +6903,19 @@ class LineReader:
             self._on_end()
 
     def _cut(self, data: bytes) -> List[str]:
-        """Return the lines that these bytes complete. The end of input completes a line, and so does MAX_LINE."""
+        """Return the lines that these bytes complete; the end of input completes one. Of too long a line, which is
+        refused, the rest is dropped: it must not be taken for a line of its own."""
+        if self._is_too_long:
+            _, newline, data = data.partition(b"\n")
+            if not newline:
+                return []
+            self._is_too_long = False
         end = data.rfind(b"\n") + 1
         if not end and data:
             if len(self._rest) + len(data) <= MAX_LINE:
                 self._rest += data
                 return []
-            end = len(data)
+            end, self._is_too_long = len(data), True
         text, self._rest = (self._rest + data[:end]).decode("utf-8", "replace"), data[end:]
         return [line.rstrip("\r") for line in text.split("\n") if line and not line.isspace()]
 
@@ -6999,7 +7074,7 @@ class PlainInterface(Interface):
         """Do what the input says, as far as this turn has time and not too much is under way."""
         until = self.loop.now() + INPUT_TIME
         while self._input and not self.view.outgoing.is_full and self.loop.now() < until:
-            self.view.enter(self._input.popleft())
+            self.enter(self._input.popleft())
         if self._input:
             self._reader.pause()
             if not self.view.outgoing.is_full:  # else the next deliveries go on with it
@@ -7010,6 +7085,10 @@ class PlainInterface(Interface):
             self._reader.resume()
         self._writer.flush()
 
+    def enter(self, line: str) -> None:
+        """Do what a line of input says."""
+        self.view.enter(line)
+
     def _on_broken(self, why: str) -> None:
         """Leave: nobody would read what is said."""
         if why:
@@ -7019,8 +7098,25 @@ class PlainInterface(Interface):
         self.leave()
 
 
+_ID_GIVEN = (lambda value: is_count(value) or type(value) is str and len(value) <= MAX_ID,
+             f"an integer, or a text of at most {MAX_ID} characters")
+_SAYING: Fields = {"text": (_is_text(MAX_LINE), "a text"), "to?": (_is_text(MAX_ID, len), "a name, or * for everyone"),
+                   "id?": _ID_GIVEN}
+_COMMANDING: Fields = {"command": (lambda value: type(value) is str and re.match(r"\s*/(?!/)", value) is not None,
+                                   "a text that begins with one slash"), "id?": _ID_GIVEN}
+
+
+def check_request(request: Dict[str, Any]) -> None:
+    """Check an object that a program gives us as input. Raises BadMessage."""
+    fields = _COMMANDING if "command" in request else _SAYING
+    _check_fields("the input", request, fields)
+    allowed = [name.rstrip("?") for name in fields]
+    if not set(request) <= set(allowed):
+        raise BadMessage(f"the input must have no other keys than {', '.join(allowed)}")
+
+
 class JsonInterface(PlainInterface):
-    """The same input; every event as a JSON object on a line of its own, answers to commands as notices."""
+    """Input as lines or JSON objects. Every event is a JSON object on a line of its own, and so is every answer."""
 
     def make_transcript(self) -> Transcript:
         """Return where what is said goes. It is not printed, for the events are."""
@@ -7029,14 +7125,48 @@ class JsonInterface(PlainInterface):
     def start_node(self, settings: Settings) -> None:
         super().start_node(settings)
         self.view.on_answer = self._on_answer
+        self._about: Dict[str, Any] = {}  # what answers repeat of the object that is being done
+        self._sent_about: Dict[str, Dict[str, Any]] = {}  # the same by id of a message, until its event "sent"
+
+    def enter(self, line: str) -> None:
+        """Do what a line says: the line of a user, or an object, whose text is data and never a command."""
+        text = line.strip(_BLANKS + "\ufeff")
+        if not text.startswith("{"):
+            super().enter(line)
+            return
+        try:
+            request, end = _decode(text, 0)
+            if _ID_GIVEN[0](request.get("id")):
+                self._about = {"re": request["id"]}
+            if end != len(text):
+                raise BadMessage("more than one JSON value on a line")
+            check_request(request)
+            self._do(request)
+        except BadMessage as error:
+            self.view.refuse(f"Not done: {error}.")
+        self._about = {}
+
+    def _do(self, request: Dict[str, Any]) -> None:
+        """Do what an object says, and remember which message came of it."""
+        commands = self.view.commands
+        commands.sent_id = ""
+        if "command" in request:
+            commands.enter(request["command"])
+        else:
+            commands.say(request["text"], request.get("to", ""))
+        if commands.sent_id and self._about:
+            self._sent_about[commands.sent_id] = self._about
 
     def _on_answer(self, text: str, kind: str) -> None:
         """Print the answer to a command; "error" tells bots that it, or a text, could not be done."""
-        self.show([{"event": "notice", "text": text, **({"error": True} if kind == "error" else {})}])
+        self.show([{"event": "notice", "text": text, **({"error": True} if kind == "error" else {}), **self._about}])
 
     def show(self, events: List[Event]) -> None:
         """Print events, but not the messages of ignored peers."""
         ignored = self.view.people.ignored
+        if self._sent_about:
+            events = [{**each, **self._sent_about.pop(each["id"], {})} if each["event"] == "sent" else each
+                      for each in events]
         if ignored:
             events = [each for each in events if each["event"] != "chat" or each["from"]["id"] not in ignored]
         if events:

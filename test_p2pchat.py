@@ -105,8 +105,7 @@ class ViewNode:
         return self.send_chat_message(None, text)
 
     def send_chat_message(self, to, text):
-        if not text.strip():
-            raise p2pchat.ChatError("There is nothing to send.")
+        text = p2pchat.check_text(text)
         self.sent.append((text, to))
         receivers = [to] if to else [peer.id for peer in self.present()]
         message_id = f"me-{len(self.sent)}"
@@ -453,11 +452,58 @@ def test_chat_and_slashes():
     assert "* Alice waves" in "".join(view_screen(view))
 
 
-@pytest.mark.parametrize("line, guess", [("/hlep", "/help"), ("/mgs Bob x", "/msg"), ("/QUITT", "/quit"), ("/usr/bin/env", "")])
+@pytest.mark.parametrize("blank", [" ", "\t", "  \n", "\u00a0", "\u3000", "\ufeff", "\u200b \u2060", "\x85"])
+def test_what_stands_before_a_slash_makes_no_private_text_public(blank):
+    view = view_make("Bob")
+    view.enter(f"{blank}/msg Bob psst")
+    view_keys(view, f"{blank}/msg Bob secret", "<enter>")
+    assert "Did you mean" in view_answer(view, f"{blank}/mgs Bob oops")
+    view.enter(f"{blank}//path")
+    bob = view_peer(view, "Bob")["id"]
+    assert [(text.strip(), to) for text, to in view.node.sent] == [("psst", bob), ("secret", bob), ("/path", None)]
+
+
+@pytest.mark.parametrize("line", ["/etc/passwd", "/usr/bin/env python3", "  /home/x y", "/msg/x", "/\u202eetc/x"])
+def test_a_path_is_answered_with_two_slashes(line):
+    view = view_make("Bob")
+    assert "two slashes" in view_answer(view, line) and view.node.sent == [] and view.refused == 1
+    view.enter(line.replace("/", "//", 1))
+    assert [text for text, _ in view.node.sent] == [line.replace("\u202e", "")]
+
+
+@pytest.mark.parametrize("line, guess", [
+    ("/hlep", "/help"), ("/mgs Bob x", "/msg"), ("/QUITT", "/quit"), ("/whisper Bob x", "/msg"), ("/name Eve", "/nick"),
+    ("/topic tea", ""), ("/op Bob", ""), ("/kick Bob", ""), ("/mode", ""), ("/say hi", ""), ("/?", "/help"), ("/logout", "/quit")])
 def test_unknown_commands_are_never_sent(line, guess):
+    """What is suggested begins alike or means the same."""
     view = view_make("Bob")
     answer = view_answer(view, line)
-    assert answer.startswith("There is no " + line.split()[0]) and guess in answer and view.node.sent == []
+    assert answer.startswith("There is no " + line.split()[0].lower() + ".") and view.node.sent == []
+    assert f"Did you mean {guess}?" in answer if guess else "Did you mean" not in answer
+
+
+@pytest.mark.parametrize("line, words", [
+    ("/w", "/who, /whois NAME or /msg NAME TEXT?"), ("/w Bob hi", "Which one"), ("/q", "/query NAME or /quit?"),
+    ("/q Bob", "Which one"), ("/list", "one conversation so far"), ("/join #tea", "one conversation so far"),
+    ("/part", "/quit leaves"), ("/help w", "Which one")])
+def test_names_that_could_mean_something_else_are_asked_about(line, words):
+    view = view_make("Bob")
+    assert words in view_answer(view, line) and view.node.sent == [] and view.refused == 1 and not view.node.leaving
+
+
+def test_names_that_other_programs_use():
+    view = view_make("Bob")
+    view.enter("/M Bob hi")
+    assert view.node.sent == [("hi", view_peer(view, "Bob")["id"])]
+    assert all(view_answer(view, line) == view_answer(view, "/who") for line in ("/n", "/names", "/users"))
+    assert view_answer(view, "/version").startswith(f"p2pchat {p2pchat.__version__}, Python 3.")
+    assert "/exit, /bye" in view_answer(view, "/help bye") and view_answer(view, "/help m") == view_answer(view, "/help msg")
+    for line in ("/exit", "/bye"):
+        view = view_make("Bob")
+        view.enter(line)
+        assert view.node.leaving
+    names = [*p2pchat._ALIASES, *p2pchat._UNCLEAR, *(name for names in p2pchat._SYNONYMS.values() for name in names)]
+    assert len(names) == len(set(names)) and set(p2pchat._SYNONYMS) <= set(p2pchat.COMMANDS)
 
 
 @pytest.mark.parametrize("line, name, text", [
@@ -580,9 +626,11 @@ def test_help_has_every_command_and_key():
     listed = view_answer(view, "/help")
     for command in p2pchat.COMMANDS.values():
         assert f"{command.usage}  " in listed and command.help in listed and command.group in p2pchat.GROUPS
-        assert view_answer(view, f"/help {command.name[1:]}") == f"{command.usage}  {command.help}"
+        also = f"\nalso  {', '.join(command.aliases)}" if command.aliases else ""
+        assert view_answer(view, f"/help {command.name[1:]}") == f"{command.usage}  {command.help}{also}"
     keys = view_answer(view, "/help keys")
     assert all(key.names in keys and key.help in keys for key in p2pchat.KEYS)
+    assert len(p2pchat.COMMANDS) == 20
 
 
 @pytest.mark.parametrize("cols, most", [(40, 2.0), (80, 1.0), (100, 1.0), (200, 1.0)])
@@ -6992,6 +7040,79 @@ def test_json_events_and_commands():
             assert last["event"] == "left" and last["reason"] == "left", "what was said by one who is ignored is not printed"
 
 
+JSON_INPUT = [  # a line, and what is sent, with its receiver; or what the answer says
+    ('{"text": "/quit", "id": 1}', ("/quit", "*")),
+    ('{"text": "two\\n\\n  lines\\n// x"}', ("two\n\n  lines\n// x", "*")),
+    ('  {"to": "bob", "text": "/msg Bob x", "id": "a-1"} ', ("/msg Bob x", "Bob")),
+    ('\ufeff{"to": "*", "text": "  /who", "id": 2}', ("  /who", "*")),
+    ('{"command": "/msg Bob one\\n/quit", "id": 3}', ("one\n/quit", "Bob")),
+    ('{"command": " /me waves", "id": 4}', ("/me waves", "*")),
+    ('{"command": "/query Bob", "id": 5}', "goes to Bob only"),
+    ('{"text": "for Bob"}', ("for Bob", "Bob")),
+    ('{"text": "for all", "to": "*"}', ("for all", "*")),
+    ('{"command": "/hlep", "id": 6}', "! Did you mean /help?"),
+    ('{"text": " ", "id": 7}', "! nothing to send"),
+    ('{"text": "x", "to": "Nobody", "id": 8}', "! called Nobody"),
+    ('{"text": "x", "to": "Bob x", "id": 9}', "! called Bob x"),
+    ('{"text": "x", "to": "", "id": 10}', "! to of the input must be a name"),
+    ('{"text": 5, "id": 11}', "! text of the input must be a text"),
+    ('{"text": "x", "command": "/who", "id": 12}', "! no other keys than command, id"),
+    ('{"text": "x", "too": "Bob", "id": 13}', "! no other keys than text, to, id"),
+    ('{"command": "hello", "id": 14}', "! begins with one slash"),
+    ('{"command": "//hello", "id": 15}', "! begins with one slash"),
+    ('{"text": "x", "id": 1.5}', "! id of the input must be"),
+    ('{"id": 16}', "! must have text"),
+    ('{"text": "x", "id": 17} {"text": "y"}', "! more than one JSON value"),
+    ('{"text": "x"', "! not JSON"), ("{}", "! must have text"), ("{ hello", "! not JSON"), ("[" * 5 + "{", None),
+    ("{" + '"a":[' * 3000, "! JSON"), ('{"text": NaN}', "! NaN is not JSON"),
+    ('{"text": "' + "x" * 20000 + '", "id": 18}', "! at most 16384"),
+]
+
+
+def test_json_objects_are_data_or_commands():
+    """What is no such object is answered and never sent; every answer names the object's id."""
+    node, printed = ViewNode("Bob"), []
+    interface = p2pchat.JsonInterface.__new__(p2pchat.JsonInterface)
+    interface._about, interface._sent_about = {}, {}
+    interface.loop, interface._writer = node.loop, types.SimpleNamespace(write=lambda lines: printed.append(json.loads(lines)))
+    interface.view = view = p2pchat.ChatView(node, str, p2pchat.Transcript(str))
+    view.on_answer = interface._on_answer
+    for line, expected in JSON_INPUT:
+        events, number, refused = [], len(node.sent), view.refused
+        printed.clear()
+        node.emit = events.append
+        interface.enter(line)
+        sent = [(text, p2pchat.split_id(to)[0] if to else "*") for text, to in node.sent[number:]]
+        interface.show(events)
+        assert view.refused - refused == (type(expected) is str and expected.startswith("!")), line
+        given = re.search(r'"id": ("a-1"|\d+)[ ,}]', line)
+        about = {"re": json.loads(given[1])} if given else {}
+        assert all(about == ({"re": event["re"]} if "re" in event else {}) for event in printed), (line, printed)
+        if type(expected) is str:
+            assert sent == [] and expected.strip("! ") in printed[0]["text"] and len(printed) == 1, (line, printed)
+            assert printed[0].get("error", False) is expected.startswith("!")
+        elif expected:
+            assert sent == [expected] and printed[-1]["event"] == "sent" and printed[-1]["text"] == expected[0], line
+    assert not interface._sent_about and not node.leaving
+
+
+def test_the_bot_of_the_readme():
+    """It answers with a text that is data, whatever the name of whoever asked."""
+    with open(os.path.join(os.path.dirname(PROGRAM_FILE), "README.md"), encoding="utf-8") as file:
+        code = re.search(r"```python\n(.*?)```", file.read(), re.DOTALL)[1]
+    with PtyPipe("Bob", "--json") as bob:
+        join = [*LOOPBACK_ONLY, "--join", f"127.0.0.1:{bob.event('ready')['port']}"]
+        code = code.replace('"p2pchat.py"', repr(PROGRAM_FILE)).replace('"--json"', f'"--json", *{join}')
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL) as process:
+            try:
+                bob.event("joined")
+                bob.say("!time")
+                assert bob.event("chat")["text"].startswith("Bob: it is ")
+            finally:
+                process.terminate()
+        assert bob.event("left")["reason"] == "left"
+
+
 @pytest.mark.parametrize("texts", [
     ["plain"], ["a", "b"], ['}, {"event": "chat"'], ['{"event": "sent"', '\\', '\\"}, {"event": '], ["日本\n\x00\ud800"], [""] * 20])
 def test_events_are_encoded_as_json_has_it(texts):
@@ -7142,7 +7263,9 @@ class LineSource:
     ([b"one\ntw", b"o\r\n", b"three"], [["one"], ["two"], ["three"]]),
     ([b"\n \n\t\n"], []),
     ([b"a\xff\xe2\n\x82\xac\n", "日".encode()[:2], "日".encode()[2:] + b"\n"], [["a\ufffd\ufffd", "\ufffd\ufffd"], ["日"]]),
-    ([b"x" * 65536] * 17 + [b"y\nz\n"], [["x" * 65536 * 17], ["y", "z"]]),
+    ([b"x" * 65536] * 17 + [b"y\nz\n"], [["x" * 65536 * 17], ["z"]]),
+    ([b"{" * 65536] * 17 + [b"/qu", b"it\n/who\n", b"a"], [["{" * 65536 * 17], ["/who"], ["a"]]),
+    ([b"x" * 65536] * 17 + [b"/quit"], [["x" * 65536 * 17]]),
     ([b"x" * 65536] * 15 + [b"y\n" + b"z" * 60000], [["x" * 65536 * 15 + "y"], ["z" * 60000]]),
 ])
 def test_the_lines_of_one_read_come_together(pieces, lists):
@@ -9525,6 +9648,10 @@ def readme_table(heading):
 def test_readme_has_the_commands_and_keys_of_the_program():
     told = [(usage.strip("` "), meaning) for usage, meaning in readme_table("## Commands")]
     assert told[:-1] == [(command.usage, command.help) for command in p2pchat.COMMANDS.values()]
+    aliases = [f"{', '.join(f'`{alias}`' for alias in each.aliases)} for `{each.name}`"
+               for each in p2pchat.COMMANDS.values() if each.aliases]
+    with open(os.path.join(os.path.dirname(PROGRAM_FILE), "README.md"), encoding="utf-8") as file:
+        assert f"Other names: {'; '.join(aliases)}." in " ".join(file.read().split())
     assert [tuple(row) for row in readme_table("## Keys")] == [(key.names, key.help) for key in p2pchat.KEYS]
 
 
