@@ -3683,6 +3683,7 @@ class Discovery(Endpoint):
         self.peer_id = ""  # what the server calls us: it may see another address than we do
         self._registered_name = ""
         self._reason = ""  # what the server said was wrong
+        self.has_registered = False  # ever
         self._first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
         self._first_tried_at = float("-inf")
         self.candidates: List[Address] = [self._first]  # the one that is used, or tried next, and further ones
@@ -3752,7 +3753,7 @@ class Discovery(Endpoint):
         self.drop_questions(MSG_REGISTER_ACK)
         parts = split_id(content["peer_id"])
         assert parts is not None
-        self._wait, self._reason = 0.0, ""
+        self._wait, self._reason, self.has_registered = 0.0, "", True
         self.peer_id = content["peer_id"]
         node.whereabouts.on_seen(parts[1], self.connection.remote[0])
         node.targets.note(self.address, "online", SERVER)
@@ -4152,13 +4153,20 @@ class Finder:
         settings, targets = self.node.settings, self.node.targets
         for address in settings.join:
             targets.enter(address, NAMED)
-        if settings.lan and settings.server is None:
-            self._lan = self.node.loop.lan(settings.host, DEFAULT_PORT, self.on_beacon)
+        if settings.server is None:
+            self._open_lan()
         self._look_around()
+
+    def _open_lan(self) -> None:
+        if self.node.settings.lan:
+            self._lan = self.node.loop.lan(self.node.settings.host, DEFAULT_PORT, self.on_beacon)
 
     def _look_around(self) -> None:
         """Dial the addresses named by hand, and send a beacon."""
         is_alone = not len(self.node.peers)
+        if self._lan is not None and self.node.settings.server and self.node.discovery.has_registered:
+            self._lan.close()  # it was opened because the server was missing
+            self._lan = None
         if self._lan is not None or self.node.settings.join:
             wait = BEACON_INTERVAL_ALONE if is_alone else BEACON_INTERVAL * (0.75 + self.node.loop.random.random() / 2)
             self._timer = self.node.loop.call_later(wait, self._look_around)  # first: an error must not end it
@@ -4178,7 +4186,7 @@ class Finder:
     def _beacon(self, is_answer: bool, size: int) -> bytes:
         node = self.node
         content = {"role": "peer", "port": node.me.port, "instance": node.me.instance, "answer": is_answer,
-                   "alone": not len(node.peers), "server_wanted": not node.discovery.is_online}
+                   "alone": not len(node.peers), "server_wanted": not (node.settings.server or node.discovery.is_online)}
         return make_beacon(node.me.id, content, size)
 
     def on_beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
@@ -4192,7 +4200,8 @@ class Finder:
             return None
         address = (sender[0], content["port"])
         if content["role"] == "server":
-            node.discovery.on_found(address)
+            if node.settings.server is None:  # else it may be that of another room
+                node.discovery.on_found(address)
             return None
         self._beacon_at = node.loop.now()
         known = node.peers.by_key(content.get("instance", ""))
@@ -4224,9 +4233,19 @@ class Finder:
         link.failure = f"it says: {reason}"
 
     def on_server_failed(self) -> None:
-        """Without a server, and with nowhere else to look, there is nothing to wait for."""
-        if self._lan is None and not self.node.settings.join:
-            self.node.on_settled()
+        """The server does not answer. If we know nobody and never did, look on the local network as well.
+
+        Who has been registered does not: two rooms, each with a server, would become one when both servers stop."""
+        node = self.node
+        if self._lan is None and not node.discovery.has_registered and not len(node.peers):
+            self._open_lan()
+            if self._lan is not None:
+                node.emit({"event": "notice", "text": "Looking on the local network as well."})
+                node.loop.call_later(SETTLE_TIME, node.on_settled)
+                self._timer.cancel()
+                self._look_around()
+        if self._lan is None and not node.settings.join:
+            node.on_settled()  # there is nothing to wait for
 
     def report(self) -> List[str]:
         """Why nobody is here, and what to do about it; empty if somebody is."""

@@ -5059,7 +5059,7 @@ def test_node_alone_says_what_was_tried(solo):
     (None, {"host": "127.0.0.1"}, "No server on this machine; none is needed.", "this machine only",
      "in another terminal of this machine: python3 p2pchat.py peer --host 127.0.0.1"),
     ("127.0.0.1", {}, p2pchat.NO_NETWORK, "", "in another terminal of this machine: python3 p2pchat.py peer"),
-    (None, {"server": SERVER}, "", "", "on the other machine: python3 p2pchat.py peer"),
+    (None, {"server": SERVER}, "", "the local network", "on the other machine: python3 p2pchat.py peer"),
 ])
 def test_node_says_what_its_first_look_has_shown(ip, settings, first_look, looked, others):
     """Where it has not looked it does not claim so, and nobody named the server on its own machine."""
@@ -5079,6 +5079,41 @@ def test_node_with_a_server_says_nothing_more_of_it():
     ann = rig.add("Ann")
     rig.run(3)
     assert ann.saw("server", online=True) and ann.first_look() == ""
+
+
+LOOKING = "Looking on the local network as well."
+
+
+def test_node_whose_server_never_answered_looks_on_the_local_network():
+    """It says so, and stops once it is registered; a server of others that answers there is not used."""
+    rig = World("Zoe", by="lan")
+    others = rig.network.host("others")
+    rig.start_server(others, lan=True)
+    rig.until(lambda: rig.zoe.online(), 5)
+    own = rig.network.host("server", SERVER[0])
+    ann = rig.add("Ann", server=SERVER)
+    rig.until(lambda: ann.names() == ["Zoe"] and ann.saw("settled"), 5)
+    assert ann.texts("notice") == [LOOKING] and ann.servers() == [SERVER]
+    rig.start_server(own)
+    rig.until(lambda: rig.server.peer_ids == [ann.me.id], 30)
+    rig.run(15)
+    assert [lan.loop.name for lan in rig.network.lans] == ["Zoe", "others"] and ann.texts("notice") == [LOOKING]
+
+
+@pytest.mark.parametrize("settings, registers", [({"lan": False}, False), ({}, True)])
+def test_node_does_not_look_on_the_local_network_without_need_or_leave(settings, registers):
+    """Not with --no-lan; nor when it was registered: two rooms stay two, though both servers stop."""
+    rig = World("Zoe", by="lan")
+    rig.start_server()
+    if not registers:
+        rig.server.loop.crash()
+    ann = rig.add("Ann", server=SERVER, **settings)
+    rig.run(3)
+    if registers:
+        rig.server.loop.crash()
+    rig.run(60)
+    assert ann.saw("server", online=False) and ann.saw("settled")
+    assert ann.names() == rig.zoe.names() == ann.texts("notice") == []
 
 
 def test_node_a_name_that_is_not_known_yet_is_tried_again():
