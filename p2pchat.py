@@ -2144,6 +2144,12 @@ def format_address(address: Address) -> str:
     return f"{address[0]}:{address[1]}"
 
 
+def start_line(option: str, address: Address, host: str) -> str:
+    """Return what starts a peer that meets us at an address by an option of its; `host` is our own --host."""
+    only = f" --host {host}" if is_loopback(host) else ""
+    return f"python3 p2pchat.py peer{only} {option} {format_address(address)}"
+
+
 def check_reach(host: str, addresses: Iterable[Address]) -> None:
     """Raise ValueError if `host` is a loopback address, which limits us to this machine, and an address is not."""
     for ip, port in addresses:
@@ -2929,6 +2935,7 @@ class Links:
             target.wait, wait = back_off(target.wait, RETRY_MIN, RETRY_MAX, self.node.loop.random)
             target.retry_at = self.node.loop.now() + wait
             self._note_dial_failed(expected, target.result)
+            self.node.dialled(target.address, target.result)
         else:
             target.result, target.wait, target.peer = "", 0.0, met
             if expected is not met:
@@ -4147,6 +4154,8 @@ class Finder:
         self._lan: Optional[Lan] = None
         self._timer = Timer()
         self._answers = RateLimit(BEACON_ANSWERS, 1.0)
+        names = (address for address in node.settings.join if is_name(address[0]))
+        self._asked = dict.fromkeys(names)  # addresses of which the user is told what came of the next dial
 
     def start(self) -> None:
         """Look around, now and from time to time."""
@@ -4185,8 +4194,9 @@ class Finder:
 
     def _beacon(self, is_answer: bool, size: int) -> bytes:
         node = self.node
+        wants_server = not (node.settings.server or node.discovery.is_online)
         content = {"role": "peer", "port": node.me.port, "instance": node.me.instance, "answer": is_answer,
-                   "alone": not len(node.peers), "server_wanted": not (node.settings.server or node.discovery.is_online)}
+                   "alone": not len(node.peers), "server_wanted": wants_server}
         return make_beacon(node.me.id, content, size)
 
     def on_beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
@@ -4221,7 +4231,10 @@ class Finder:
         node, content = self.node, message["content"]
         reason = clean(content["reason"])[:200]
         limited_log("error", logging.INFO, "[P2P] %s:%d says: %s", *link.connection.remote, reason)
-        if content.get("role") == "server" and link.dialled and link.address in node.settings.join:
+        target = node.targets.get(link.address)
+        if content.get("role") == "server" and link.dialled and target is not None and target.why == NAMED:
+            in_use = f"; the one at {format_address(node.discovery.address)} stays" * bool(node.discovery.is_online)
+            self.on_dialled(link.address, f"a discovery server{in_use}")
             node.discovery.on_found(link.address)
             link.connection.close("a discovery server")
             return
@@ -4262,8 +4275,8 @@ class Finder:
             lines.append(f"Looked on {'this machine only' if is_local else 'the local network'}{result}.")
         if has_network or is_local:
             where = "in another terminal of this machine" if is_local else "on the other machine"
-            option = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
-            lines.append(f"To connect {where}: python3 p2pchat.py peer{option} --join {node.me.ip}:{node.me.port}")
+            lines.append("To connect from here: /connect HOST:PORT, which /who says there.")
+            lines.append(f"To connect {where}: {start_line('--join', node.me.address, node.settings.host)}")
         return lines
 
     def first_look(self) -> str:
@@ -4275,6 +4288,26 @@ class Finder:
             return ""
         looked_outside = self._lan is not None and not is_loopback(node.settings.host)
         return f"No server on this {'network' if looked_outside else 'machine'}; none is needed."
+
+    def connect(self, text: str) -> str:
+        """Dial what the user names, once; return the address. A notice will say what came of it. Raises ChatError."""
+        node = self.node
+        try:
+            address = parse_address(text)
+            check_reach(node.settings.host, [address])
+        except ValueError as error:
+            raise ChatError(f"{error}.") from None
+        if address == node.me.address or address in node.links.met_ourselves_at:
+            raise ChatError("That is you.")
+        self._asked[address] = None
+        node.links.dial(address, NAMED)
+        return format_address(address)
+
+    def on_dialled(self, address: Address, outcome: str) -> None:
+        """A dial has ended. If the user waits for it, say how."""
+        if address in self._asked:
+            del self._asked[address]
+            self.node.emit({"event": "notice", "text": f"{format_address(address)}: {outcome}."})
 
     def _outcome(self, target: Target) -> str:
         """An address that was tried, and what came of it."""
@@ -4397,9 +4430,9 @@ class PeerNode:
         self.finder = Finder(self)
         self.handlers = node_handlers(self)
         # For interfaces: everybody else, by name; the peers that a typed text names; what was found, or why nothing.
-        self.present, self.find = self.peers.present, self.peers.find
-        self.first_look, self.alone = self.finder.first_look, self.finder.report
-        self.sync = self.gossip.sync_for_user
+        self.present, self.find, self.sync = self.peers.present, self.peers.find, self.gossip.sync_for_user
+        self.first_look, self.alone, self.connect = self.finder.first_look, self.finder.report, self.finder.connect
+        self.dialled = self.finder.on_dialled  # an upcall of Links
 
     # -- starting and leaving --------------------------------------------------------------------------
 
@@ -4549,6 +4582,7 @@ class PeerNode:
             self.detector.probe(peer)  # for /who: on the ring only neighbours are probed
         if not peer.gone and not link.is_resumed:
             self.delivery.resume(peer, link)
+        self.dialled(link.address, f"connected to {self.peers.label(peer)}")
         self.loop.call_later(SETTLE_TIME / 4, self.on_settled)
 
     def unlinked(self, link: Link, peer: Contact, why: str) -> None:
@@ -5844,6 +5878,13 @@ class Commands:
     def _sync(self, rest: str) -> None:
         """compare lists of peers with somebody now."""
         self.node.sync()
+
+    @command("/connect HOST[:PORT]")
+    def _connect(self, rest: str) -> None:
+        """connect to a peer, or a server, that was not found by itself."""
+        if not rest:
+            raise ChatError("/connect wants an address, for example: /connect 192.168.1.10:40123.")
+        self.view.answer(f"Dialling {self.node.connect(rest)} ...")
 
     @command("/log [LINES]")
     def _log(self, rest: str) -> None:

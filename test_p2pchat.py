@@ -117,6 +117,10 @@ class ViewNode:
     def sync(self):
         self.calls.append("sync")
 
+    def connect(self, address):
+        self.calls.append(("connect", address))
+        return address
+
     def who(self):
         return ["name   address"] + [f"{peer.username}   {peer.ip}:{peer.port}" for peer in self.present()]
 
@@ -5081,6 +5085,34 @@ def test_node_with_a_server_says_nothing_more_of_it():
     assert ann.saw("server", online=True) and ann.first_look() == ""
 
 
+@pytest.mark.parametrize("typed, notice, sees", [
+    ("10.7.7.7:5000", "10.7.7.7:5000: connected to Zoe.", ["Zoe"]),
+    ("pc7:5000", "pc7:5000: connected to Zoe.", ["Zoe"]),
+    ("10.7.7.7:5001", "10.7.7.7:5001: refused.", []),
+    ("10.99.0.1:5000", "10.99.0.1:5000: no answer within 5 s.", []),
+    ("nowhere:5000", "nowhere:5000: its name is not known at the moment.", []),
+    (SERVER[0], f"{SERVER[0]}:9999: a discovery server", []),
+])
+def test_node_connects_to_what_the_user_names(typed, notice, sees):
+    """Once, and says what came of it, also if both are linked already."""
+    rig = World()
+    rig.start_server()
+    rig.network.names["pc7"] = rig.add("Zoe", "10.7.7.7").me.ip
+    ann = rig.add("Ann", join=())
+    for said in (1, 2):
+        ann.loop.enter(ann.connect, typed)
+        rig.run(6)
+        assert len(ann.texts("notice")) == said and ann.texts("notice")[-1].startswith(notice)
+    assert ann.names() == sees and ann.online() == (typed == SERVER[0])
+
+
+def test_node_connects_neither_to_itself_nor_to_what_is_no_address(solo):
+    for typed, word in (("10.0.0.2:5000", "That is you"), ("a b", "name of a machine"), ("a:0", "port")):
+        with pytest.raises(p2pchat.ChatError, match=word):
+            solo.ann.connect(typed)
+    assert solo.ann.loop.dialled == [("127.0.0.1", 9999)]
+
+
 LOOKING = "Looking on the local network as well."
 
 
@@ -5125,6 +5157,7 @@ def test_node_a_name_that_is_not_known_yet_is_tried_again():
     assert ann.saw("ready") and ann.saw("settled") and ann.names() == []
     assert ann.saw("server", online=False, address="hub.lan:9999", reason="its name is not known at the moment")
     assert f"Tried pc7:{rig.zoe.me.port}: its name is not known at the moment." in ann.alone()
+    assert ann.texts("notice") == [f"pc7:{rig.zoe.me.port}: its name is not known at the moment."]
     rig.network.names.update({"pc7": rig.zoe.me.ip, "hub.lan": SERVER[0]})
     rig.until(lambda: ann.names() == ["Zoe"], 11)
     rig.until(lambda: ann.saw("server", online=True, address="hub.lan:9999"), 30)
