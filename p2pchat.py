@@ -2387,6 +2387,14 @@ class DiscoveryServer:
         if self.settings.lan:
             self._lan = self.loop.lan(self.settings.host, DEFAULT_PORT, self._on_beacon)
         log.info("[Server] listening on %s:%d", *self.address)
+        for line in self.how_to_join():
+            log.info("[Server] %s", line)
+
+    def how_to_join(self) -> List[str]:
+        """Return the lines that the user needs now. One that fetches the program would come first."""
+        host, port = self.address
+        ip = self.loop.local_addresses()[0] if host == "0.0.0.0" else host
+        return [f"to chat, type on each machine: {start_line('--server', (ip, port), self.settings.host)}"]
 
     def stop(self) -> None:
         """Say goodbye to everybody and close. The last messages need some more turns of the loop."""

@@ -3844,6 +3844,19 @@ def test_server_registering_again_and_again_is_not_told_to_everybody_for_ever(re
     assert len(bob.take("MSG_PEER_LIST_UPDATE")) <= p2pchat.MAX_RENAMES + 1
 
 
+@pytest.mark.parametrize("settings, line", [
+    ({}, "python3 p2pchat.py peer --server 10.200.0.1:9999"),
+    ({"host": "10.200.0.1", "port": 777}, "python3 p2pchat.py peer --server 10.200.0.1:777"),
+    ({"host": "127.0.0.1"}, "python3 p2pchat.py peer --host 127.0.0.1 --server 127.0.0.1:9999"),
+])
+def test_server_says_at_its_start_what_to_type(settings, line, caplog):
+    with caplog.at_level(logging.INFO, "p2pchat"):
+        loop = World().process_at(SERVER[0])
+        p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(lan=False, **settings)).start()
+    assert caplog.messages[-1] == f"[Server] to chat, type on each machine: {line}"
+    p2pchat.make_parser().parse_args(line.split()[2:])
+
+
 def test_server_says_why_it_ends(registry):
     alice = registry.registered("Alice")
     registry.server.stop()
