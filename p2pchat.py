@@ -4283,7 +4283,7 @@ class Finder:
             lines.append(f"Looked on {'this machine only' if is_local else 'the local network'}{result}.")
         if has_network or is_local:
             where = "in another terminal of this machine" if is_local else "on the other machine"
-            lines.append("To connect from here: /connect HOST:PORT, which /who says there.")
+            lines.append("From here: /connect HOST:PORT, which /who says there.")
             lines.append(f"To connect {where}: {start_line('--join', node.me.address, node.settings.host)}")
         return lines
 
