@@ -2152,6 +2152,12 @@ def format_address(address: Address) -> str:
     return f"{address[0]}:{address[1]}"
 
 
+def start_line(option: str, address: Address, host: str) -> str:
+    """Return what starts a peer that meets us at an address by an option of its; `host` is our own --host."""
+    only = f" --host {host}" if is_loopback(host) else ""
+    return f"python3 p2pchat.py peer{only} {option} {format_address(address)}"
+
+
 def check_reach(host: str, addresses: Iterable[Address]) -> None:
     """Raise ValueError if `host` is a loopback address, which limits us to this machine, and an address is not."""
     for ip, port in addresses:
@@ -2389,6 +2395,14 @@ class DiscoveryServer:
         if self.settings.lan:
             self._lan = self.loop.lan(self.settings.host, DEFAULT_PORT, self._on_beacon)
         log.info("[Server] listening on %s:%d", *self.address)
+        for line in self.how_to_join():
+            log.info("[Server] %s", line)
+
+    def how_to_join(self) -> List[str]:
+        """Return the lines that the user needs now. One that fetches the program would come first."""
+        host, port = self.address
+        ip = self.loop.local_addresses()[0] if host == "0.0.0.0" else host
+        return [f"to chat, type on each machine: {start_line('--server', (ip, port), self.settings.host)}"]
 
     def stop(self) -> None:
         """Say goodbye to everybody and close. The last messages need some more turns of the loop."""
@@ -2941,6 +2955,7 @@ class Links:
             target.wait, wait = back_off(target.wait, RETRY_MIN, RETRY_MAX, self.node.loop.random)
             target.retry_at = self.node.loop.now() + wait
             self._note_dial_failed(expected, target.result)
+            self.node.dialled(target.address, target.result)
         else:
             target.result, target.wait, target.peer = "", 0.0, met
             if expected is not met:
@@ -3695,6 +3710,7 @@ class Discovery(Endpoint):
         self.peer_id = ""  # what the server calls us: it may see another address than we do
         self._registered_name = ""
         self._reason = ""  # what the server said was wrong
+        self.has_registered = False  # ever
         self._first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
         self._first_tried_at = float("-inf")
         self.candidates: List[Address] = [self._first]  # the one that is used, or tried next, and further ones
@@ -3764,7 +3780,7 @@ class Discovery(Endpoint):
         self.drop_questions(MSG_REGISTER_ACK)
         parts = split_id(content["peer_id"])
         assert parts is not None
-        self._wait, self._reason = 0.0, ""
+        self._wait, self._reason, self.has_registered = 0.0, "", True
         self.peer_id = content["peer_id"]
         node.whereabouts.on_seen(parts[1], self.connection.remote[0])
         node.targets.note(self.address, "online", SERVER)
@@ -4156,19 +4172,28 @@ class Finder:
         self._lan: Optional[Lan] = None
         self._timer = Timer()
         self._answers = RateLimit(BEACON_ANSWERS, 1.0)
+        names = (address for address in node.settings.join if is_name(address[0]))
+        self._asked = dict.fromkeys(names)  # addresses of which the user is told what came of the next dial
 
     def start(self) -> None:
         """Look around, now and from time to time."""
         settings, targets = self.node.settings, self.node.targets
         for address in settings.join:
             targets.enter(address, NAMED)
-        if settings.lan and settings.server is None:
-            self._lan = self.node.loop.lan(settings.host, DEFAULT_PORT, self.on_beacon)
+        if settings.server is None:
+            self._open_lan()
         self._look_around()
+
+    def _open_lan(self) -> None:
+        if self.node.settings.lan:
+            self._lan = self.node.loop.lan(self.node.settings.host, DEFAULT_PORT, self.on_beacon)
 
     def _look_around(self) -> None:
         """Dial the addresses named by hand, and send a beacon."""
         is_alone = not len(self.node.peers)
+        if self._lan is not None and self.node.settings.server and self.node.discovery.has_registered:
+            self._lan.close()  # it was opened because the server was missing
+            self._lan = None
         if self._lan is not None or self.node.settings.join:
             wait = BEACON_INTERVAL_ALONE if is_alone else BEACON_INTERVAL * (0.75 + self.node.loop.random.random() / 2)
             self._timer = self.node.loop.call_later(wait, self._look_around)  # first: an error must not end it
@@ -4187,8 +4212,9 @@ class Finder:
 
     def _beacon(self, is_answer: bool, size: int) -> bytes:
         node = self.node
+        wants_server = not (node.settings.server or node.discovery.is_online)
         content = {"role": "peer", "port": node.me.port, "instance": node.me.instance, "answer": is_answer,
-                   "alone": not len(node.peers), "server_wanted": not node.discovery.is_online}
+                   "alone": not len(node.peers), "server_wanted": wants_server}
         return make_beacon(node.me.id, content, size)
 
     def on_beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
@@ -4202,7 +4228,8 @@ class Finder:
             return None
         address = (sender[0], content["port"])
         if content["role"] == "server":
-            node.discovery.on_found(address)
+            if node.settings.server is None:  # else it may be that of another room
+                node.discovery.on_found(address)
             return None
         self._beacon_at = node.loop.now()
         known = node.peers.by_key(content.get("instance", ""))
@@ -4222,7 +4249,10 @@ class Finder:
         node, content = self.node, message["content"]
         reason = clean(content["reason"])[:200]
         limited_log("error", logging.INFO, "[P2P] %s:%d says: %s", *link.connection.remote, reason)
-        if content.get("role") == "server" and link.dialled and link.address in node.settings.join:
+        target = node.targets.get(link.address)
+        if content.get("role") == "server" and link.dialled and target is not None and target.why == NAMED:
+            in_use = f"; the one at {format_address(node.discovery.address)} stays" * bool(node.discovery.is_online)
+            self.on_dialled(link.address, f"a discovery server{in_use}")
             node.discovery.on_found(link.address)
             link.connection.close("a discovery server")
             return
@@ -4234,9 +4264,19 @@ class Finder:
         link.failure = f"it says: {reason}"
 
     def on_server_failed(self) -> None:
-        """Without a server, and with nowhere else to look, there is nothing to wait for."""
-        if self._lan is None and not self.node.settings.join:
-            self.node.on_settled()
+        """The server does not answer. If we know nobody and never did, look on the local network as well.
+
+        Who has been registered does not: two rooms, each with a server, would become one when both servers stop."""
+        node = self.node
+        if self._lan is None and not node.discovery.has_registered and not len(node.peers):
+            self._open_lan()
+            if self._lan is not None:
+                node.emit({"event": "notice", "text": "Looking on the local network as well."})
+                node.loop.call_later(SETTLE_TIME, node.on_settled)
+                self._timer.cancel()
+                self._look_around()
+        if self._lan is None and not node.settings.join:
+            node.on_settled()  # there is nothing to wait for
 
     def report(self) -> List[str]:
         """Why nobody is here, and what to do about it; empty if somebody is."""
@@ -4253,8 +4293,8 @@ class Finder:
             lines.append(f"Looked on {'this machine only' if is_local else 'the local network'}{result}.")
         if has_network or is_local:
             where = "in another terminal of this machine" if is_local else "on the other machine"
-            option = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
-            lines.append(f"To connect {where}: python3 p2pchat.py peer{option} --join {node.me.ip}:{node.me.port}")
+            lines.append("From here: /connect HOST:PORT, which /who says there.")
+            lines.append(f"To connect {where}: {start_line('--join', node.me.address, node.settings.host)}")
         return lines
 
     def first_look(self) -> str:
@@ -4266,6 +4306,26 @@ class Finder:
             return ""
         looked_outside = self._lan is not None and not is_loopback(node.settings.host)
         return f"No server on this {'network' if looked_outside else 'machine'}; none is needed."
+
+    def connect(self, text: str) -> str:
+        """Dial what the user names, once; return the address. A notice will say what came of it. Raises ChatError."""
+        node = self.node
+        try:
+            address = parse_address(text)
+            check_reach(node.settings.host, [address])
+        except ValueError as error:
+            raise ChatError(f"{error}.") from None
+        if address == node.me.address or address in node.links.met_ourselves_at:
+            raise ChatError("That is you.")
+        self._asked[address] = None
+        node.links.dial(address, NAMED)
+        return format_address(address)
+
+    def on_dialled(self, address: Address, outcome: str) -> None:
+        """A dial has ended. If the user waits for it, say how."""
+        if address in self._asked:
+            del self._asked[address]
+            self.node.emit({"event": "notice", "text": f"{format_address(address)}: {outcome}."})
 
     def _outcome(self, target: Target) -> str:
         """An address that was tried, and what came of it."""
@@ -4388,9 +4448,9 @@ class PeerNode:
         self.finder = Finder(self)
         self.handlers = node_handlers(self)
         # For interfaces: everybody else, by name; the peers that a typed text names; what was found, or why nothing.
-        self.present, self.find = self.peers.present, self.peers.find
-        self.first_look, self.alone = self.finder.first_look, self.finder.report
-        self.sync = self.gossip.sync_for_user
+        self.present, self.find, self.sync = self.peers.present, self.peers.find, self.gossip.sync_for_user
+        self.first_look, self.alone, self.connect = self.finder.first_look, self.finder.report, self.finder.connect
+        self.dialled = self.finder.on_dialled  # an upcall of Links
 
     # -- starting and leaving --------------------------------------------------------------------------
 
@@ -4540,6 +4600,7 @@ class PeerNode:
             self.detector.probe(peer)  # for /who: on the ring only neighbours are probed
         if not peer.gone and not link.is_resumed:
             self.delivery.resume(peer, link)
+        self.dialled(link.address, f"connected to {self.peers.label(peer)}")
         self.loop.call_later(SETTLE_TIME / 4, self.on_settled)
 
     def unlinked(self, link: Link, peer: Contact, why: str) -> None:
@@ -5913,6 +5974,13 @@ class Commands:
     def _sync(self, rest: str) -> None:
         """compare lists of peers now; with a random peer."""
         self.node.sync()
+
+    @command("/connect HOST[:PORT]", "connection")
+    def _connect(self, rest: str) -> None:
+        """connect to a peer, or a server, that was not found by itself."""
+        if not rest:
+            raise ChatError("/connect wants an address, for example: /connect 192.168.1.10:40123.")
+        self.view.answer(f"Dialling {self.node.connect(rest)} ...")
 
     @command("/log [LINES]", "connection")
     def _log(self, rest: str) -> None:

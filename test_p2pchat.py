@@ -118,6 +118,10 @@ class ViewNode:
     def sync(self):
         self.calls.append("sync")
 
+    def connect(self, address):
+        self.calls.append(("connect", address))
+        return address
+
     def who(self):
         return ["name   address"] + [f"{peer.username}   {peer.ip}:{peer.port}" for peer in self.present()]
 
@@ -3945,6 +3949,19 @@ def test_server_registering_again_and_again_is_not_told_to_everybody_for_ever(re
     assert len(bob.take("MSG_PEER_LIST_UPDATE")) <= p2pchat.MAX_RENAMES + 1
 
 
+@pytest.mark.parametrize("settings, line", [
+    ({}, "python3 p2pchat.py peer --server 10.200.0.1:9999"),
+    ({"host": "10.200.0.1", "port": 777}, "python3 p2pchat.py peer --server 10.200.0.1:777"),
+    ({"host": "127.0.0.1"}, "python3 p2pchat.py peer --host 127.0.0.1 --server 127.0.0.1:9999"),
+])
+def test_server_says_at_its_start_what_to_type(settings, line, caplog):
+    with caplog.at_level(logging.INFO, "p2pchat"):
+        loop = World().process_at(SERVER[0])
+        p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(lan=False, **settings)).start()
+    assert caplog.messages[-1] == f"[Server] to chat, type on each machine: {line}"
+    p2pchat.make_parser().parse_args(line.split()[2:])
+
+
 def test_server_says_why_it_ends(registry):
     alice = registry.registered("Alice")
     registry.server.stop()
@@ -5164,7 +5181,7 @@ def test_node_alone_says_what_was_tried(solo):
     (None, {"host": "127.0.0.1"}, "No server on this machine; none is needed.", "this machine only",
      "in another terminal of this machine: python3 p2pchat.py peer --host 127.0.0.1"),
     ("127.0.0.1", {}, p2pchat.NO_NETWORK, "", "in another terminal of this machine: python3 p2pchat.py peer"),
-    (None, {"server": SERVER}, "", "", "on the other machine: python3 p2pchat.py peer"),
+    (None, {"server": SERVER}, "", "the local network", "on the other machine: python3 p2pchat.py peer"),
 ])
 def test_node_says_what_its_first_look_has_shown(ip, settings, first_look, looked, others):
     """Where it has not looked it does not claim so, and nobody named the server on its own machine."""
@@ -5186,6 +5203,69 @@ def test_node_with_a_server_says_nothing_more_of_it():
     assert ann.saw("server", online=True) and ann.first_look() == ""
 
 
+@pytest.mark.parametrize("typed, notice, sees", [
+    ("10.7.7.7:5000", "10.7.7.7:5000: connected to Zoe.", ["Zoe"]),
+    ("pc7:5000", "pc7:5000: connected to Zoe.", ["Zoe"]),
+    ("10.7.7.7:5001", "10.7.7.7:5001: refused.", []),
+    ("10.99.0.1:5000", "10.99.0.1:5000: no answer within 5 s.", []),
+    ("nowhere:5000", "nowhere:5000: its name is not known at the moment.", []),
+    (SERVER[0], f"{SERVER[0]}:9999: a discovery server", []),
+])
+def test_node_connects_to_what_the_user_names(typed, notice, sees):
+    """Once, and says what came of it, also if both are linked already."""
+    rig = World()
+    rig.start_server()
+    rig.network.names["pc7"] = rig.add("Zoe", "10.7.7.7").me.ip
+    ann = rig.add("Ann", join=())
+    for said in (1, 2):
+        ann.loop.enter(ann.connect, typed)
+        rig.run(6)
+        assert len(ann.texts("notice")) == said and ann.texts("notice")[-1].startswith(notice)
+    assert ann.names() == sees and ann.online() == (typed == SERVER[0])
+
+
+def test_node_connects_neither_to_itself_nor_to_what_is_no_address(solo):
+    for typed, word in (("10.0.0.2:5000", "That is you"), ("a b", "name of a machine"), ("a:0", "port")):
+        with pytest.raises(p2pchat.ChatError, match=word):
+            solo.ann.connect(typed)
+    assert solo.ann.loop.dialled == [("127.0.0.1", 9999)]
+
+
+LOOKING = "Looking on the local network as well."
+
+
+def test_node_whose_server_never_answered_looks_on_the_local_network():
+    """It says so, and stops once it is registered; a server of others that answers there is not used."""
+    rig = World("Zoe", by="lan")
+    others = rig.network.host("others")
+    rig.start_server(others, lan=True)
+    rig.until(lambda: rig.zoe.online(), 5)
+    own = rig.network.host("server", SERVER[0])
+    ann = rig.add("Ann", server=SERVER)
+    rig.until(lambda: ann.names() == ["Zoe"] and ann.saw("settled"), 5)
+    assert ann.texts("notice") == [LOOKING] and ann.servers() == [SERVER]
+    rig.start_server(own)
+    rig.until(lambda: rig.server.peer_ids == [ann.me.id], 30)
+    rig.run(15)
+    assert [lan.loop.name for lan in rig.network.lans] == ["Zoe", "others"] and ann.texts("notice") == [LOOKING]
+
+
+@pytest.mark.parametrize("settings, registers", [({"lan": False}, False), ({}, True)])
+def test_node_does_not_look_on_the_local_network_without_need_or_leave(settings, registers):
+    """Not with --no-lan; nor when it was registered: two rooms stay two, though both servers stop."""
+    rig = World("Zoe", by="lan")
+    rig.start_server()
+    if not registers:
+        rig.server.loop.crash()
+    ann = rig.add("Ann", server=SERVER, **settings)
+    rig.run(3)
+    if registers:
+        rig.server.loop.crash()
+    rig.run(60)
+    assert ann.saw("server", online=False) and ann.saw("settled")
+    assert ann.names() == rig.zoe.names() == ann.texts("notice") == []
+
+
 def test_node_a_name_that_is_not_known_yet_is_tried_again():
     """Of a server and of a peer: the start does not wait for it, it is said, and they are found under it later."""
     rig = World("Zoe")
@@ -5195,6 +5275,7 @@ def test_node_a_name_that_is_not_known_yet_is_tried_again():
     assert ann.saw("ready") and ann.saw("settled") and ann.names() == []
     assert ann.saw("server", online=False, address="hub.lan:9999", reason="its name is not known at the moment")
     assert f"Tried pc7:{rig.zoe.me.port}: its name is not known at the moment." in ann.alone()
+    assert ann.texts("notice") == [f"pc7:{rig.zoe.me.port}: its name is not known at the moment."]
     rig.network.names.update({"pc7": rig.zoe.me.ip, "hub.lan": SERVER[0]})
     rig.until(lambda: ann.names() == ["Zoe"], 11)
     rig.until(lambda: ann.saw("server", online=True, address="hub.lan:9999"), 30)
