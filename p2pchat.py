@@ -304,6 +304,21 @@ def pad(text: str, cols: int) -> str:
     return text + " " * (cols - width(text))
 
 
+def fit_columns(rows: Sequence[Sequence[str]], cols: int, optional: Sequence[int]) -> List[str]:
+    """Return rows of cells as lines of at most `cols` columns.
+
+    As long as there is no room, the optional columns are left out, one after the other; then the first is cut."""
+    for count in range(len(optional) + 1):
+        kept = [[cell for at, cell in enumerate(row) if at not in optional[:count]] for row in rows]
+        sizes = [max(map(width, column)) for column in zip(*kept)]
+        excess = sum(sizes) + 2 * (len(sizes) - 1) - cols
+        if excess <= 0:
+            break
+    sizes[0] -= min(max(excess, 0), max(sizes[0] - 4, 0))
+    lines = ["  ".join(pad(cut(cell, size, "…"), size) for cell, size in zip(row, sizes)).rstrip() for row in kept]
+    return [cut(line, cols, "…") for line in lines]
+
+
 def wrap(text: str, cols: int, table: bool = False) -> List[str]:
     """Return lines of at most `cols` columns. They break between words; a word longer than a line is split.
 
@@ -4156,8 +4171,8 @@ class Finder:
             return [*lines, "This machine has no address on a network at the moment."]
         where = "in another terminal of this machine" if is_loopback(node.me.ip) else "on the other machine"
         option = f" --host {node.settings.host}" if is_loopback(node.settings.host) else ""
-        lines.append(f"To connect {where}: python3 p2pchat.py peer{option} --join {node.me.ip}:{node.me.port}")
-        return lines
+        return [*lines, f"To connect {where}, type there:",
+                f"python3 p2pchat.py peer{option} --join {node.me.ip}:{node.me.port}"]
 
     def _outcome(self, target: Target) -> str:
         """An address that was tried, and what came of it."""
@@ -4392,13 +4407,11 @@ class PeerNode:
         except ValueError as error:
             raise ChatError(str(error)) from None
 
-    def who(self) -> List[str]:
+    def who(self) -> List[Tuple[str, ...]]:
         """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
-        rows = [("name", "address", "heard", "ago", "trip")]
-        for peer in self.present():
-            rows.append((self.peers.label(peer), format_address(peer.address), *peer.describe(self.loop.now())))
-        widths = [max(width(row[column]) for row in rows) for column in range(5)]
-        return ["  ".join(pad(cell, size) for cell, size in zip(row, widths)).rstrip() for row in rows]
+        return [("name", "address", "heard", "ago", "trip")] + [
+            (self.peers.label(peer), format_address(peer.address), *peer.describe(self.loop.now()))
+            for peer in self.present()]
 
     def server_status(self) -> Tuple[bool, str, float]:
         """Return whether it is online, its address, and since when, in Unix time."""
@@ -4817,18 +4830,43 @@ def nick_style(label: str) -> str:
 class Entry:
     """One message or notice of the scrollback."""
 
-    __slots__ = ("seq", "added_at", "kind", "sender", "to", "text", "style", "members", "receipts")
+    __slots__ = ("seq", "added_at", "kind", "sender", "to", "text", "style", "called", "members", "receipts")
 
     def __init__(self, seq: int, now: float, kind: str, text: str, style: str, sender: str, to: str) -> None:
         self.seq = seq  # consecutive: its index in the scrollback is seq minus the seq of the first entry
         self.added_at = now  # Unix time
-        self.kind = kind  # one of CHAT_KINDS; or notice, answer, error, joined, left, gone
+        self.kind = kind  # one of CHAT_KINDS; or notice, answer, error, joined, left, gone, date, blank
         self.sender = sender  # label; empty for what nobody said
         self.to = to  # label of the only receiver; empty for everyone
         self.text = text
         self.style = style
+        self.called = ""  # the user's name, if it stands in the text
         self.members: List[Tuple[str, str]] = []  # ids of those who joined, left or are gone, each with the reason
         self.receipts: Optional[Receipts] = None  # of an own message
+
+
+def _rule(text: str, cols: int) -> str:
+    """Return a line across the messages that says something."""
+    return f"─── {text} " + "─" * (cols - 5 - width(text))
+
+
+def _fit_labels(spans: Tuple[Span, ...], cols: int) -> Tuple[Span, ...]:
+    """Cut the labels before a text, and nothing else, to the width of a row."""
+    labels = [span for span in spans if span.style.startswith("nick")]
+    others = sum(width(span.text) for span in spans if span not in labels)
+    return tuple(Span(cut(span.text, max(1, (cols - others) // len(labels)), "…"), span.style) if span in labels else span
+                 for span in spans) if others + sum(width(span.text) for span in labels) > cols else spans
+
+
+def _marked(text: str, name: str) -> Tuple[Span, ...]:
+    """Return a text as spans in which a name stands out."""
+    parts = re.split(_word_pattern(f"({re.escape(name)})"), text, flags=re.IGNORECASE)
+    return tuple(Span(part, "mention" if at % 2 else "") for at, part in enumerate(parts))
+
+
+def _word_pattern(pattern: str) -> str:
+    """Return what finds a pattern only as a word of its own."""
+    return rf"(?<![^\W_]){pattern}(?![^\W_])"
 
 
 class Scrollback:
@@ -4837,8 +4875,9 @@ class Scrollback:
     The anchor is the place of the lowest row on screen; it is None at the bottom. What is added below an anchor
     moves nothing of what is being read. Rows are kept as they were drawn, until their entry looks different."""
 
-    def __init__(self, clock: Clock, label: Callable[[str], str]) -> None:
+    def __init__(self, clock: Clock, day: Clock, label: Callable[[str], str]) -> None:
         self._clock = clock
+        self._day = day
         self._label = label
         self.entries: List[Entry] = []
         self.next = 0  # seq of the next entry
@@ -4854,7 +4893,9 @@ class Scrollback:
         self.wanted = ""  # what the last search looked for
 
     def add(self, now: float, kind: str, text: str, style: str = "", sender: str = "", to: str = "") -> Entry:
-        """Append an entry; drop the oldest ones when there are too many."""
+        """Append an entry, below the date if it is another day; drop the oldest ones when there are too many."""
+        if kind != "date" and self.entries and self._day(now) != self._day(self.entries[-1].added_at):
+            self.pass_over(self.add(now, "date", self._day(now)))
         entry = Entry(self.next, now, kind, text, style, sender, to)
         self.next += 1
         self._size += len(text)
@@ -4869,11 +4910,15 @@ class Scrollback:
         entry.text = text
         self._drawn.pop(entry.seq, None)
 
-    def clear(self) -> None:
-        """Forget all entries."""
-        self.entries.clear()
-        self._drawn.clear()
-        self._size = self._drawn_rows = 0
+    def pass_over(self, entry: Entry) -> None:
+        """Let the mark of what is new not stand directly above an entry: that one is the user's own."""
+        if self.unread == entry.seq - 1:
+            self.unread = entry.seq
+
+    def clear(self, now: float, height: int) -> None:
+        """Scroll all entries off a screen."""
+        if self.entries and self.entries[-1].kind != "blank":
+            self.add(now, "blank", "\n" * (height - 1))
         self.anchor = self.unread = self.found = None
 
     def _trim(self) -> None:
@@ -4918,19 +4963,27 @@ class Scrollback:
 
     def _draw(self, entry: Entry, cols: int, style: str, text: str) -> List[EntryRow]:
         """Draw an entry: its head, the text wrapped beside it, and below it the failures."""
+        if entry.kind in ("blank", "date"):
+            return [((), line and _rule(line, cols), "dim") for line in text.split("\n")]
         when = (Span(self._clock(entry.added_at) + " ", "dim"),) if cols >= TIME_COLS else ()
+        is_called = bool(entry.called) and not style
         first = when + head(entry.kind, entry.sender, entry.to)
+        if is_called:
+            first = tuple(Span(text, "mention" if style.startswith("nick") else style) for text, style in first)
         indent = sum(width(span.text) for span in first)
         rows: List[EntryRow] = []
         if entry.seq - 1 == self.unread:
-            rows.append(((), "─── new " + "─" * (cols - 8), "rule"))
+            rows.append(((), _rule("new", cols), "rule"))
         if indent > cols // 2:  # the text has no room beside the head
-            rows.append((first, "", ""))
+            rows.append((_fit_labels(first, cols), "", ""))
             indent = min(2, cols // 4)
             first = (Span(" " * indent),)
         rest = (Span(" " * indent),)
         texts = wrap(text, max(1, cols - indent), table=entry.kind == "answer")
-        rows += [(rest if at else first, text, style) for at, text in enumerate(texts)]
+        if is_called:
+            rows += [((rest if at else first) + _marked(text, entry.called), "", "") for at, text in enumerate(texts)]
+        else:
+            rows += [(rest if at else first, text, style) for at, text in enumerate(texts)]
         for failure in entry.receipts.failures(self._label) if entry.receipts else []:
             rows += [(rest, text, "error") for text in wrap(failure, max(1, cols - indent))]
         return rows
@@ -5063,11 +5116,6 @@ class Transcript:
         wanted = text.casefold()
         return [self._line(*each) for each in self._kept if wanted in (each[1] + each[2]).casefold()]
 
-    def clear(self) -> None:
-        """Forget all messages."""
-        self._kept.clear()
-        self._size = 0
-
 
 class Window:
     """A conversation: what is read, and the line that is written."""
@@ -5112,7 +5160,7 @@ class People:
 
 def _mentions(text: str, name: str) -> bool:
     """Whether a text contains a name as a word of its own."""
-    return bool(re.search(rf"(?<![^\W_]){re.escape(name.casefold())}(?![^\W_])", text.casefold()))
+    return bool(re.search(_word_pattern(re.escape(name.casefold())), text.casefold()))
 
 
 def _nearest(name: str, choices: List[str]) -> str:
@@ -5202,7 +5250,7 @@ def _hint(view: ChatView) -> str:
     if view.hint or scrollback.anchor is None:
         return view.hint
     count = scrollback.count_below()
-    return f"{count} new below: End goes there." if count else "More below: PgDn shows it, End goes there."
+    return f"{count} new below: End goes there." if count else "PgDn shows more, End the newest."
 
 
 def _status_bar(view: ChatView, cols: int) -> Line:
@@ -5324,7 +5372,9 @@ class Narrator:
         if private:
             people.private = sender
         is_called = private or view.on_screen and _mentions(text, view.node.me.username)
-        self._say(sender, to, text, "private" if private else "mention" if is_called else "")
+        entry = self._say(sender, to, text, "private" if private else "")
+        if entry is not None and is_called and not private:
+            entry.called = view.node.me.username
         if is_called and view.may_ring and now - self._rang_at >= BELL_INTERVAL:
             self._rang_at = now
             view.has_rung = True
@@ -5337,6 +5387,7 @@ class Narrator:
         view.window.scrollback.found = None
         if entry is not None:
             entry.receipts, receipts.seq = receipts, entry.seq
+            view.window.scrollback.pass_over(entry)
 
     def _say(self, sender: str, to: str, text: str, style: str, own: bool = False) -> Optional[Entry]:
         """Show what somebody said."""
@@ -5694,7 +5745,13 @@ class Commands:
     @command("/who", "people")
     def _who(self, rest: str) -> None:
         """who is here; and how well they are heard."""
-        self.view.answer("\n".join(self.node.alone() or self.node.who()))
+        peers, view = self.node.present(), self.view
+        quiet = sum(peer.quiet for peer in peers)
+        online, address, _ = self.node.server_status()
+        summary = (f"{len(peers)} here: {len(peers) - quiet} heard, {quiet} quiet; "
+                   f"{f'server {address} online' if online else 'no server'}; you are {self.node.me.id}.")
+        table = fit_columns(self.node.who(), view.answer_cols(), (4, 1)) if peers else []
+        view.answer("\n".join(self.node.alone() or [summary, *table]))
 
     @command("/whois NAME", "people")
     def _whois(self, rest: str) -> None:
@@ -5808,10 +5865,8 @@ class Commands:
 
     @command("/clear", "screen")
     def _clear(self, rest: str) -> None:
-        """empty the screen."""
-        self.view.window.scrollback.clear()
-        if self.view.transcript is not None:
-            self.view.transcript.clear()
+        """clear the screen; PgUp still shows what was on it."""
+        self.view.window.scrollback.clear(self.node.loop.wall(), self.view.area().height)
 
     @command("/help [COMMAND]", "screen")
     def _help(self, rest: str) -> None:
@@ -5989,14 +6044,15 @@ class Keyboard:
 class ChatView:
     """The model: its parts, and what they share. Interfaces hand in events, lines and keys, and draw it."""
 
-    def __init__(self, node: PeerNode, clock: Clock, transcript: Optional[Transcript] = None) -> None:
+    def __init__(self, node: PeerNode, clock: Clock, transcript: Optional[Transcript] = None,
+                 day: Clock = lambda when: "") -> None:
         self.node = node
         self.clock = clock
         self.transcript = transcript  # where there is no screen
         self.on_screen = transcript is None
         self.rows, self.cols = 24, 80
         self.people = People()
-        self.window = Window(Scrollback(clock, node.label))
+        self.window = Window(Scrollback(clock, day, node.label))
         self.outgoing = Outgoing()
         self.lost: List[str] = []  # lines about what was not delivered while leaving
         self.log: Deque[str] = collections.deque(maxlen=500)
@@ -6037,6 +6093,7 @@ class ChatView:
         self.notice(text, kind)
         if self.on_screen:
             scrollback, area = self.window.scrollback, self.area()
+            scrollback.pass_over(scrollback.entries[-1])
             scrollback.go_to((scrollback.next - 1, area.height - 1), area)
         self.on_answer(text, kind)
 
@@ -6247,6 +6304,16 @@ def show_time(when: float) -> str:
     return _time_of_minute(int(when // 60))
 
 
+def show_day(when: float) -> str:
+    """Return the date of a Unix time."""
+    return _day_of_minute(int(when // 60))
+
+
+@functools.lru_cache(maxsize=64)
+def _day_of_minute(minute: int) -> str:
+    return time.strftime("%A, %d %B %Y", time.localtime(minute * 60))
+
+
 @functools.lru_cache(maxsize=64)
 def _time_of_minute(minute: int) -> str:
     return time.strftime("%H:%M", time.localtime(minute * 60))
@@ -6302,7 +6369,7 @@ class Interface:
     def start_node(self, settings: Settings) -> None:
         """Start a node and its view. Raises OSError if the port can't be had."""
         self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events))
-        self.view = ChatView(node, show_time, self.transcript)
+        self.view = ChatView(node, show_time, self.transcript, show_day)
         self.view.log = self.log
         node.start()
 
