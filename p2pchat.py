@@ -265,7 +265,8 @@ def check_username(name: str) -> str:
 def natural_key(name: str) -> List[Tuple[bool, int, str]]:
     """Return what to sort a name by: pc2 stands before pc10, and É beside E."""
     plain = "".join(each for each in unicodedata.normalize("NFKD", name.casefold()) if not unicodedata.combining(each))
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.findall(r"\d+|\D+", plain)]
+    parts = re.findall(r"\d+|\D+", plain)
+    return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in parts]
 
 
 def graphemes(text: str) -> List[str]:
@@ -4407,7 +4408,7 @@ class PeerNode:
         except ValueError as error:
             raise ChatError(str(error)) from None
 
-    def who(self) -> List[Tuple[str, ...]]:
+    def who(self) -> Sequence[Tuple[str, ...]]:
         """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
         return [("name", "address", "heard", "ago", "trip")] + [
             (self.peers.label(peer), format_address(peer.address), *peer.describe(self.loop.now()))
@@ -4854,8 +4855,11 @@ def _fit_labels(spans: Tuple[Span, ...], cols: int) -> Tuple[Span, ...]:
     """Cut the labels before a text, and nothing else, to the width of a row."""
     labels = [span for span in spans if span.style.startswith("nick")]
     others = sum(width(span.text) for span in spans if span not in labels)
-    return tuple(Span(cut(span.text, max(1, (cols - others) // len(labels)), "…"), span.style) if span in labels else span
-                 for span in spans) if others + sum(width(span.text) for span in labels) > cols else spans
+    if others + sum(width(span.text) for span in labels) <= cols or not labels:
+        return spans
+    room = max(1, (cols - others) // len(labels))
+    return tuple(Span(cut(text, room, "…"), style) if style.startswith("nick") else Span(text, style)
+                 for text, style in spans)
 
 
 def _marked(text: str, name: str) -> Tuple[Span, ...]:
@@ -5003,6 +5007,11 @@ class Scrollback:
                     break
         rows = rows[:height] + [((), "", "")] * (height - len(rows))
         return [fill((*before, Span(text, style)), cols) for before, text, style in reversed(rows)]
+
+    def read_entries(self) -> List[Entry]:
+        """Return the entries that end at the lowest row on screen, as many as a screen may hold."""
+        end = len(self.entries) if self.anchor is None else self.anchor[0] - self.entries[0].seq + 1
+        return [entry for entry in self.entries[max(0, end - 300):end] if entry.kind not in ("blank", "date")]
 
     # -- where the reader is ---------------------------------------------------------------------------
 
@@ -5224,6 +5233,18 @@ def render(view: ChatView, rows: int, cols: int) -> Screen:
     return Screen(lines, (rows - part.input + row - top, column), scrollback.is_drawn)
 
 
+def render_bare(view: ChatView, rows: int, cols: int) -> List[str]:
+    """Return the messages that are on screen, each line of them unbroken, as many as fit: the terminal breaks them."""
+    lines: List[str] = []
+    for entry in reversed(view.window.scrollback.read_entries()):
+        block = (head_text(entry.kind, entry.sender, entry.to) + entry.text).expandtabs(4).split("\n")
+        rows -= sum(max(1, -(-width(line) // cols)) for line in block)
+        if rows < 1 and lines:
+            break
+        lines = block + lines
+    return lines
+
+
 def clip(line: Iterable[Span], cols: int) -> Line:
     """Cut a line to the width of the screen."""
     clipped: Line = []
@@ -5278,7 +5299,8 @@ def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
     room = height if len(peers) <= height else height - 1
     people.top = max(0, min(people.top, len(peers) - room))
     shown = peers[people.top:people.top + room]
-    texts = [(label, "" if "@" in label else f" {peer.ip}:{peer.port}") for peer, label in zip(shown, view.labels(shown))]
+    texts = [(label, "" if "@" in label else f" {peer.ip}:{peer.port}")
+             for peer, label in zip(shown, view.labels(shown))]
     has_addresses = all(width(label + address) <= cols - 2 for label, address in texts)
     rows: List[Line] = []
     for peer, (label, address) in zip(shown, texts):
@@ -5375,9 +5397,11 @@ class Narrator:
         entry = self._say(sender, to, text, "private" if private else "")
         if entry is not None and is_called and not private:
             entry.called = view.node.me.username
-        if is_called and view.may_ring and now - self._rang_at >= BELL_INTERVAL:
+        view.unread += not view.has_focus
+        if is_called and now - self._rang_at >= BELL_INTERVAL and (view.is_on["bell"] or view.is_on["notify"]):
             self._rang_at = now
-            view.has_rung = True
+            view.has_rung = view.is_on["bell"]
+            view.note = f"{self._label(sender)}: {_shortened(text)}" if view.is_on["notify"] else ""
 
     def on_sent(self, event: Event) -> None:
         """Show what the user said; its receipts will follow."""
@@ -5562,6 +5586,7 @@ VIEW_KEYS: Tuple[Key, ...] = (
     Key("End", "to the newest message; and to the end of the line", lambda keys: keys.to_end()),
     Key("Ctrl-C", "drop the line; twice: leave", lambda keys: keys.interrupt()),
     Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda keys: keys.end_input()),
+    Key("F10", "show unbroken lines to copy; any key comes back", lambda keys: keys.show_bare()),
     Key("Ctrl-L", "draw the screen anew", lambda keys: None),  # this and the next one are the interface's
     Key("Ctrl-Z", "suspend; fg comes back", lambda keys: None),
 )
@@ -5600,6 +5625,18 @@ def command(usage: str, group: str) -> Callable[[Handle], Handle]:
 
 
 Topics = Dict[str, List[Tuple[str, str, str]]]  # by heading: a text, a shorter one, and what it means
+
+
+def help_topics(wanted: str) -> Topics:
+    """Return what /help lists about commands ("/") or keys ("/keys")."""
+    if wanted == "/keys":
+        tables = (("Writing:", EDIT_KEYS), ("Sending, reading, leaving:", VIEW_KEYS))
+        return {heading: [(key.names, key.names.partition(",")[0], key.help) for key in keys]
+                for heading, keys in tables}
+    topics = {f"{group.capitalize()}:": [(each.usage, each.name, each.help)
+                                         for each in COMMANDS.values() if each.group == group] for group in GROUPS}
+    topics["Talk:"].append(("//TEXT", "//TEXT", "say a text with a slash"))
+    return topics if wanted == "/" else {}
 
 
 def topic_list(topics: Topics, cols: int) -> str:
@@ -5855,13 +5892,19 @@ class Commands:
         self.view.is_quiet = not self.view.is_quiet
         self.view.answer(f"Joins and leaves of the silent are {'hidden' if self.view.is_quiet else 'shown'}.")
 
-    @command("/bell [on|off]", "screen")
-    def _bell(self, rest: str) -> None:
-        """ring when you are called; by name or privately."""
+    @command("/bare", "screen")
+    def _bare(self, rest: str) -> None:
+        """show unbroken lines to copy; any key comes back."""
+        if not self.view.on_screen:
+            raise ChatError("There is no screen: the lines are unbroken already.")
+        self.view.is_bare = True
+
+    def switch(self, rest: str, name: str) -> None:
+        """Switch something on or off, or say which it is."""
         if rest.lower() not in ("", "on", "off"):
-            raise ChatError("The bell can be on or off.")
-        self.view.may_ring = rest.lower() == "on" if rest else self.view.may_ring
-        self.view.answer(f"The bell is {'on' if self.view.may_ring else 'off'}.")
+            raise ChatError(f"/{name} can be on or off.")
+        self.view.is_on[name] = rest.lower() == "on" if rest else self.view.is_on[name]
+        self.view.answer(f"/{name} is {'on' if self.view.is_on[name] else 'off'}.")
 
     @command("/clear", "screen")
     def _clear(self, rest: str) -> None:
@@ -5872,24 +5915,29 @@ class Commands:
     def _help(self, rest: str) -> None:
         """list the commands; or explain one; /help keys lists the keys."""
         wanted = "/" + rest.lower().lstrip("/")
-        topics: Topics = {}
-        if wanted == "/keys":
-            for heading, keys in (("Writing:", EDIT_KEYS), ("Sending, reading, leaving:", VIEW_KEYS)):
-                topics[heading] = [(key.names, key.names.partition(",")[0], key.help) for key in keys]
-        elif wanted == "/":
-            for group in GROUPS:
-                topics[f"{group.capitalize()}:"] = [(each.usage, each.name, each.help)
-                                                    for each in COMMANDS.values() if each.group == group]
-            topics["Talk:"].append(("//TEXT", "//TEXT", "say a text with a slash"))
-        elif wanted not in COMMANDS:
-            raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
         found = COMMANDS.get(wanted)
-        self.view.answer(topic_list(topics, self.view.answer_cols()) if found is None else f"{found.usage}  {found.help}")
+        topics = help_topics(wanted)
+        if found is not None:
+            self.view.answer(f"{found.usage}  {found.help}")
+        elif topics:
+            self.view.answer(topic_list(topics, self.view.answer_cols()))
+        else:
+            raise ChatError(f"There is no {wanted[:40]}.{_nearest(wanted, list(COMMANDS))}")
 
     @command("/quit", "connection")
     def _quit(self, rest: str) -> None:
         """leave the chat."""
         self.node.leave()
+
+
+SWITCHES = {
+    "bell": "ring when you are called; by name or privately",
+    "notify": "a note on the desktop when called; if the terminal can show one",
+    "wheel": "the wheel scrolls; off: three arrow keys at once are arrow keys, for slow lines",
+    "mouse": "take the mouse; its wheel scrolls the list of peers, too; Shift selects text"}
+COMMANDS.update((f"/{name}", Command(f"/{name}", f"/{name} [on|off]", text,
+                                     functools.partial(Commands.switch, name=name), "screen"))
+                for name, text in SWITCHES.items())
 
 
 class Completion:
@@ -6015,6 +6063,18 @@ class Keyboard:
         area = self.view.area()
         self.view.window.scrollback.scroll(pages * max(1, area.height - 1), area)
 
+    def wheel(self, value: str) -> None:
+        """Scroll what the pointer is over; `value` is the rows and the pointer's column, 0 if that is not known."""
+        rows, column = map(int, value.split())
+        area = self.view.area()
+        if column > area.cols:
+            self.view.people.top += rows
+        else:
+            self.view.window.scrollback.scroll(rows, area)
+
+    def show_bare(self) -> None:
+        self.view.is_bare = True
+
     def scroll_peers(self, pages: int) -> None:
         """Scroll the list of peers; drawing it keeps it within its bounds."""
         self.view.people.top += pages * max(1, self.view.area().height - 2)
@@ -6035,7 +6095,9 @@ class Keyboard:
 
     def on_focus(self, has_focus: bool) -> None:
         """Note that the terminal got or lost the focus."""
+        self.view.has_focus = has_focus
         if has_focus:
+            self.view.unread = 0
             self.view.people.fresh.clear()
         else:
             self.view.window.scrollback.on_focus_lost()
@@ -6060,8 +6122,12 @@ class ChatView:
         self.hint = ""  # is shown above the input line until the next key
         self.has_side = True  # the list of peers is shown
         self.is_quiet = False  # joins and leaves of peers that have not spoken lately are hidden
-        self.may_ring = True
+        self.is_bare = False  # messages are shown as unbroken lines, until the next key
+        self.is_on = {"bell": True, "notify": False, "wheel": True, "mouse": False}
         self.has_rung = False  # the interface has yet to ring the bell
+        self.note = ""  # what the interface has yet to show on the desktop
+        self.has_focus = True
+        self.unread = 0  # messages that came while the terminal did not have the focus
         self.on_answer: Callable[[str, str], None] = lambda text, kind: None
         self.keyboard = Keyboard(self)
         self._commands = Commands(self)
@@ -6096,6 +6162,10 @@ class ChatView:
             scrollback.pass_over(scrollback.entries[-1])
             scrollback.go_to((scrollback.next - 1, area.height - 1), area)
         self.on_answer(text, kind)
+
+    def title(self) -> str:
+        """Return the title of the terminal."""
+        return (f"({self.unread}) " if self.unread else "") + f"{self.node.me.username} - p2pchat"
 
     def labels(self, peers: Iterable[Peer]) -> List[str]:
         return [self.node.label(peer.id) for peer in peers]
@@ -6183,6 +6253,8 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
 
 FRAME = 1 / 30  # seconds between two drawings: faster than anybody reads
 ESCAPE_TIME = 0.025  # seconds after which an ESC that nothing followed is the Esc key
+WHEEL_KEYS = 3  # equal arrow keys in one read are a notch of the wheel
+WHEEL_ROWS = 3  # that a notch scrolls where the terminal tells of the mouse itself
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
 PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
 SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
@@ -6190,7 +6262,7 @@ INPUT_TIME = 0.01  # seconds of a turn for lines of input: the others wait for t
 MAX_UNREAD = 64 * 1024 * 1024  # bytes of output kept for a program that does not read them
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
+PRESS, TEXT, PASTE, WHEEL = "press", "text", "paste", "wheel"  # what a KeyReader makes of bytes
 Press = Tuple[str, str]
 
 # What follows ESC: an escape sequence's last character, for ~ with its number.
@@ -6267,6 +6339,8 @@ class KeyReader:
         name = ""
         if text:
             presses.append((TEXT, text))
+        elif final and number and number[0] == "<":
+            self._mouse(number[1:], found["held"], presses)
         elif final:
             name = _SEQUENCES.get((number or "") + final if final == "~" else final, "")
             name = name and _MODIFIERS.get(found["held"], "") + name
@@ -6277,6 +6351,23 @@ class KeyReader:
         if name:
             presses.append((PRESS, "alt-" + name if found["alt"] or found["meta"] else name))
         return found.end()
+
+
+    @staticmethod
+    def _mouse(button: str, place: str, presses: List[Press]) -> None:
+        """Take a report of the mouse: only its wheel counts."""
+        column = place.partition(";")[0]
+        if button in ("64", "65") and column.isdecimal() and len(column) < 6:
+            presses.append((WHEEL, f"{WHEEL_ROWS if button == '65' else -WHEEL_ROWS} {column}"))
+
+
+def with_wheel(presses: List[Press]) -> List[Press]:
+    """Arrow keys that came in one piece are the wheel: terminals send them to programs that do not take the mouse."""
+    found: List[Press] = []
+    for press, run in itertools.groupby(presses):
+        keys, step = list(run), {(PRESS, "up"): -1, (PRESS, "down"): 1}.get(press)
+        found += [(WHEEL, f"{step * len(keys)} 0")] if step and len(keys) >= WHEEL_KEYS else keys
+    return found
 
 
 def without_burst(presses: List[Press]) -> List[Press]:
@@ -6424,9 +6515,18 @@ class Interface:
 # -- the screen -----------------------------------------------------------------------------------------
 
 
+_NO_TITLE = ("linux", "vt", "ansi", "cons", "sun")  # beginnings of TERM: terminals without a title
+
+
 class Terminal:
     """The terminal while it shows our screen: a context manager that puts it back as it was."""
 
+    # Modes, each as what switches it on and what puts it back. Terminals that do not know one ignore it. The wheel's
+    # (alternate scroll) is saved and restored: it may have been on before.
+    _MODES = {"paste": ("\x1b[?2004h", "\x1b[?2004l"), "focus": ("\x1b[?1004h", "\x1b[?1004l"),
+              "wheel": ("\x1b[?1007s\x1b[?1007h", "\x1b[?1007r"),
+              "mouse": ("\x1b[?1000h\x1b[?1006h", "\x1b[?1006l\x1b[?1000l"),
+              "title": ("\x1b[22;2t", "\x1b[23;2t")}
     _ASCII = str.maketrans("✗●○◐→…─│·◌", "x*o%>~-|-o")
 
     def __init__(self) -> None:
@@ -6444,15 +6544,18 @@ class Terminal:
         self._utf8 = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
         self._window: Any = None
         self._styles: Dict[str, int] = {}
+        self._modes: Dict[str, bool] = {}  # those that this terminal can have; whether they are on
+        self._title = ""
 
     def __enter__(self) -> "Terminal":
         self._before = self._termios.tcgetattr(0)
-        self._modes = (b"", b"")
         self._window = self._curses.initscr()
         try:
             ansi = (self._curses.tigetstr("cup") or b"").startswith(b"\x1b[")
-            if ansi:  # marked pastes and focus reports; terminals that don't know them ignore them
-                self._modes = (b"\x1b[?2004h\x1b[?1004h", b"\x1b[?1004l\x1b[?2004l")
+            if ansi:
+                self._modes = {"paste": True, "focus": True, "wheel": True, "mouse": False}
+                if not os.environ.get("TERM", "").startswith(_NO_TITLE):
+                    self._modes["title"] = True
             self._make_styles()
             self.resume()
         except BaseException:
@@ -6468,12 +6571,13 @@ class Terminal:
         for call in (self._curses.raw, self._curses.noecho, self._curses.nonl):
             self._quietly(call)
         self._quietly(self._curses.typeahead, -1)  # curses reads no keys, and so need not look for them
-        self._quietly(os.write, 1, self._modes[0])
+        self._write("".join(self._MODES[mode][0] for mode, is_on in self._modes.items() if is_on))
+        self._title = ""
         self.resize()
 
     def suspend(self) -> None:
         """Give the terminal back; harmless if that was done before."""
-        self._quietly(os.write, 1, self._modes[1])
+        self._write("".join(self._MODES[mode][1] for mode, is_on in self._modes.items() if is_on))
         self._quietly(self._curses.endwin)
         self._quietly(self._termios.tcsetattr, 0, self._termios.TCSADRAIN, self._before)
 
@@ -6504,8 +6608,35 @@ class Terminal:
         found = {self._curses.tigetstr(name): key for name, key in _TERMINFO_KEYS.items()}
         return {code.decode("latin-1"): key for code, key in found.items() if code and len(code) > 1}
 
+    def _write(self, text: str) -> None:
+        """Write past curses what moves no cursor."""
+        self._quietly(os.write, 1, text.encode("utf-8" if self._utf8 else "ascii", "replace"))
+
+    def set_mode(self, mode: str, is_on: bool) -> None:
+        """Switch a mode on or put it back."""
+        if self._modes.get(mode, is_on) != is_on:
+            self._modes[mode] = is_on
+            self._write(self._MODES[mode][0 if is_on else 1])
+
+    def set_title(self, title: str) -> None:
+        if "title" in self._modes and title != self._title:
+            self._title = title
+            self._write(f"\x1b]2;{self._drawable(title)}\x07")
+
+    def notify(self, text: str) -> None:
+        """Ask for a note on the desktop, in the way that this terminal understands."""
+        if "title" in self._modes:
+            knows_777 = os.environ.get("TERM", "").startswith(("rxvt", "foot")) or "VTE_VERSION" in os.environ
+            self._write(f"\x1b]{'777;notify;p2pchat;' if knows_777 else '9;p2pchat: '}{self._drawable(text)}\x07")
+
     def beep(self) -> None:
         self._curses.beep()
+
+    def draw_bare(self, lines: List[str]) -> None:
+        """Show lines that the terminal itself breaks, so that it copies them whole."""
+        self._window.clear()
+        self._quietly(self._window.refresh)
+        self._write("\r\n".join(map(self._drawable, lines)))
 
     def draw(self, screen: Screen) -> None:
         """Show a screen. Curses sends only what has changed."""
@@ -6595,8 +6726,15 @@ class CursesInterface(Interface):
                 self._launch()
         self.changed()
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether messages are shown as unbroken lines in place of the screen."""
+        return self.form is None and self.view.is_bare
+
     def changed(self, by_user: bool = False) -> None:
         """Draw: in the next turn what the user did, else when the frame before was shown long enough."""
+        if self.is_bare and not by_user:
+            return  # drawing would drop what is selected
         if by_user:
             self._frame.cancel()
         if not self._frame.active:
@@ -6608,18 +6746,31 @@ class CursesInterface(Interface):
         if self.form is not None:
             screen = render_form(self.form, rows, cols)
             self.terminal.draw(screen)
+        elif self.is_bare:
+            self.terminal.draw_bare(render_bare(self.view, rows, cols))
+            return
         else:
             self.view.rows, self.view.cols = rows, cols
             screen = render(self.view, rows, cols)
             self.terminal.draw(screen)
-            if self.view.has_rung:
-                self.view.has_rung = False
-                self.terminal.beep()
+            self._ask_for_attention()
         self._drawn_at = self.loop.now()
         self._still.cancel()
         self._still = self.loop.call_later(FRESH_TIME, self.changed)  # for marks that grow old
         if not screen.is_complete:
             self.changed()
+
+    def _ask_for_attention(self) -> None:
+        """Tell the terminal what it shows outside of its screen."""
+        view = self.view
+        self.terminal.set_mode("mouse", view.is_on["mouse"])
+        self.terminal.set_mode("wheel", view.is_on["wheel"])
+        self.terminal.set_title(view.title())
+        if view.has_rung:
+            self.terminal.beep()
+        if view.note:
+            self.terminal.notify(view.note)
+        view.has_rung, view.note = False, ""
 
     # -- in --------------------------------------------------------------------------------------------
 
@@ -6634,6 +6785,8 @@ class CursesInterface(Interface):
             return
         self._escape.cancel()
         presses = self._keys.feed(data)
+        if self.form is None and self.view.is_on["wheel"]:
+            presses = with_wheel(presses)
         self._press(presses if self._keys.has_brackets else without_burst(presses))
         if self._keys.is_waiting:
             self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._on_escape_time)
@@ -6643,6 +6796,9 @@ class CursesInterface(Interface):
             self._press(self._keys.flush())
 
     def _press(self, presses: List[Press]) -> None:
+        if self.is_bare:
+            self._press_in_bare(presses)
+            return
         for kind, value in presses:
             if kind == PRESS and value == "ctrl-l":
                 self.terminal.resize()
@@ -6652,10 +6808,22 @@ class CursesInterface(Interface):
                 self._press_in_form(self.form, value)
             elif kind == PRESS and value == "ctrl-c" and self.node is not None and self.node.leaving:
                 self.interrupt()
+            elif kind == WHEEL:
+                if self.form is None:
+                    self.view.keyboard.wheel(value)
             else:
                 keyboard = self.form or self.view.keyboard
                 {PRESS: keyboard.press, TEXT: keyboard.type, PASTE: keyboard.paste}[kind](value)
         self.changed(by_user=True)
+
+    def _press_in_bare(self, presses: List[Press]) -> None:
+        """Any key comes back; the focus changes while text is being copied."""
+        for press in presses:
+            if press in ((PRESS, "focus-in"), (PRESS, "focus-out")):
+                self.view.keyboard.press(press[1])
+            elif self.is_bare:
+                self.view.is_bare = False
+                self._on_resize()
 
     def _on_resize(self) -> None:
         self.terminal.resize()

@@ -1063,6 +1063,57 @@ def test_the_list_of_peers_scrolls_and_hides():
         assert view_side(view)
 
 
+def test_the_wheel_scrolls_what_it_is_over():
+    view = view_make(*(f"Peer{number}" for number in range(50)))
+    for number in range(100):
+        view_chat(view, "Peer1", f"message {number}")
+    view_screen(view)
+    view.keyboard.wheel("-3 0")
+    assert "message 96" in view_screen(view)[-3] and view_side(view)[0] == "● Peer0"
+    view.keyboard.wheel("3 70")
+    assert "message 96" in view_screen(view)[-3] and view_side(view)[0] == "● Peer3"
+    view.keyboard.wheel("5 10")
+    assert view.window.scrollback.anchor is None
+
+
+def test_the_title_counts_what_came_without_the_focus():
+    view = view_make("Bob")
+    view_chat(view, "Bob", "one")
+    assert view.title() == "Alice - p2pchat"
+    view_keys(view, "<focus-out>")
+    view_chat(view, "Bob", "two")
+    view_chat(view, "Bob", "three")
+    assert view.title() == "(2) Alice - p2pchat"
+    view_keys(view, "<focus-in>")
+    assert view.title() == "Alice - p2pchat"
+
+
+def test_a_note_is_shown_on_the_desktop_if_that_is_wanted():
+    view = view_make("Bob")
+    view_chat(view, "Bob", "Alice!")
+    assert view.has_rung and not view.note
+    view.node.loop.seconds += 10
+    assert [view_answer(view, line) for line in ("/notify", "/notify on", "/bell off")] == [
+        "/notify is off.", "/notify is on.", "/bell is off."]
+    view.has_rung = False
+    view_chat(view, "Bob", "Alice?\nmore")
+    assert not view.has_rung and view.note == "Bob: Alice? …"
+
+
+def test_bare_lines_are_unbroken():
+    view = view_make("Bob")
+    view_screen(view, 12, 40)
+    for number in range(40):
+        view_chat(view, "Bob", f"message {number}")
+    view_chat(view, "Bob", "if x:\n    " + "y = 1; " * 20)
+    lines = p2pchat.render_bare(view, 12, 40)
+    assert lines[-2:] == ["Bob: if x:", "    " + "y = 1; " * 20] and lines[-3] == "Bob: message 39"
+    assert sum(max(1, -(-len(line) // 40)) for line in lines) <= 12
+    assert p2pchat.render_bare(view, 1, 5) == lines[-2:]
+    view_keys(view, "<f10>")
+    assert view.is_bare
+
+
 def test_the_status_bar():
     view = view_make("Bob")
     assert view_screen(view)[0].startswith(" Chat P2P - Alice") and "server online since 22:13 · 1 peer " in view_screen(view)[0]
@@ -6518,6 +6569,8 @@ class PtyPipe(Program):
     (b"\x1b[I\x1b[O", ["focus-in", "focus-out"]),
     (b"\x1b[200~two\rlines\x1b[A\x1b[201~x", [("paste", "two\rlines\x1b[A"), ("text", "x")]),
     (b"\x1b[99;99u\x1b[?1;2c\x1b[[Ax\x1b[15~", [("text", "x")]),
+    (b"\x1b[20~\x1b[21~\x1b[23~\x1b[24~\x1b[5;3~", ["f9", "f10", "f11", "f12", "alt-pgup"]),
+    (b"\x1b[<64;70;5M\x1b[<65;1;1M\x1b[<0;3;3M\x1b[<0;3;3m\x1b[<64;+;1M", [("wheel", "-3 70"), ("wheel", "3 1")]),
     (b"\xff\xfe", [("text", "\ufffd\ufffd")]),
     (b"\x1b[A" * 30 + b"x" * 70, ["up"] * 30 + [("text", "x" * 70)]),
 ])
@@ -6554,13 +6607,21 @@ def test_several_lines_at_once_are_a_paste():
     assert reader.feed(b"\x1b[200~x") == [] and reader.has_brackets
 
 
+@pytest.mark.parametrize("data, presses", [
+    (b"\x1b[A" * 3, [("wheel", "-3 0")]), (b"\x1bOB" * 5 + b"x", [("wheel", "5 0"), ("text", "x")]),
+    (b"\x1b[A" * 2, [("press", "up")] * 2), (b"\x1b[A\x1b[B\x1b[A", [("press", "up"), ("press", "down"), ("press", "up")]),
+    (b"\x1b[C" * 4, [("press", "right")] * 4), (b"\x1b[200~" + b"\x1b[A" * 3 + b"\x1b[201~", [("paste", "\x1b[A" * 3)])])
+def test_several_arrow_keys_at_once_are_the_wheel(data, presses):
+    assert p2pchat.with_wheel(p2pchat.KeyReader().feed(data)) == presses
+
+
 def test_type_ahead_is_no_paste_where_pastes_are_marked():
     with PtyProgram(*pty_peer("Alice")) as alice:
         alice.expect("Chat P2P - Alice")
         alice.type("\x1b[200~/bell\x1b[201~")
         alice.expect("> /bell")
         alice.type("\r/help who\r/help quit\r/bell off\r")
-        alice.expect("The bell is off.")
+        alice.expect("/bell is off.")
         alice.type("/quit\r")
         alice.ends(0)
 
@@ -6672,7 +6733,7 @@ def test_what_is_drawn_in_portions_goes_on_by_itself():
 
 # -- however it ends, the terminal is as it was --------------------------------------------------------
 
-PTY_RESTORED = (b"\x1b[?2004l", b"\x1b[?1004l", b"\x1b[?1049l")
+PTY_RESTORED = (b"\x1b[?2004l", b"\x1b[?1004l", b"\x1b[?1007r", b"\x1b[23;2t", b"\x1b[?1049l")
 
 
 @pytest.mark.parametrize("how", ["/quit", "ctrl-c", "ctrl-d", signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -6680,6 +6741,8 @@ def test_the_terminal_is_restored(how):
     with PtyProgram(*pty_peer("Alice"), term="xterm-256color") as alice:
         alice.wait_for(lambda: b"/help lists" in alice.output, "the screen")
         assert b"\x1b[?2004h" in alice.output and b"\x1b[?1004h" in alice.output
+        assert b"\x1b[?1007s\x1b[?1007h" in alice.output and b"\x1b[22;2t" in alice.output
+        assert b"\x1b]2;Alice - p2pchat\x07" in alice.output and b"\x1b[?1000h" not in alice.output
         assert termios.tcgetattr(alice.slave)[3] & termios.ECHO == 0
         if isinstance(how, str):
             alice.type({"/quit": "/quit\r", "ctrl-c": "\x03\x03", "ctrl-d": "\x04"}[how])
@@ -6687,6 +6750,18 @@ def test_the_terminal_is_restored(how):
             alice.process.send_signal(how)
         alice.ends(0)
         assert all(alice.output.rfind(mode) > alice.output.rfind(b"\x1b[?2004h") for mode in PTY_RESTORED)
+
+
+def test_bare_lines_stay_until_a_key():
+    with PtyProgram(*pty_peer("Alice")) as alice:
+        alice.expect("/help lists")
+        alice.type("/bare\r")
+        alice.wait_for(lambda: "Chat P2P" not in alice.screen.text() and "- You are" in alice.screen.text(), "bare lines")
+        alice.type("x")
+        alice.expect("Chat P2P - Alice")
+        assert "> x" not in alice.screen.text()
+        alice.type("/quit\r")
+        alice.ends(0)
 
 
 def test_what_was_lost_is_said_when_the_screen_is_gone():
