@@ -6252,6 +6252,7 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
 # ======================================================================================================
 
 FRAME = 1 / 30  # seconds between two drawings: faster than anybody reads
+REDRAW_INTERVAL = 5.0  # seconds: what the list of peers shows also changes without an event
 ESCAPE_TIME = 0.025  # seconds after which an ESC that nothing followed is the Esc key
 WHEEL_KEYS = 3  # equal arrow keys in one read are a notch of the wheel
 WHEEL_ROWS = 3  # that a notch scrolls where the terminal tells of the mouse itself
@@ -6756,7 +6757,7 @@ class CursesInterface(Interface):
             self._ask_for_attention()
         self._drawn_at = self.loop.now()
         self._still.cancel()
-        self._still = self.loop.call_later(FRESH_TIME, self.changed)  # for marks that grow old
+        self._still = self.loop.call_later(REDRAW_INTERVAL, self.changed)
         if not screen.is_complete:
             self.changed()
 
