@@ -270,7 +270,7 @@ def natural_key(name: str) -> List[Tuple[bool, int, str]]:
     """Return what to sort a name by: pc2 stands before pc10, and É beside E."""
     plain = "".join(each for each in unicodedata.normalize("NFKD", name.casefold()) if not unicodedata.combining(each))
     parts = re.findall(r"\d+|\D+", plain)
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+    return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in parts]
 
 
 def graphemes(text: str) -> List[str]:
@@ -307,6 +307,21 @@ def pad(text: str, cols: int) -> str:
     """Return a text cut or filled with blanks to exactly `cols` columns."""
     text = cut(text, cols)
     return text + " " * (cols - width(text))
+
+
+def fit_columns(rows: Sequence[Sequence[str]], cols: int, optional: Sequence[int]) -> List[str]:
+    """Return rows of cells as lines of at most `cols` columns.
+
+    As long as there is no room, the optional columns are left out, one after the other; then the first is cut."""
+    for count in range(len(optional) + 1):
+        kept = [[cell for at, cell in enumerate(row) if at not in optional[:count]] for row in rows]
+        sizes = [max(map(width, column)) for column in zip(*kept)]
+        excess = sum(sizes) + 2 * (len(sizes) - 1) - cols
+        if excess <= 0:
+            break
+    sizes[0] -= min(max(excess, 0), max(sizes[0] - 4, 0))
+    lines = ["  ".join(pad(cut(cell, size, "…"), size) for cell, size in zip(row, sizes)).rstrip() for row in kept]
+    return [cut(line, cols, "…") for line in lines]
 
 
 def wrap(text: str, cols: int, table: bool = False) -> List[str]:
@@ -4293,8 +4308,8 @@ class Finder:
             lines.append(f"Looked on {'this machine only' if is_local else 'the local network'}{result}.")
         if has_network or is_local:
             where = "in another terminal of this machine" if is_local else "on the other machine"
-            lines.append("From here: /connect HOST:PORT, which /who says there.")
-            lines.append(f"To connect {where}: {start_line('--join', node.me.address, node.settings.host)}")
+            lines += ["From here: /connect HOST:PORT, which /who says there.", f"To connect {where}, type there:",
+                      start_line("--join", node.me.address, node.settings.host)]
         return lines
 
     def first_look(self) -> str:
@@ -4561,13 +4576,11 @@ class PeerNode:
         except ValueError as error:
             raise ChatError(str(error)) from None
 
-    def who(self) -> List[str]:
+    def who(self) -> Sequence[Tuple[str, ...]]:
         """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
-        rows = [("name", "address", "heard", "ago", "trip")]
-        for peer in self.present():
-            rows.append((self.peers.label(peer), format_address(peer.address), *peer.describe(self.loop.now())))
-        widths = [max(width(row[column]) for row in rows) for column in range(5)]
-        return ["  ".join(pad(cell, size) for cell, size in zip(row, widths)).rstrip() for row in rows]
+        return [("name", "address", "heard", "ago", "trip")] + [
+            (self.peers.label(peer), format_address(peer.address), *peer.describe(self.loop.now()))
+            for peer in self.present()]
 
     def server_status(self) -> Tuple[bool, str, float]:
         """Return whether it is online, its address, and since when, in Unix time."""
@@ -4987,18 +5000,46 @@ def nick_style(label: str) -> str:
 class Entry:
     """One message or notice of the scrollback."""
 
-    __slots__ = ("seq", "added_at", "kind", "sender", "to", "text", "style", "members", "receipts")
+    __slots__ = ("seq", "added_at", "kind", "sender", "to", "text", "style", "called", "members", "receipts")
 
     def __init__(self, seq: int, now: float, kind: str, text: str, style: str, sender: str, to: str) -> None:
         self.seq = seq  # consecutive: its index in the scrollback is seq minus the seq of the first entry
         self.added_at = now  # Unix time
-        self.kind = kind  # one of CHAT_KINDS; or notice, answer, error, joined, left, gone
+        self.kind = kind  # one of CHAT_KINDS; or notice, answer, error, joined, left, gone, date, blank
         self.sender = sender  # label; empty for what nobody said
         self.to = to  # label of the only receiver; empty for everyone
         self.text = text
         self.style = style
+        self.called = ""  # the user's name, if it stands in the text
         self.members: List[Tuple[str, str]] = []  # ids of those who joined, left or are gone, each with the reason
         self.receipts: Optional[Receipts] = None  # of an own message
+
+
+def _rule(text: str, cols: int) -> str:
+    """Return a line across the messages that says something."""
+    return f"─── {text} " + "─" * (cols - 5 - width(text))
+
+
+def _fit_labels(spans: Tuple[Span, ...], cols: int) -> Tuple[Span, ...]:
+    """Cut the labels before a text, and nothing else, to the width of a row."""
+    labels = [span for span in spans if span.style.startswith("nick")]
+    others = sum(width(span.text) for span in spans if span not in labels)
+    if others + sum(width(span.text) for span in labels) <= cols or not labels:
+        return spans
+    room = max(1, (cols - others) // len(labels))
+    return tuple(Span(cut(text, room, "…"), style) if style.startswith("nick") else Span(text, style)
+                 for text, style in spans)
+
+
+def _marked(text: str, name: str) -> Tuple[Span, ...]:
+    """Return a text as spans in which a name stands out."""
+    parts = re.split(_word_pattern(f"({re.escape(name)})"), text, flags=re.IGNORECASE)
+    return tuple(Span(part, "mention" if at % 2 else "") for at, part in enumerate(parts))
+
+
+def _word_pattern(pattern: str) -> str:
+    """Return what finds a pattern only as a word of its own."""
+    return rf"(?<![^\W_]){pattern}(?![^\W_])"
 
 
 class Scrollback:
@@ -5007,8 +5048,9 @@ class Scrollback:
     The anchor is the place of the lowest row on screen; it is None at the bottom. What is added below an anchor
     moves nothing of what is being read. Rows are kept as they were drawn, until their entry looks different."""
 
-    def __init__(self, clock: Clock, label: Callable[[str], str]) -> None:
+    def __init__(self, clock: Clock, day: Clock, label: Callable[[str], str]) -> None:
         self._clock = clock
+        self._day = day
         self._label = label
         self.entries: List[Entry] = []
         self.next = 0  # seq of the next entry
@@ -5024,7 +5066,9 @@ class Scrollback:
         self.wanted = ""  # what the last search looked for
 
     def add(self, now: float, kind: str, text: str, style: str = "", sender: str = "", to: str = "") -> Entry:
-        """Append an entry; drop the oldest ones when there are too many."""
+        """Append an entry, below the date if it is another day; drop the oldest ones when there are too many."""
+        if kind != "date" and self.entries and self._day(now) != self._day(self.entries[-1].added_at):
+            self.pass_over(self.add(now, "date", self._day(now)))
         entry = Entry(self.next, now, kind, text, style, sender, to)
         self.next += 1
         self._size += len(text)
@@ -5039,11 +5083,15 @@ class Scrollback:
         entry.text = text
         self._drawn.pop(entry.seq, None)
 
-    def clear(self) -> None:
-        """Forget all entries."""
-        self.entries.clear()
-        self._drawn.clear()
-        self._size = self._drawn_rows = 0
+    def pass_over(self, entry: Entry) -> None:
+        """Let the mark of what is new not stand directly above an entry: that one is the user's own."""
+        if self.unread == entry.seq - 1:
+            self.unread = entry.seq
+
+    def clear(self, now: float, height: int) -> None:
+        """Scroll all entries off a screen."""
+        if self.entries and self.entries[-1].kind != "blank":
+            self.add(now, "blank", "\n" * (height - 1))
         self.anchor = self.unread = self.found = None
 
     def _trim(self) -> None:
@@ -5088,19 +5136,27 @@ class Scrollback:
 
     def _draw(self, entry: Entry, cols: int, style: str, text: str) -> List[EntryRow]:
         """Draw an entry: its head, the text wrapped beside it, and below it the failures."""
+        if entry.kind in ("blank", "date"):
+            return [((), line and _rule(line, cols), "dim") for line in text.split("\n")]
         when = (Span(self._clock(entry.added_at) + " ", "dim"),) if cols >= TIME_COLS else ()
+        is_called = bool(entry.called) and not style
         first = when + head(entry.kind, entry.sender, entry.to)
+        if is_called:
+            first = tuple(Span(text, "mention" if style.startswith("nick") else style) for text, style in first)
         indent = sum(width(span.text) for span in first)
         rows: List[EntryRow] = []
         if entry.seq - 1 == self.unread:
-            rows.append(((), "─── new " + "─" * (cols - 8), "rule"))
+            rows.append(((), _rule("new", cols), "rule"))
         if indent > cols // 2:  # the text has no room beside the head
-            rows.append((first, "", ""))
+            rows.append((_fit_labels(first, cols), "", ""))
             indent = min(2, cols // 4)
             first = (Span(" " * indent),)
         rest = (Span(" " * indent),)
         texts = wrap(text, max(1, cols - indent), table=entry.kind == "answer")
-        rows += [(rest if at else first, text, style) for at, text in enumerate(texts)]
+        if is_called:
+            rows += [((rest if at else first) + _marked(text, entry.called), "", "") for at, text in enumerate(texts)]
+        else:
+            rows += [(rest if at else first, text, style) for at, text in enumerate(texts)]
         for failure in entry.receipts.failures(self._label) if entry.receipts else []:
             rows += [(rest, text, "error") for text in wrap(failure, max(1, cols - indent))]
         return rows
@@ -5120,6 +5176,11 @@ class Scrollback:
                     break
         rows = rows[:height] + [((), "", "")] * (height - len(rows))
         return [fill((*before, Span(text, style)), cols) for before, text, style in reversed(rows)]
+
+    def read_entries(self) -> List[Entry]:
+        """Return the entries that end at the lowest row on screen, as many as a screen may hold."""
+        end = len(self.entries) if self.anchor is None else self.anchor[0] - self.entries[0].seq + 1
+        return [entry for entry in self.entries[max(0, end - 300):end] if entry.kind not in ("blank", "date")]
 
     # -- where the reader is ---------------------------------------------------------------------------
 
@@ -5233,11 +5294,6 @@ class Transcript:
         wanted = text.casefold()
         return [self._line(*each) for each in self._kept if wanted in (each[1] + each[2]).casefold()]
 
-    def clear(self) -> None:
-        """Forget all messages."""
-        self._kept.clear()
-        self._size = 0
-
 
 class Window:
     """A conversation: what is read, and the line that is written."""
@@ -5282,7 +5338,7 @@ class People:
 
 def _mentions(text: str, name: str) -> bool:
     """Whether a text contains a name as a word of its own."""
-    return bool(re.search(rf"(?<![^\W_]){re.escape(name.casefold())}(?![^\W_])", text.casefold()))
+    return bool(re.search(_word_pattern(re.escape(name.casefold())), text.casefold()))
 
 
 def _nearest(name: str, choices: List[str]) -> str:
@@ -5346,6 +5402,18 @@ def render(view: "ChatView", rows: int, cols: int) -> Screen:
     return Screen(lines, (rows - part.input + row - top, column), scrollback.is_drawn)
 
 
+def render_bare(view: ChatView, rows: int, cols: int) -> List[str]:
+    """Return the messages that are on screen, each line of them unbroken, as many as fit: the terminal breaks them."""
+    lines: List[str] = []
+    for entry in reversed(view.window.scrollback.read_entries()):
+        block = (head_text(entry.kind, entry.sender, entry.to) + entry.text).expandtabs(4).split("\n")
+        rows -= sum(max(1, -(-width(line) // cols)) for line in block)
+        if rows < 1 and lines:
+            break
+        lines = block + lines
+    return lines
+
+
 def clip(line: Iterable[Span], cols: int) -> Line:
     """Cut a line to the width of the screen."""
     clipped: Line = []
@@ -5372,7 +5440,7 @@ def _hint(view: "ChatView") -> str:
     if view.hint or scrollback.anchor is None:
         return view.hint
     count = scrollback.count_below()
-    return f"{count} new below: End goes there." if count else "More below: PgDn shows it, End goes there."
+    return f"{count} new below: End goes there." if count else "PgDn shows more, End the newest."
 
 
 def _status_bar(view: "ChatView", cols: int) -> Line:
@@ -5496,10 +5564,14 @@ class Narrator:
         if private:
             people.private = sender
         is_called = private or view.on_screen and _mentions(text, view.node.me.username)
-        self._say(sender, to, text, "private" if private else "mention" if is_called else "")
-        if is_called and view.may_ring and now - self._rang_at >= BELL_INTERVAL:
+        entry = self._say(sender, to, text, "private" if private else "")
+        if entry is not None and is_called and not private:
+            entry.called = view.node.me.username
+        view.unread += not view.has_focus
+        if is_called and now - self._rang_at >= BELL_INTERVAL and (view.is_on["bell"] or view.is_on["notify"]):
             self._rang_at = now
-            view.has_rung = True
+            view.has_rung = view.is_on["bell"]
+            view.note = f"{self._label(sender)}: {_shortened(text)}" if view.is_on["notify"] else ""
 
     def on_sent(self, event: Event) -> None:
         """Show what the user said; its receipts will follow."""
@@ -5509,6 +5581,7 @@ class Narrator:
         view.window.scrollback.found = None
         if entry is not None:
             entry.receipts, receipts.seq = receipts, entry.seq
+            view.window.scrollback.pass_over(entry)
 
     def _say(self, sender: str, to: str, text: str, style: str, own: bool = False) -> Optional[Entry]:
         """Show what somebody said."""
@@ -5689,6 +5762,7 @@ VIEW_KEYS: Tuple[Key, ...] = (
     Key("End", "to the newest message; and to the end of the line", lambda keys: keys.to_end()),
     Key("Ctrl-C", "drop the line; twice: leave", lambda keys: keys.interrupt()),
     Key("Ctrl-D", "leave, when the line is empty; else like Delete", lambda keys: keys.end_input()),
+    Key("F10", "show unbroken lines to copy; any key comes back", lambda keys: keys.show_bare()),
     Key("Ctrl-L", "draw the screen anew", lambda keys: None),  # this and the next one are the interface's
     Key("Ctrl-Z", "suspend; fg comes back", lambda keys: None),
 )
@@ -5743,6 +5817,18 @@ def command(usage: str, group: str, *aliases: str) -> Callable[[Handle], Handle]
 
 
 Topics = Dict[str, List[Tuple[str, str, str]]]  # by heading: a text, a shorter one, and what it means
+
+
+def help_topics(wanted: str) -> Topics:
+    """Return what /help lists about commands ("/") or keys ("/keys")."""
+    if wanted == "/keys":
+        tables = (("Writing:", EDIT_KEYS), ("Sending, reading, leaving:", VIEW_KEYS))
+        return {heading: [(key.names, key.names.partition(",")[0], key.help) for key in keys]
+                for heading, keys in tables}
+    topics = {f"{group.capitalize()}:": [(each.usage, each.name, each.help)
+                                         for each in COMMANDS.values() if each.group == group] for group in GROUPS}
+    topics["Talk:"].append(("//TEXT", "//TEXT", "say a text with a slash"))
+    return topics if wanted == "/" else {}
 
 
 def topic_list(topics: Topics, cols: int) -> str:
@@ -5925,7 +6011,13 @@ class Commands:
     @command("/who", "people", "/n", "/names", "/users")
     def _who(self, rest: str) -> None:
         """who is here; and how well they are heard."""
-        self.view.answer("\n".join(self.node.alone() or self.node.who()))
+        peers, view = self.node.present(), self.view
+        quiet = sum(peer.quiet for peer in peers)
+        online, address, _ = self.node.server_status()
+        summary = (f"{len(peers)} here: {len(peers) - quiet} heard, {quiet} quiet; "
+                   f"{f'server {address} online' if online else 'no server'}; you are {self.node.me.id}.")
+        table = fit_columns(self.node.who(), view.answer_cols(), (4, 1)) if peers else []
+        view.answer("\n".join(self.node.alone() or [summary, *table]))
 
     @command("/whois NAME", "people", "/wi")
     def _whois(self, rest: str) -> None:
@@ -6036,40 +6128,36 @@ class Commands:
         self.view.is_quiet = not self.view.is_quiet
         self.view.answer(f"Joins and leaves of the silent are {'hidden' if self.view.is_quiet else 'shown'}.")
 
-    @command("/bell [on|off]", "screen")
-    def _bell(self, rest: str) -> None:
-        """ring when you are called; by name or privately."""
+    @command("/bare", "screen")
+    def _bare(self, rest: str) -> None:
+        """show unbroken lines to copy; any key comes back."""
+        if not self.view.on_screen:
+            raise ChatError("There is no screen: the lines are unbroken already.")
+        self.view.is_bare = True
+
+    def switch(self, rest: str, name: str) -> None:
+        """Switch something on or off, or say which it is."""
         if rest.lower() not in ("", "on", "off"):
-            raise ChatError("The bell can be on or off.")
-        self.view.may_ring = rest.lower() == "on" if rest else self.view.may_ring
-        self.view.answer(f"The bell is {'on' if self.view.may_ring else 'off'}.")
+            raise ChatError(f"/{name} can be on or off.")
+        self.view.is_on[name] = rest.lower() == "on" if rest else self.view.is_on[name]
+        self.view.answer(f"/{name} is {'on' if self.view.is_on[name] else 'off'}.")
 
     @command("/clear", "screen")
     def _clear(self, rest: str) -> None:
-        """empty the screen."""
-        self.view.window.scrollback.clear()
-        if self.view.transcript is not None:
-            self.view.transcript.clear()
+        """clear the screen; PgUp still shows what was on it."""
+        self.view.window.scrollback.clear(self.node.loop.wall(), self.view.area().height)
 
     @command("/help [COMMAND]", "screen")
     def _help(self, rest: str) -> None:
         """list the commands; or explain one; /help keys lists the keys."""
         wanted = "/" + rest.lower().lstrip("/")
-        topics: Topics = {}
-        if wanted == "/keys":
-            for heading, keys in (("Writing:", EDIT_KEYS), ("Sending, reading, leaving:", VIEW_KEYS)):
-                topics[heading] = [(key.names, key.names.partition(",")[0], key.help) for key in keys]
-        elif wanted == "/":
-            for group in GROUPS:
-                topics[f"{group.capitalize()}:"] = [(each.usage, each.name, each.help)
-                                                    for each in COMMANDS.values() if each.group == group]
-            topics["Talk:"].append(("//TEXT", "//TEXT", "say a text with a slash"))
-        else:
-            found = find_command(wanted)
-            also = f"\nalso  {', '.join(found.aliases)}" if found.aliases else ""
-            self.view.answer(f"{found.usage}  {found.help}{also}")
+        topics = help_topics(wanted)
+        if topics:
+            self.view.answer(topic_list(topics, self.view.answer_cols()))
             return
-        self.view.answer(topic_list(topics, self.view.answer_cols()))
+        found = find_command(wanted)
+        also = f"\nalso  {', '.join(found.aliases)}" if found.aliases else ""
+        self.view.answer(f"{found.usage}  {found.help}{also}")
 
     @command("/version", "connection")
     def _version(self, rest: str) -> None:
@@ -6081,6 +6169,16 @@ class Commands:
     def _quit(self, rest: str) -> None:
         """leave the chat."""
         self.node.leave()
+
+
+SWITCHES = {
+    "bell": "ring when you are called; by name or privately",
+    "notify": "a note on the desktop when called; if the terminal can show one",
+    "wheel": "the wheel scrolls; off: three arrow keys at once are arrow keys, for slow lines",
+    "mouse": "take the mouse; its wheel scrolls the list of peers, too; Shift selects text"}
+COMMANDS.update((f"/{name}", Command(f"/{name}", f"/{name} [on|off]", text,
+                                     functools.partial(Commands.switch, name=name), "screen"))
+                for name, text in SWITCHES.items())
 
 
 class Completion:
@@ -6206,6 +6304,18 @@ class Keyboard:
         area = self.view.area()
         self.view.window.scrollback.scroll(pages * max(1, area.height - 1), area)
 
+    def wheel(self, value: str) -> None:
+        """Scroll what the pointer is over; `value` is the rows and the pointer's column, 0 if that is not known."""
+        rows, column = map(int, value.split())
+        area = self.view.area()
+        if column > area.cols:
+            self.view.people.top += rows
+        else:
+            self.view.window.scrollback.scroll(rows, area)
+
+    def show_bare(self) -> None:
+        self.view.is_bare = True
+
     def scroll_peers(self, pages: int) -> None:
         """Scroll the list of peers; drawing it keeps it within its bounds."""
         self.view.people.top += pages * max(1, self.view.area().height - 2)
@@ -6226,7 +6336,9 @@ class Keyboard:
 
     def on_focus(self, has_focus: bool) -> None:
         """Note that the terminal got or lost the focus."""
+        self.view.has_focus = has_focus
         if has_focus:
+            self.view.unread = 0
             self.view.people.fresh.clear()
         else:
             self.view.window.scrollback.on_focus_lost()
@@ -6235,14 +6347,15 @@ class Keyboard:
 class ChatView:
     """The model: its parts, and what they share. Interfaces hand in events, lines and keys, and draw it."""
 
-    def __init__(self, node: PeerNode, clock: Clock, transcript: Optional[Transcript] = None) -> None:
+    def __init__(self, node: PeerNode, clock: Clock, transcript: Optional[Transcript] = None,
+                 day: Clock = lambda when: "") -> None:
         self.node = node
         self.clock = clock
         self.transcript = transcript  # where there is no screen
         self.on_screen = transcript is None
         self.rows, self.cols = 24, 80
         self.people = People()
-        self.window = Window(Scrollback(clock, node.label))
+        self.window = Window(Scrollback(clock, day, node.label))
         self.outgoing = Outgoing()
         self.lost: List[str] = []  # lines about what was not delivered while leaving
         self.log: Deque[str] = collections.deque(maxlen=500)
@@ -6250,8 +6363,12 @@ class ChatView:
         self.hint = ""  # is shown above the input line until the next key
         self.has_side = True  # the list of peers is shown
         self.is_quiet = False  # joins and leaves of peers that have not spoken lately are hidden
-        self.may_ring = True
+        self.is_bare = False  # messages are shown as unbroken lines, until the next key
+        self.is_on = {"bell": True, "notify": False, "wheel": True, "mouse": False}
         self.has_rung = False  # the interface has yet to ring the bell
+        self.note = ""  # what the interface has yet to show on the desktop
+        self.has_focus = True
+        self.unread = 0  # messages that came while the terminal did not have the focus
         self.on_answer: Callable[[str, str], None] = lambda text, kind: None
         self.keyboard = Keyboard(self)
         self.commands = Commands(self)
@@ -6288,8 +6405,13 @@ class ChatView:
         self.notice(text, kind)
         if self.on_screen:
             scrollback, area = self.window.scrollback, self.area()
+            scrollback.pass_over(scrollback.entries[-1])
             scrollback.go_to((scrollback.next - 1, area.height - 1), area)
         self.on_answer(text, kind)
+
+    def title(self) -> str:
+        """Return the title of the terminal."""
+        return (f"({self.unread}) " if self.unread else "") + f"{self.node.me.username} - p2pchat"
 
     def labels(self, peers: Iterable[Peer]) -> List[str]:
         return [self.node.label(peer.id) for peer in peers]
@@ -6376,7 +6498,10 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
 # ======================================================================================================
 
 FRAME = 1 / 30  # seconds between two drawings: faster than anybody reads
+REDRAW_INTERVAL = 5.0  # seconds: what the list of peers shows also changes without an event
 ESCAPE_TIME = 0.025  # seconds after which an ESC that nothing followed is the Esc key
+WHEEL_KEYS = 3  # equal arrow keys in one read are a notch of the wheel
+WHEEL_ROWS = 3  # that a notch scrolls where the terminal tells of the mouse itself
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
 PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
 SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
@@ -6384,7 +6509,7 @@ INPUT_TIME = 0.01  # seconds of a turn for lines of input: the others wait for t
 MAX_UNREAD = 64 * 1024 * 1024  # bytes of output kept for a program that does not read them
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-PRESS, TEXT, PASTE = "press", "text", "paste"  # what a KeyReader makes of bytes
+PRESS, TEXT, PASTE, WHEEL = "press", "text", "paste", "wheel"  # what a KeyReader makes of bytes
 Press = Tuple[str, str]
 
 # What follows ESC: an escape sequence's last character, for ~ with its number.
@@ -6461,6 +6586,8 @@ class KeyReader:
         name = ""
         if text:
             presses.append((TEXT, text))
+        elif final and number and number[0] == "<":
+            self._mouse(number[1:], found["held"], presses)
         elif final:
             name = _SEQUENCES.get((number or "") + final if final == "~" else final, "")
             name = name and _MODIFIERS.get(found["held"], "") + name
@@ -6471,6 +6598,23 @@ class KeyReader:
         if name:
             presses.append((PRESS, "alt-" + name if found["alt"] or found["meta"] else name))
         return found.end()
+
+
+    @staticmethod
+    def _mouse(button: str, place: str, presses: List[Press]) -> None:
+        """Take a report of the mouse: only its wheel counts."""
+        column = place.partition(";")[0]
+        if button in ("64", "65") and column.isdecimal() and len(column) < 6:
+            presses.append((WHEEL, f"{WHEEL_ROWS if button == '65' else -WHEEL_ROWS} {column}"))
+
+
+def with_wheel(presses: List[Press]) -> List[Press]:
+    """Arrow keys that came in one piece are the wheel: terminals send them to programs that do not take the mouse."""
+    found: List[Press] = []
+    for press, run in itertools.groupby(presses):
+        keys, step = list(run), {(PRESS, "up"): -1, (PRESS, "down"): 1}.get(press)
+        found += [(WHEEL, f"{step * len(keys)} 0")] if step and len(keys) >= WHEEL_KEYS else keys
+    return found
 
 
 def without_burst(presses: List[Press]) -> List[Press]:
@@ -6496,6 +6640,16 @@ class LogTail(logging.Handler):
 def show_time(when: float) -> str:
     """Return hours and minutes of a Unix time. Each minute is formatted once."""
     return _time_of_minute(int(when // 60))
+
+
+def show_day(when: float) -> str:
+    """Return the date of a Unix time."""
+    return _day_of_minute(int(when // 60))
+
+
+@functools.lru_cache(maxsize=64)
+def _day_of_minute(minute: int) -> str:
+    return time.strftime("%A, %d %B %Y", time.localtime(minute * 60))
 
 
 @functools.lru_cache(maxsize=64)
@@ -6553,7 +6707,7 @@ class Interface:
     def start_node(self, settings: Settings) -> None:
         """Start a node and its view. Raises OSError if the port can't be had."""
         self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events))
-        self.view = ChatView(node, show_time, self.transcript)
+        self.view = ChatView(node, show_time, self.transcript, show_day)
         self.view.log = self.log
         node.start()
 
@@ -6608,9 +6762,18 @@ class Interface:
 # -- the screen -----------------------------------------------------------------------------------------
 
 
+_NO_TITLE = ("linux", "vt", "ansi", "cons", "sun")  # beginnings of TERM: terminals without a title
+
+
 class Terminal:
     """The terminal while it shows our screen: a context manager that puts it back as it was."""
 
+    # Modes, each as what switches it on and what puts it back. Terminals that do not know one ignore it. The wheel's
+    # (alternate scroll) is saved and restored: it may have been on before.
+    _MODES = {"paste": ("\x1b[?2004h", "\x1b[?2004l"), "focus": ("\x1b[?1004h", "\x1b[?1004l"),
+              "wheel": ("\x1b[?1007s\x1b[?1007h", "\x1b[?1007r"),
+              "mouse": ("\x1b[?1000h\x1b[?1006h", "\x1b[?1006l\x1b[?1000l"),
+              "title": ("\x1b[22;2t", "\x1b[23;2t")}
     _ASCII = str.maketrans("✗●○◐→…─│·◌", "x*o%>~-|-o")
 
     def __init__(self) -> None:
@@ -6628,15 +6791,18 @@ class Terminal:
         self._utf8 = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
         self._window: Any = None
         self._styles: Dict[str, int] = {}
+        self._modes: Dict[str, bool] = {}  # those that this terminal can have; whether they are on
+        self._title = ""
 
     def __enter__(self) -> "Terminal":
         self._before = self._termios.tcgetattr(0)
-        self._modes = (b"", b"")
         self._window = self._curses.initscr()
         try:
             ansi = (self._curses.tigetstr("cup") or b"").startswith(b"\x1b[")
-            if ansi:  # marked pastes and focus reports; terminals that don't know them ignore them
-                self._modes = (b"\x1b[?2004h\x1b[?1004h", b"\x1b[?1004l\x1b[?2004l")
+            if ansi:
+                self._modes = {"paste": True, "focus": True, "wheel": True, "mouse": False}
+                if not os.environ.get("TERM", "").startswith(_NO_TITLE):
+                    self._modes["title"] = True
             self._make_styles()
             self.resume()
         except BaseException:
@@ -6652,12 +6818,13 @@ class Terminal:
         for call in (self._curses.raw, self._curses.noecho, self._curses.nonl):
             self._quietly(call)
         self._quietly(self._curses.typeahead, -1)  # curses reads no keys, and so need not look for them
-        self._quietly(os.write, 1, self._modes[0])
+        self._write("".join(self._MODES[mode][0] for mode, is_on in self._modes.items() if is_on))
+        self._title = ""
         self.resize()
 
     def suspend(self) -> None:
         """Give the terminal back; harmless if that was done before."""
-        self._quietly(os.write, 1, self._modes[1])
+        self._write("".join(self._MODES[mode][1] for mode, is_on in self._modes.items() if is_on))
         self._quietly(self._curses.endwin)
         self._quietly(self._termios.tcsetattr, 0, self._termios.TCSADRAIN, self._before)
 
@@ -6688,8 +6855,35 @@ class Terminal:
         found = {self._curses.tigetstr(name): key for name, key in _TERMINFO_KEYS.items()}
         return {code.decode("latin-1"): key for code, key in found.items() if code and len(code) > 1}
 
+    def _write(self, text: str) -> None:
+        """Write past curses what moves no cursor."""
+        self._quietly(os.write, 1, text.encode("utf-8" if self._utf8 else "ascii", "replace"))
+
+    def set_mode(self, mode: str, is_on: bool) -> None:
+        """Switch a mode on or put it back."""
+        if self._modes.get(mode, is_on) != is_on:
+            self._modes[mode] = is_on
+            self._write(self._MODES[mode][0 if is_on else 1])
+
+    def set_title(self, title: str) -> None:
+        if "title" in self._modes and title != self._title:
+            self._title = title
+            self._write(f"\x1b]2;{self._drawable(title)}\x07")
+
+    def notify(self, text: str) -> None:
+        """Ask for a note on the desktop, in the way that this terminal understands."""
+        if "title" in self._modes:
+            knows_777 = os.environ.get("TERM", "").startswith(("rxvt", "foot")) or "VTE_VERSION" in os.environ
+            self._write(f"\x1b]{'777;notify;p2pchat;' if knows_777 else '9;p2pchat: '}{self._drawable(text)}\x07")
+
     def beep(self) -> None:
         self._curses.beep()
+
+    def draw_bare(self, lines: List[str]) -> None:
+        """Show lines that the terminal itself breaks, so that it copies them whole."""
+        self._window.clear()
+        self._quietly(self._window.refresh)
+        self._write("\r\n".join(map(self._drawable, lines)))
 
     def draw(self, screen: Screen) -> None:
         """Show a screen. Curses sends only what has changed."""
@@ -6779,8 +6973,15 @@ class CursesInterface(Interface):
                 self._launch()
         self.changed()
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether messages are shown as unbroken lines in place of the screen."""
+        return self.form is None and self.view.is_bare
+
     def changed(self, by_user: bool = False) -> None:
         """Draw: in the next turn what the user did, else when the frame before was shown long enough."""
+        if self.is_bare and not by_user:
+            return  # drawing would drop what is selected
         if by_user:
             self._frame.cancel()
         if not self._frame.active:
@@ -6792,18 +6993,31 @@ class CursesInterface(Interface):
         if self.form is not None:
             screen = render_form(self.form, rows, cols)
             self.terminal.draw(screen)
+        elif self.is_bare:
+            self.terminal.draw_bare(render_bare(self.view, rows, cols))
+            return
         else:
             self.view.rows, self.view.cols = rows, cols
             screen = render(self.view, rows, cols)
             self.terminal.draw(screen)
-            if self.view.has_rung:
-                self.view.has_rung = False
-                self.terminal.beep()
+            self._ask_for_attention()
         self._drawn_at = self.loop.now()
         self._still.cancel()
-        self._still = self.loop.call_later(FRESH_TIME, self.changed)  # for marks that grow old
+        self._still = self.loop.call_later(REDRAW_INTERVAL, self.changed)
         if not screen.is_complete:
             self.changed()
+
+    def _ask_for_attention(self) -> None:
+        """Tell the terminal what it shows outside of its screen."""
+        view = self.view
+        self.terminal.set_mode("mouse", view.is_on["mouse"])
+        self.terminal.set_mode("wheel", view.is_on["wheel"])
+        self.terminal.set_title(view.title())
+        if view.has_rung:
+            self.terminal.beep()
+        if view.note:
+            self.terminal.notify(view.note)
+        view.has_rung, view.note = False, ""
 
     # -- in --------------------------------------------------------------------------------------------
 
@@ -6818,6 +7032,8 @@ class CursesInterface(Interface):
             return
         self._escape.cancel()
         presses = self._keys.feed(data)
+        if self.form is None and self.view.is_on["wheel"]:
+            presses = with_wheel(presses)
         self._press(presses if self._keys.has_brackets else without_burst(presses))
         if self._keys.is_waiting:
             self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._on_escape_time)
@@ -6827,6 +7043,9 @@ class CursesInterface(Interface):
             self._press(self._keys.flush())
 
     def _press(self, presses: List[Press]) -> None:
+        if self.is_bare:
+            self._press_in_bare(presses)
+            return
         for kind, value in presses:
             if kind == PRESS and value == "ctrl-l":
                 self.terminal.resize()
@@ -6836,10 +7055,22 @@ class CursesInterface(Interface):
                 self._press_in_form(self.form, value)
             elif kind == PRESS and value == "ctrl-c" and self.node is not None and self.node.leaving:
                 self.interrupt()
+            elif kind == WHEEL:
+                if self.form is None:
+                    self.view.keyboard.wheel(value)
             else:
                 keyboard = self.form or self.view.keyboard
                 {PRESS: keyboard.press, TEXT: keyboard.type, PASTE: keyboard.paste}[kind](value)
         self.changed(by_user=True)
+
+    def _press_in_bare(self, presses: List[Press]) -> None:
+        """Any key comes back; the focus changes while text is being copied."""
+        for press in presses:
+            if press in ((PRESS, "focus-in"), (PRESS, "focus-out")):
+                self.view.keyboard.press(press[1])
+            elif self.is_bare:
+                self.view.is_bare = False
+                self._on_resize()
 
     def _on_resize(self) -> None:
         self.terminal.resize()

@@ -123,7 +123,8 @@ class ViewNode:
         return address
 
     def who(self):
-        return ["name   address"] + [f"{peer.username}   {peer.ip}:{peer.port}" for peer in self.present()]
+        return [("name", "address", "heard", "ago", "trip")] + [
+            (self.label(peer.id), f"{peer.ip}:{peer.port}", "through others", "12 s", "123.4 ms") for peer in self.present()]
 
     def alone(self):
         return [] if self.present() else ["Nobody else is here."]
@@ -618,8 +619,6 @@ def test_the_other_commands():
     assert "off" in view_answer(view, "/bell off") and "on" in view_answer(view, "/bell on")
     view_chat(view, "Bob", "needle in hay")
     assert "needle in hay" in view_answer(view, "/search needle")
-    view.enter("/clear")
-    assert "Nothing was found" in view_answer(view, "/search needle")
     view.enter("/quit")
     assert view.node.leaving
 
@@ -656,9 +655,31 @@ def test_an_answer_longer_than_the_screen_begins_at_its_first_row():
     view_screen(view)
     view_keys(view, "/help", "<enter>")
     rows = view_screen(view)
-    assert "- Talk:" in rows[1] and "PgDn shows it" in rows[-2]
+    assert "- Talk:" in rows[1] and "PgDn shows more" in rows[-2]
     view_keys(view, "<pgdn>", "<pgdn>", "<pgdn>")
     assert "PgDn" not in view_screen(view)[-2]
+
+
+@pytest.mark.parametrize("cols, head", [
+    (200, "name address heard ago trip"), (88, "name address heard ago"), (80, "name heard ago"), (40, "name heard ago")])
+def test_who_has_one_row_a_peer(cols, head):
+    """Where there is no room, the trip goes first, then the address; then names are cut."""
+    view = view_make("Bob", "W" * 32 if cols < 88 else "Carol")
+    view.node.join("Bob", "10.0.0.7")
+    view.node.peers.get("Bob@10.0.0.7:10001").quiet = True
+    view.cols = cols
+    summary, *rows = view_answer(view, "/who").split("\n")
+    assert summary == "3 here: 2 heard, 1 quiet; server 10.0.0.9:9999 online; you are Alice@10.0.0.1:10001."
+    assert rows[0].split() == head.split() and len(rows) == 4
+    assert all(view_columns(row) <= view.answer_cols() and "12 s" in row for row in rows[1:])
+
+
+def test_who_ends_with_what_to_type_on_the_other_machine():
+    world = World()
+    world.add("Ann")
+    world.run(1)
+    *_, what, line = world.ann.node.alone()
+    assert what == "To connect on the other machine, type there:" and line.startswith("python3 p2pchat.py peer --join ")
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -679,8 +700,8 @@ def test_styles_tell_messages_apart():
     view_chat(view, "Bob", "malice")
     view_event(view, {"event": "notice", "text": "a notice"})
     view.enter("/msg Bob mine")
-    styles = {text: view_style(view, text) for text in ("for all", "for you", "hey alice", "malice", "a notice", "mine")}
-    assert styles == {"for all": "", "for you": "private", "hey alice": "mention", "malice": "", "a notice": "dim", "mine": "dim"}
+    styles = {text: view_style(view, text) for text in ("for all", "for you", "hey ", "alice", "malice", "a notice", "mine")}
+    assert styles == {"for all": "", "for you": "private", "hey ": "", "alice": "mention", "malice": "", "a notice": "dim", "mine": "dim"}
     screen = "\n".join(view_screen(view))
     assert "Bob → Alice: for you" in screen and "Alice → Bob: mine" in screen
     assert view_style(view, "Bob").startswith("nick")
@@ -789,6 +810,48 @@ def test_the_line_where_reading_stopped():
     for cols in (80, 59, 9):
         row = next(row for row in view_screen(view, 24, cols) if "─ new ─" in row)
         assert "…" not in row.split("│")[0]
+
+
+def test_no_line_stands_above_what_is_ones_own():
+    view = view_make("Bob")
+    view_chat(view, "Bob", "seen")
+    for line in ("mine", "/whois Bob", "/hlep"):
+        view_keys(view, "<focus-out>")
+        view.enter(line)
+        assert not any("─ new ─" in row for row in view_screen(view)), line
+    view_chat(view, "Bob", "unseen")
+    rows = view_screen(view)
+    assert "unseen" in rows[next(at for at, row in enumerate(rows) if "─ new ─" in row) + 1]
+
+
+def test_the_date_stands_where_it_changes():
+    view = view_make("Bob")
+    view.window.scrollback._day = lambda when: f"day {int(when // 86400)}"
+    for text in ("one", "two", "three"):
+        view_chat(view, "Bob", text)
+        view.node.loop.seconds += 40_000
+    rows = [row.split("│")[0].strip() for row in view_screen(view) if row.split("│")[0].strip()][1:4]
+    assert [row[:14] for row in rows] == ["22:13 Bob: one", "─── day 19676 ", "09:20 Bob: two"]
+
+
+def test_what_was_cleared_is_above_the_screen():
+    view = view_make("Bob")
+    for number in range(40):
+        view_chat(view, "Bob", f"message {number}")
+    view_screen(view)
+    view_keys(view, "/clear", "<enter>", "/clear", "<enter>")
+    assert not any("message" in row for row in view_screen(view))
+    view_chat(view, "Bob", "later")
+    assert "later" in view_screen(view)[-3] and not any("message" in row for row in view_screen(view))
+    view_keys(view, "<pgup>")
+    assert "message 39" in "".join(view_screen(view))
+
+
+@pytest.mark.parametrize("cols", [20, 30, 40, 79])
+def test_a_private_message_always_has_its_arrow(cols):
+    view = view_make("W" * 32, me="V" * 32)
+    view_chat(view, "W" * 32, "psst", private=True)
+    assert any(" → V" in row for row in view_screen(view, 24, cols))
 
 
 def test_what_is_said_at_the_start():
@@ -917,7 +980,7 @@ def test_a_failure_that_is_out_of_sight_is_said_again():
     view.enter("half")
     view.enter("/clear")
     view_event(view, {"event": "failed", "id": "me-3", "to": bob, "reason": "silent", "text": "half"})
-    assert not view.window.scrollback.entries
+    assert view.window.scrollback.entries[-1].kind == "blank"
     view_event(view, {"event": "delivered", "id": "me-3", "to": carol})
     assert view.window.scrollback.entries[-1].text == "✗ not delivered to Bob (silent): half"
     view.enter("last words")
@@ -1005,8 +1068,6 @@ def test_a_transcript_shows_lines_and_keeps_messages():
     for _ in range(1000):
         transcript.add(0.0, "chat", "y" * p2pchat.MAX_TEXT, "Bob")
     assert sum(len(line) for line in transcript.search("")) < p2pchat.MAX_SCROLLBACK * 1.1
-    transcript.clear()
-    assert transcript.search("") == []
 
 
 def test_without_a_screen_no_entry_is_made():
@@ -1083,6 +1144,57 @@ def test_the_list_of_peers_scrolls_and_hides():
         assert not view_side(view)
         view_keys(view, show)
         assert view_side(view)
+
+
+def test_the_wheel_scrolls_what_it_is_over():
+    view = view_make(*(f"Peer{number}" for number in range(50)))
+    for number in range(100):
+        view_chat(view, "Peer1", f"message {number}")
+    view_screen(view)
+    view.keyboard.wheel("-3 0")
+    assert "message 96" in view_screen(view)[-3] and view_side(view)[0] == "● Peer0"
+    view.keyboard.wheel("3 70")
+    assert "message 96" in view_screen(view)[-3] and view_side(view)[0] == "● Peer3"
+    view.keyboard.wheel("5 10")
+    assert view.window.scrollback.anchor is None
+
+
+def test_the_title_counts_what_came_without_the_focus():
+    view = view_make("Bob")
+    view_chat(view, "Bob", "one")
+    assert view.title() == "Alice - p2pchat"
+    view_keys(view, "<focus-out>")
+    view_chat(view, "Bob", "two")
+    view_chat(view, "Bob", "three")
+    assert view.title() == "(2) Alice - p2pchat"
+    view_keys(view, "<focus-in>")
+    assert view.title() == "Alice - p2pchat"
+
+
+def test_a_note_is_shown_on_the_desktop_if_that_is_wanted():
+    view = view_make("Bob")
+    view_chat(view, "Bob", "Alice!")
+    assert view.has_rung and not view.note
+    view.node.loop.seconds += 10
+    assert [view_answer(view, line) for line in ("/notify", "/notify on", "/bell off")] == [
+        "/notify is off.", "/notify is on.", "/bell is off."]
+    view.has_rung = False
+    view_chat(view, "Bob", "Alice?\nmore")
+    assert not view.has_rung and view.note == "Bob: Alice? …"
+
+
+def test_bare_lines_are_unbroken():
+    view = view_make("Bob")
+    view_screen(view, 12, 40)
+    for number in range(40):
+        view_chat(view, "Bob", f"message {number}")
+    view_chat(view, "Bob", "if x:\n    " + "y = 1; " * 20)
+    lines = p2pchat.render_bare(view, 12, 40)
+    assert lines[-2:] == ["Bob: if x:", "    " + "y = 1; " * 20] and lines[-3] == "Bob: message 39"
+    assert sum(max(1, -(-len(line) // 40)) for line in lines) <= 12
+    assert p2pchat.render_bare(view, 1, 5) == lines[-2:]
+    view_keys(view, "<f10>")
+    assert view.is_bare
 
 
 def test_the_status_bar():
@@ -5040,7 +5152,7 @@ def test_node_all_links_have_a_round_trip_time():
     rig.run(5)
     for peer in rig.peers:
         header, *rows = peer.who()
-        assert header.split() == ["name", "address", "heard", "ago", "trip"] and len(rows) == 7
+        assert header == ("name", "address", "heard", "ago", "trip") and len(rows) == 7
         assert all(who_row(peer, f"p{number}")[::2] == ("directly", "100.0 ms")
                    for number in range(8) if f"p{number}" != peer.me.username), peer.who()
 
@@ -5492,9 +5604,8 @@ def test_node_answers_to_beacons_are_few_in_a_second():
 
 def who_row(node, name):
     """What /who says of one: (heard, ago, trip)."""
-    (row,) = [line for line in node.who() if line.startswith(f"{name} ")]
-    heard, ago, *trip = re.split(r"  +", row)[2:]
-    return heard, ago, trip[0] if trip else ""
+    (row,) = [row for row in node.who() if row[0] == name]
+    return row[2:]
 
 
 def test_node_who_says_that_one_is_quiet(rig):
@@ -6740,6 +6851,8 @@ class PtyPipe(Program):
     (b"\x1b[I\x1b[O", ["focus-in", "focus-out"]),
     (b"\x1b[200~two\rlines\x1b[A\x1b[201~x", [("paste", "two\rlines\x1b[A"), ("text", "x")]),
     (b"\x1b[99;99u\x1b[?1;2c\x1b[[Ax\x1b[15~", [("text", "x")]),
+    (b"\x1b[20~\x1b[21~\x1b[23~\x1b[24~\x1b[5;3~", ["f9", "f10", "f11", "f12", "alt-pgup"]),
+    (b"\x1b[<64;70;5M\x1b[<65;1;1M\x1b[<0;3;3M\x1b[<0;3;3m\x1b[<64;+;1M", [("wheel", "-3 70"), ("wheel", "3 1")]),
     (b"\xff\xfe", [("text", "\ufffd\ufffd")]),
     (b"\x1b[A" * 30 + b"x" * 70, ["up"] * 30 + [("text", "x" * 70)]),
 ])
@@ -6776,13 +6889,21 @@ def test_several_lines_at_once_are_a_paste():
     assert reader.feed(b"\x1b[200~x") == [] and reader.has_brackets
 
 
+@pytest.mark.parametrize("data, presses", [
+    (b"\x1b[A" * 3, [("wheel", "-3 0")]), (b"\x1bOB" * 5 + b"x", [("wheel", "5 0"), ("text", "x")]),
+    (b"\x1b[A" * 2, [("press", "up")] * 2), (b"\x1b[A\x1b[B\x1b[A", [("press", "up"), ("press", "down"), ("press", "up")]),
+    (b"\x1b[C" * 4, [("press", "right")] * 4), (b"\x1b[200~" + b"\x1b[A" * 3 + b"\x1b[201~", [("paste", "\x1b[A" * 3)])])
+def test_several_arrow_keys_at_once_are_the_wheel(data, presses):
+    assert p2pchat.with_wheel(p2pchat.KeyReader().feed(data)) == presses
+
+
 def test_type_ahead_is_no_paste_where_pastes_are_marked():
     with PtyProgram(*pty_peer("Alice")) as alice:
         alice.expect("Chat P2P - Alice")
         alice.type("\x1b[200~/bell\x1b[201~")
         alice.expect("> /bell")
         alice.type("\r/help who\r/help quit\r/bell off\r")
-        alice.expect("The bell is off.")
+        alice.expect("/bell is off.")
         alice.type("/quit\r")
         alice.ends(0)
 
@@ -6894,7 +7015,7 @@ def test_what_is_drawn_in_portions_goes_on_by_itself():
 
 # -- however it ends, the terminal is as it was --------------------------------------------------------
 
-PTY_RESTORED = (b"\x1b[?2004l", b"\x1b[?1004l", b"\x1b[?1049l")
+PTY_RESTORED = (b"\x1b[?2004l", b"\x1b[?1004l", b"\x1b[?1007r", b"\x1b[23;2t", b"\x1b[?1049l")
 
 
 @pytest.mark.parametrize("how", ["/quit", "ctrl-c", "ctrl-d", signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -6902,6 +7023,8 @@ def test_the_terminal_is_restored(how):
     with PtyProgram(*pty_peer("Alice"), term="xterm-256color") as alice:
         alice.wait_for(lambda: b"/help lists" in alice.output, "the screen")
         assert b"\x1b[?2004h" in alice.output and b"\x1b[?1004h" in alice.output
+        assert b"\x1b[?1007s\x1b[?1007h" in alice.output and b"\x1b[22;2t" in alice.output
+        assert b"\x1b]2;Alice - p2pchat\x07" in alice.output and b"\x1b[?1000h" not in alice.output
         assert termios.tcgetattr(alice.slave)[3] & termios.ECHO == 0
         if isinstance(how, str):
             alice.type({"/quit": "/quit\r", "ctrl-c": "\x03\x03", "ctrl-d": "\x04"}[how])
@@ -6909,6 +7032,18 @@ def test_the_terminal_is_restored(how):
             alice.process.send_signal(how)
         alice.ends(0)
         assert all(alice.output.rfind(mode) > alice.output.rfind(b"\x1b[?2004h") for mode in PTY_RESTORED)
+
+
+def test_bare_lines_stay_until_a_key():
+    with PtyProgram(*pty_peer("Alice")) as alice:
+        alice.expect("/help lists")
+        alice.type("/bare\r")
+        alice.wait_for(lambda: "Chat P2P" not in alice.screen.text() and "- You are" in alice.screen.text(), "bare lines")
+        alice.type("x")
+        alice.expect("Chat P2P - Alice")
+        assert "> x" not in alice.screen.text()
+        alice.type("/quit\r")
+        alice.ends(0)
 
 
 def test_what_was_lost_is_said_when_the_screen_is_gone():
