@@ -98,6 +98,7 @@ SOCKET_TIMEOUT = 5.0  # for a dial and its answer; longer makes a user wait for 
 MAX_LINE = 1024 * 1024  # of one message on the wire: a list of some 6,000 peers fits; each connection may hold one
 MAX_TEXT = 16 * 1024  # of one chat text in UTF-8: several screenfuls of code
 MAX_NAME = 32  # characters of a user name: more would not fit beside a message
+MAX_NOTE = 200  # characters that say why a peer is away or leaves: it stands in its record, 4096 of which fit a list
 MAX_ID = 128  # characters of a peer id: a name, an address and a port, with room to spare
 MAX_PEERS = 4096  # records in a list, on the wire and in memory; each takes about 1 KiB of memory
 MAX_INCARNATION = 2**53 - 1  # the largest integer that every JSON parser keeps exact
@@ -259,6 +260,11 @@ def check_username(name: str) -> str:
     if not any(unicodedata.category(character)[0] in "LNPSC" and character != "\u2800" for character in name):
         raise ValueError("A name needs a letter, digit or symbol that can be seen.")
     return name
+
+
+def check_note(text: str) -> str:
+    """Return a note as it is sent and shown: one clean line of at most MAX_NOTE characters."""
+    return clean(text).strip()[:MAX_NOTE]
 
 
 def graphemes(text: str) -> List[str]:
@@ -785,7 +791,7 @@ _IP = (_is_text(MAX_NAME, is_peer_ip), "the IPv4 address of one machine")
 _ID = (_is_text(MAX_ID, split_id), "username@ip:port")
 _IDENTITY: Fields = {"instance?": _INSTANCE, "incarnation?": _COUNT}
 _PEER: Fields = {"username": _NAME, "ip": _IP, "port": _PORT, "id": _WORDS, **_IDENTITY, "status?": _STATUS,
-                 "age?": _COUNT}
+                 "age?": _COUNT, "away?": (_is_text(MAX_NOTE), f"a text of at most {MAX_NOTE} characters")}
 _ONE = (check_peer, "a peer")
 _PEERS = (_is_list(check_peer), f"a list of at most {MAX_PEERS} peers")
 _HELLO_PEER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
@@ -821,7 +827,7 @@ _CHECKS: Dict[str, Callable[[Message, Any], None]] = {**dict.fromkeys(_CONTENTS,
 # So a liar or a bad cable empties nobody's list. Pure: time and randomness are arguments, changes are results.
 # ======================================================================================================
 
-JOINED, GONE, RENAMED = "joined", "left", "renamed"  # kinds of Change, named like the events that report them
+JOINED, GONE, RENAMED, AWAY = "joined", "left", "renamed", "away"  # kinds of Change, named like their events
 
 # Verdicts on a record.
 NEW = "new"  # it changed the list and is worth passing on
@@ -839,7 +845,8 @@ class Peer:
     """What we know of a peer. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added_at", "heard_at",
-                 "confirmed_at", "unconfirmed_since", "removed_at", "quiet", "rtt", "public", "_encoded", "_weight")
+                 "confirmed_at", "unconfirmed_since", "removed_at", "quiet", "rtt", "away", "public", "_encoded",
+                 "_weight")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -852,13 +859,17 @@ class Peer:
         self.removed_at = 0.0  # when it became a tombstone
         self.quiet = False  # shown as quiet: nobody has heard it for a while
         self.rtt: Optional[float] = None  # round trip time of the last probe, seconds
+        self.away = ""  # why its user is away, by the peer's own word; empty: the user is here
         self.set_identity(username, ip, port)
 
     @classmethod
     def from_wire(cls: Type[P], record: Dict[str, Any]) -> P:
         """Make a peer from a checked record."""
-        return cls(record["username"], record["ip"], record["port"],
+        peer = cls(record["username"], record["ip"], record["port"],
                    record.get("instance", ""), record.get("incarnation", 0))
+        if "away" in record:
+            peer.away = check_note(record["away"])
+        return peer
 
     def set_identity(self, username: str, ip: str, port: int) -> None:
         """Set name and address, and with them the id."""
@@ -867,6 +878,10 @@ class Peer:
         self.public = {"id": self.id, "ip": ip, "port": port, "username": username}  # for events: not to be changed
         self._encoded: Optional[Tuple[int, str]] = None
         self._weight = (-1, 0)
+
+    def set_away(self, note: str) -> None:
+        """Note why its user is away; "" for here."""
+        self.away, self._encoded = note, None
 
     @property
     def key(self) -> str:
@@ -889,8 +904,7 @@ class Peer:
     def encoded(self) -> str:
         """Its record as JSON, as alive and confirmed. It is cached, because long lists consist of these."""
         if self._encoded is None or self._encoded[0] != self.incarnation:
-            record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
-            self._encoded = (self.incarnation, _ENCODER.encode(record))
+            self._encoded = (self.incarnation, _ENCODER.encode(self._record()))
         return self._encoded[1]
 
     @property
@@ -909,7 +923,7 @@ class Peer:
 
     def wire(self, now: float, status: Optional[str] = None) -> Dict[str, Any]:
         """Return its record. Ages are sent, never times of day, because clocks differ."""
-        record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
+        record = self._record()
         status = status or self.status
         if status != ALIVE:
             record["status"] = status
@@ -918,9 +932,16 @@ class Peer:
             record["age"] = max(0, int(now - since))
         return record
 
+    def _record(self) -> Dict[str, Any]:
+        """Return what its owner says of itself."""
+        record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
+        if self.away:
+            record["away"] = self.away
+        return record
+
 
 class Change(NamedTuple):
-    """A change of the list. `reason` says why a peer left; `old` is what `public` of a renamed peer was."""
+    """A change of the list. `reason` says why a peer left, or is away; `old` is what `public` of a renamed peer was."""
 
     kind: str
     peer: Any  # of the class of the list's peers
@@ -1070,6 +1091,16 @@ class PeerList(Generic[P]):
             return f"{peer.username}@{peer.ip}"
         return peer.id
 
+    def label_of(self, peer_id: str) -> str:
+        """Return the same from a peer's id, which may be of one that has gone."""
+        peer = self.me if peer_id == self.me.id else self.get(peer_id)
+        if peer is None:
+            parts = split_id(peer_id)
+            if parts is None:
+                return peer_id
+            peer = self._make(*parts)
+        return self.label(peer)
+
     def find(self, text: str) -> List[P]:
         """Return the present peers that a typed text names. Exact matches go before those in another case."""
         text = unicodedata.normalize("NFC", text.strip())
@@ -1149,16 +1180,17 @@ class PeerList(Generic[P]):
             return []
         known.set_identity(peer.username, peer.ip, peer.port)
         known.status, known.incarnation = ALIVE, peer.incarnation
+        known.set_away(peer.away)
         known.unconfirmed_since = None
         return self._add(known, now)
 
     def _update(self, known: P, peer: P) -> Merged[P]:
         """Take over a newer record of a present peer, perhaps with another name or address."""
-        if peer.incarnation <= known.incarnation:
-            return KNOWN, known, []
+        if peer.incarnation <= known.incarnation:  # by its own word, or a program passed it on that knows no "away"
+            return KNOWN, known, self._set_away(known, peer.away)
         if peer.id == known.id:
             known.incarnation = peer.incarnation
-            return NEW, known, []
+            return NEW, known, self._set_away(known, peer.away)
         if peer.id in self._present or peer.id == self.me.id:
             return CONFLICT, self._present.get(peer.id, known), []
         old = known.public
@@ -1166,7 +1198,13 @@ class PeerList(Generic[P]):
         known.set_identity(peer.username, peer.ip, peer.port)
         known.incarnation = peer.incarnation
         self._put(known)
-        return NEW, known, [Change(RENAMED, known, old=old)]
+        return NEW, known, [Change(RENAMED, known, old=old), *self._set_away(known, peer.away)]
+
+    def _set_away(self, known: P, note: str) -> List[Change]:
+        if known.away == note:
+            return []
+        known.set_away(note)
+        return [Change(AWAY, known, note)]
 
     def _displace(self, peer: P, now: float) -> List[Change]:
         """Remove the peer that holds this id if it is another instance: its program was restarted."""
@@ -2504,7 +2542,7 @@ class Contact(Peer):
     """A peer, and everything that the node's helpers keep about it."""
 
     __slots__ = ("link", "via", "has_ended", "contested_at", "banned_until", "suspicion", "askers", "sync_by_user",
-                 "outbox", "inbox")
+                 "outbox", "inbox", "last_words")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         super().__init__(username, ip, port, instance, incarnation)
@@ -2518,6 +2556,7 @@ class Contact(Peer):
         self.sync_by_user: Optional[bool] = None  # None: no lists to compare; else: did the user ask for it?
         self.outbox: Optional[Outbox] = None  # None until something is sent to it
         self.inbox: Optional[Inbox] = None  # None until a chat message comes from it
+        self.last_words = ""  # what it says while it leaves
 
     @property
     def route(self) -> Address:
@@ -3024,7 +3063,7 @@ class Links:
         for link in list(self.all):
             if link.peer is None and not link.dialled:
                 self.say_hello(link)  # its hello is under way, and ours tells it which peer leaves
-            link.send(MSG_UNREGISTER, None)
+            link.send(MSG_UNREGISTER, self.node.me.last_words or None)
             link.connection.close("leaving")
 
     def was_idle(self, link: Link, peer: Contact) -> bool:
@@ -3571,7 +3610,7 @@ class Gossip:
             link.ids = (*link.ids[-7:], record["id"])
         self.node.detector.on_heard(peer)
         self.node.publish(changes)
-        if any(change.kind == RENAMED for change in changes) and not link.renames.take(self.node.loop.now()):
+        if any(change.kind in (RENAMED, AWAY) for change in changes) and not link.renames.take(self.node.loop.now()):
             self.node.links.ban(link)
         return verdict, peer
 
@@ -4131,6 +4170,16 @@ class Finder:
         if self._lan is None and not self.node.settings.join:
             self.node.on_settled()
 
+    def who(self) -> List[str]:
+        """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
+        rows = [("name", "address", "heard", "ago", "trip")]
+        peers, now = self.node.peers, self.node.loop.now()
+        for peer in peers.present():
+            label = peers.label(peer) + " (away)" * bool(peer.away)
+            rows.append((label, format_address(peer.address), *peer.describe(now)))
+        widths = [max(width(row[column]) for row in rows) for column in range(5)]
+        return ["  ".join(pad(cell, size) for cell, size in zip(row, widths)).rstrip() for row in rows]
+
     def report(self) -> List[str]:
         """Why nobody is here, and what to do about it; empty if somebody is."""
         node = self.node
@@ -4235,6 +4284,19 @@ class Turn:
         self.acknowledge()
 
 
+def change_event(change: Change) -> Event:
+    """Return the event that tells listeners of a change."""
+    peer = change.peer
+    if change.kind == AWAY:
+        return {"event": "away", "peer": peer.public, "text": peer.away}
+    if change.kind == JOINED:
+        return {"event": "joined", "peer": peer.public, **({"away": peer.away} if peer.away else {})}
+    if change.kind == RENAMED:
+        return {"event": "renamed", "peer": peer.public, "old": change.old}
+    words, peer.last_words = peer.last_words, ""
+    return {"event": "left", "peer": peer.public, "reason": change.reason, **({"text": words} if words else {})}
+
+
 class PeerNode:
     """A peer. Use: PeerNode(loop, settings, listener).start(), then run the loop.
 
@@ -4268,8 +4330,10 @@ class PeerNode:
         self.delivery = Delivery(self)
         self.finder = Finder(self)
         self.handlers = node_handlers(self)
-        # For interfaces: everybody else, by name; the peers that a typed text names; why nobody is here.
-        self.present, self.find, self.alone = self.peers.present, self.peers.find, self.finder.report
+        # For interfaces: everybody else, by name; the peers that a typed text names; the shortest text that tells a
+        # peer from the others; why nobody is here; a table of who is here.
+        self.present, self.find, self.label = self.peers.present, self.peers.find, self.peers.label_of
+        self.alone, self.who = self.finder.report, self.finder.who
         self.sync = self.gossip.sync_for_user
 
     # -- starting and leaving --------------------------------------------------------------------------
@@ -4305,10 +4369,10 @@ class PeerNode:
             self._is_settled = True
             self.emit({"event": "settled"})
 
-    def leave(self) -> None:
+    def leave(self, words: str = "") -> None:
         """Wait for what is under way, at most settings.timeout; tell everybody; then comes "stopped"."""
         if not self.leaving:
-            self.leaving = True
+            self.leaving, self.me.last_words = True, check_note(words)
             self.loop.call_later(self.settings.timeout, self.depart)
             self.maybe_depart()
 
@@ -4346,16 +4410,6 @@ class PeerNode:
 
     # -- what an interface asks for --------------------------------------------------------------------
 
-    def label(self, peer_id: str) -> str:
-        """The shortest text that tells a peer from the others, from its id."""
-        peer = self.me if peer_id == self.me.id else self.peers.get(peer_id)
-        if peer is None:
-            parts = split_id(peer_id)
-            if parts is None:
-                return peer_id
-            peer = Contact(*parts)
-        return self.peers.label(peer)
-
     def broadcast_chat_message(self, text: str) -> str:
         """Send a text to everybody; return the message's id. Raises ChatError."""
         if not len(self.peers):
@@ -4372,7 +4426,9 @@ class PeerNode:
     def _send(self, text: str, receivers: List[Contact], to: str) -> str:
         if self.leaving:
             raise ChatError("You are leaving: nothing more is sent.")
-        return self.delivery.send(check_text(text), receivers, to)
+        message_id = self.delivery.send(check_text(text), receivers, to)
+        self.set_away("")
+        return message_id
 
     def rename(self, username: str) -> None:
         """Take another name. Raises ChatError."""
@@ -4380,14 +4436,6 @@ class PeerNode:
             self.change_identity(check_username(username), self.me.ip)
         except ValueError as error:
             raise ChatError(str(error)) from None
-
-    def who(self) -> List[str]:
-        """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
-        rows = [("name", "address", "heard", "ago", "trip")]
-        for peer in self.present():
-            rows.append((self.peers.label(peer), format_address(peer.address), *peer.describe(self.loop.now())))
-        widths = [max(width(row[column]) for row in rows) for column in range(5)]
-        return ["  ".join(pad(cell, size) for cell, size in zip(row, widths)).rstrip() for row in rows]
 
     def server_status(self) -> Tuple[bool, str, float]:
         """Return whether it is online, its address, and since when, in Unix time."""
@@ -4476,14 +4524,11 @@ class PeerNode:
                 self.detector.drop_suspicion(peer)
                 self.links.drop(peer, change.reason)
                 self.delivery.fail(peer, change.reason)
-                self.emit({"event": "left", "peer": peer.public, "reason": change.reason})
+            elif change.kind == JOINED and peer.link is not None and not peer.link.is_resumed:
+                self.delivery.resume(peer, peer.link)  # it was thought gone when it was linked
+            self.emit(change_event(change))
+            if change.kind == GONE:
                 self.maybe_depart()
-            elif change.kind == JOINED:
-                if peer.link is not None and not peer.link.is_resumed:  # it was thought gone when it was linked
-                    self.delivery.resume(peer, peer.link)
-                self.emit({"event": "joined", "peer": peer.public})
-            else:
-                self.emit({"event": "renamed", "peer": peer.public, "old": change.old})
 
     def remove_dead_peer(self, peer: Contact, status: str, reason: str) -> None:
         """Make a peer a tombstone, and spread that."""
@@ -4496,6 +4541,7 @@ class PeerNode:
         """The far end says that it leaves."""
         assert link.peer is not None
         peer = link.peer
+        peer.last_words = check_note(message["content"]) if type(message["content"]) is str else ""
         link.connection.close("it left")
         if any(each.peer is peer and each.connection.state == OPEN for each in self.links.all):
             self.loop.call_later(GOODBYE_TIME, self.remove_dead_peer, peer, LEFT, "left")  # it says goodbye there, too
@@ -4519,15 +4565,26 @@ class PeerNode:
         if (username, ip) == (self.me.username, self.me.ip):
             return
         old = self.me.public
-        self.me.incarnation += 1
         self._set_identity(username, ip, self.me.port)
         self.links.met_ourselves_at.clear()  # somebody else may get the old address
         log.info("[P2P] now known as %s", self.me.id)
-        self.links.announce()
-        self.spread(self.me, ALIVE)
+        self._announce()
         if self.discovery.is_online:
             self.discovery.register()
         self.emit({"event": "renamed", "peer": self.me.public, "old": old})
+
+    def set_away(self, note: str) -> None:
+        """Say that the user is away, and why; "" for here."""
+        if check_note(note) != self.me.away and not self.leaving:
+            self.me.set_away(check_note(note))
+            self._announce()
+            self.emit(change_event(Change(AWAY, self.me)))
+
+    def _announce(self) -> None:
+        """Our record is another now: tell everybody."""
+        self.me.incarnation += 1
+        self.links.announce()
+        self.spread(self.me, ALIVE)
 
     def _set_identity(self, username: str, ip: str, port: int) -> None:
         self.me.set_identity(username, ip, port)
@@ -5218,7 +5275,7 @@ def _side_rows(view: ChatView, height: int, cols: int) -> List[Line]:
     shown = peers if len(peers) <= height else peers[:height - 1]
     rows: List[Line] = []
     for peer in shown:
-        mark = "○ " if peer.quiet else "+ " if peer.id in view.people.fresh else "● "
+        mark = "○ " if peer.quiet else "z " if peer.away else "+ " if peer.id in view.people.fresh else "● "
         label, address = _label_and_address(view, peer)
         room = width(label + address) <= cols - 2
         style = "dim" if peer.quiet else nick_style(label)
@@ -5376,7 +5433,8 @@ class Narrator:
     def on_left(self, event: Event) -> None:
         peer_id, reason = event["peer"]["id"], event["reason"]
         self.view.people.fresh.discard(peer_id)
-        kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
+        words = f" ({event['text']})" if event.get("text") else ""
+        kind, why = ("left", words) if reason == "left" else ("gone", f" ({reason})")
         self._gather(kind, peer_id, why)
 
     def _gather(self, kind: str, peer_id: str, reason: str) -> None:
@@ -5504,7 +5562,7 @@ _KEYS["focus-out"] = Key("", "", lambda keys: keys.on_focus(False))
 
 # -- commands ------------------------------------------------------------------------------------------
 
-Handle = Callable[["Commands", str], None]  # is called with what stands behind the command
+Handle = Callable[[Any, str], None]  # is called with what stands behind the command
 
 
 class Command(NamedTuple):
@@ -5529,8 +5587,8 @@ _SYNONYMS = {  # what other programs call our commands: is suggested, not done
     "/msg": ("/whisper", "/tell", "/dm", "/pm", "/send", "/notice"), "/reply": ("/answer", "/r"),
     "/nick": ("/name", "/rename", "/user"), "/me": ("/action", "/emote", "/describe"), "/whois": ("/finger",),
     "/who": ("/ls", "/online", "/ping"), "/search": ("/find", "/grep", "/lastlog", "/last"),
-    "/ignore": ("/block", "/mute"), "/unignore": ("/unblock", "/unmute"), "/clear": ("/cls",),
-    "/help": ("/?", "/man", "/commands"), "/quit": ("/disconnect", "/logout", "/close", "/stop"),
+    "/ignore": ("/block", "/mute"), "/away": ("/afk", "/brb"), "/unignore": ("/unblock", "/unmute"),
+    "/clear": ("/cls",), "/help": ("/?", "/man", "/commands"), "/quit": ("/disconnect", "/logout", "/close", "/stop"),
 }
 
 
@@ -5568,8 +5626,8 @@ def _begins_alike(name: str) -> str:
     return best if best and likeness(best) >= 0.7 else ""
 
 
-class Commands:
-    """Sends what was entered, or runs it as a command. Commands raise ChatError when they can't be done."""
+class CommandLine:
+    """Sends what was entered, or runs it as a command."""
 
     def __init__(self, view: ChatView) -> None:
         self.view = view
@@ -5671,6 +5729,10 @@ class Commands:
     def _is_me(self, name: str) -> bool:
         return name.casefold().lstrip("@") in (self.node.me.username.casefold(), self.node.me.id.casefold())
 
+
+class Commands(CommandLine):
+    """The commands. They raise ChatError when they can't be done."""
+
     # -- talk ------------------------------------------------------------------------------------------
 
     @command("/msg NAME TEXT", "/m")
@@ -5714,6 +5776,18 @@ class Commands:
         """take another name."""
         self.node.rename(rest)
 
+    @command("/away [TEXT]")
+    def _away(self, rest: str) -> None:
+        """say that you are away, and why, until you talk again."""
+        self.node.set_away(rest or "away")
+        self.view.answer(f"You are away ({self.node.me.away}), until you talk again or say /back.")
+
+    @command("/back")
+    def _back(self, rest: str) -> None:
+        """say that you are here again."""
+        self.node.set_away("")
+        self.view.answer("You are here.")
+
     @command("/peers")
     def _peers(self, rest: str) -> None:
         """show or hide the list of peers."""
@@ -5740,7 +5814,8 @@ class Commands:
         peer = self._peer(rest)
         spoke_at = people.spoke_at.get(peer.id)
         spoke = f"last spoke at {self.view.clock(spoke_at)}" if spoke_at is not None else "has not spoken yet"
-        traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
+        traits = [spoke] + [f"away ({peer.away})"] * bool(peer.away)
+        traits += ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
         self.view.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
 
     @command("/info")
@@ -5852,10 +5927,10 @@ class Commands:
         python = ".".join(map(str, sys.version_info[:3]))
         self.view.answer(f"p2pchat {__version__}, Python {python} on {sys.platform}.")
 
-    @command("/quit", "/exit", "/bye", "/signoff")
+    @command("/quit [TEXT]", "/exit", "/bye", "/signoff")
     def _quit(self, rest: str) -> None:
-        """leave the chat."""
-        self.node.leave()
+        """leave the chat; the others are told TEXT."""
+        self.node.leave(rest)
 
 
 class Completion:

@@ -124,9 +124,12 @@ class ViewNode:
     def server_status(self):
         return self.online, "10.0.0.9:9999", self.loop.seconds
 
-    def leave(self):
+    def set_away(self, note):
+        self.me.away = note
+
+    def leave(self, words=""):
         self.leaving = True
-        self.calls.append("leave")
+        self.calls.append(("leave", words))
 
 
 def view_make(*names, on_screen=True, me="Alice"):
@@ -611,6 +614,21 @@ def test_the_other_commands():
     assert view.node.leaving
 
 
+def test_words_on_leaving_and_a_sign_for_who_is_away():
+    view = view_make("Bob", "Carol")
+    view.enter("/quit see you tomorrow")
+    assert view.node.calls == [("leave", "see you tomorrow")]
+    view = view_make("Bob", "Carol")
+    assert view_answer(view, "/away lunch").startswith("You are away (lunch)") and view.node.me.away == "lunch"
+    assert view_answer(view, "/back") == "You are here." and not view.node.me.away
+    view.node.find("Bob")[0].set_away("at the dentist")
+    assert "away (at the dentist)" in view_answer(view, "/whois Bob") and "away" not in view_answer(view, "/whois Carol")
+    assert any("z Bob" in row for row in view_screen(view)) and view_style(view, "Bob") != view_style(view, "Carol")
+    carol = view_peer(view, "Carol")
+    view_event(view, {"event": "left", "peer": carol, "reason": "left", "text": "good night"})
+    assert "- Carol (good night) left" in "\n".join(view_screen(view))
+
+
 def test_help_has_every_command_and_key():
     view = view_make()
     listed = view_answer(view, "/help")
@@ -618,7 +636,7 @@ def test_help_has_every_command_and_key():
         assert command.usage in listed and command.help and view_answer(view, f"/help {command.name[1:]}")
     keys = view_answer(view, "/help keys")
     assert all(key.names in keys and key.help for key in p2pchat.KEYS)
-    assert len(p2pchat.COMMANDS) == 20
+    assert len(p2pchat.COMMANDS) == 22
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -1567,6 +1585,20 @@ def test_membership_merging(merge, row):
     assert (told, [change.kind for change in changes]) == (verdict, kinds)
     if heard.get("instance", "b1") == "b1":
         assert member_state(peers) == state
+
+
+def test_membership_away_is_versioned_by_the_incarnation_and_follows_its_owner():
+    """Hearsay with the same incarnation changes nothing: a program that knows no "away" may have passed it on."""
+    rows = [("merge_own_claim", 100, "lunch", "lunch"), ("merge_claim", 100, None, "lunch"), ("merge_claim", 99, "x", "lunch"),
+            ("merge_claim", 101, None, ""), ("merge_claim", 101, "x", ""), ("merge_own_claim", 101, "tea", "tea"),
+            ("merge_own_claim", 100, "x", "tea"), ("merge_claim", 102, "cake", "cake"), ("merge_own_claim", 103, None, "")]
+    peers = member_list()
+    for now, (merge, incarnation, note, expected) in enumerate(rows, 1):
+        before = getattr(peers.by_key("b1"), "away", "")
+        more = {} if note is None else {"away": note}
+        _, peer, changes = getattr(peers, merge)(member_record(incarnation=incarnation, **more), float(now))
+        assert peer.away == expected and json.loads(peer.encoded).get("away", "") == peer.wire(0.0).get("away", "") == expected
+        assert [change.kind for change in changes if change.kind == p2pchat.AWAY] == ["away"] * (before != expected and now > 1)
 
 
 def test_membership_a_removed_peer_is_not_brought_back_by_old_lists():
@@ -5232,6 +5264,48 @@ def test_node_who_says_that_one_is_heard_through_others(trio):
     assert not [event for peer in trio.peers for event in peer.saw("quiet") + peer.saw("left")]
     trio.network.heal()
     trio.until(lambda: who_row(trio.ann, "Bob")[0] == "directly", 30)
+
+
+# -- peer node: away, and last words ---------------------------------------------------------------------
+
+
+def test_node_who_is_away_is_known_to_all_until_they_talk():
+    """It stands in the record: others hear it by its own word, by hearsay, and when they come later."""
+    world = World("Ann", "Bob", settings={"lan": True})
+    world.run(5)
+    world.ann.set_away("at\x1b lunch " + "x" * 300)
+    world.run(1)
+    note = world.bob.peers.get(world.ann.me.id).away
+    assert note.startswith("at␛ lunch x") and len(note) == p2pchat.MAX_NOTE
+    assert [event["text"] for event in world.bob.saw("away")] == [note] == [event["text"] for event in world.ann.saw("away")]
+    carol = world.add("Carol")
+    world.run(5)
+    assert carol.peers.get(world.ann.me.id).away == note and world.bob.peers.digest() == carol.peers.digest()
+    assert [event.get("away") for event in carol.saw("joined") if event["peer"]["username"] == "Ann"] == [note]
+    assert any("Ann (away)" in line for line in carol.who()) and not any("Bob (away)" in line for line in carol.who())
+    world.ann.say("back again")
+    world.run(1)
+    assert all(peer.peers.get(world.ann.me.id).away == "" for peer in (world.bob, carol))
+    assert world.bob.saw("away")[-1]["text"] == "" and world.bob.texts() == ["back again"]
+
+
+def test_node_last_words_are_told():
+    world = World("Ann", "Bob", "Eve", settings={"lan": True})
+    world.run(5)
+    world.ann.node.leave("see\u202e you\n")
+    world.eve.node.leave()
+    world.run(2)
+    left = {event["peer"]["username"]: (event["reason"], event.get("text")) for event in world.bob.saw("left")}
+    assert left == {"Ann": ("left", "see you"), "Eve": ("left", None)}
+
+
+@pytest.mark.parametrize("content", [None, "", {}, 5, ["x"], "bye", "\x1b[2J" * 500])
+def test_node_a_goodbye_is_a_goodbye_whatever_it_holds(content, solo):
+    mallory = solo.attack(solo.ann)
+    mallory.say("MSG_UNREGISTER", content)
+    solo.run(2)
+    (left,) = solo.ann.saw("left")
+    assert left["reason"] == "left" and len(left.get("text", "")) <= p2pchat.MAX_NOTE and "\x1b" not in left.get("text", "")
 
 
 # -- peer node: what it does by itself -------------------------------------------------------------------
