@@ -4604,6 +4604,7 @@ class PeerNode:
 # here knows curses, sockets or a clock, and every text that comes in is clean already.
 # ======================================================================================================
 
+MAX_UNDO = 100  # changes of the input line that can be taken back: 1.6 MB, if each line is the longest
 MAX_ENTRIES = 5000  # in a scrollback; with texts of the usual length some 3 MiB
 MAX_SCROLLBACK = 4 * 1024 * 1024  # characters of all entries: 250 of the longest texts, which /search reads in 30 ms
 DRAW_PORTION = 48 * 1024  # characters wrapped for one drawing, those beyond ASCII counted threefold: some 30 ms
@@ -4663,7 +4664,9 @@ class LineEditor:
         self._at = 0  # index in the history; its length stands for the line that is being written
         self._draft = ""  # that line, while the history is shown
         self._cut = ""
-        self._is_cutting = False  # the last key cut something: what is cut now is joined to it
+        self._doing = ""  # what the last key did and the next one may go on with: "cutting", "typing", "last word"
+        self._former: List[Tuple[str, str]] = []  # both parts before each change, for undo()
+        self._last_word: Tuple[int, str] = (0, "")  # where in the history the inserted word stands, and the word
 
     @property
     def text(self) -> str:
@@ -4672,16 +4675,32 @@ class LineEditor:
 
     def set(self, text: str) -> None:
         """Replace the line, and put the cursor at its end."""
-        self.left, self.right, self._is_cutting = text, "", False
+        self._change(text, "")
 
     def insert(self, text: str) -> None:
-        """Insert a text at the cursor."""
-        self.left += text
-        self._is_cutting = False
+        """Insert a text at the cursor. A word that is typed is one step for undo()."""
+        goes_on = self._doing == "typing" and not text.isspace()
+        self._change(self.left + text, self.right, "typing", goes_on)
 
     def move(self, left: int) -> None:
         """Put the cursor so many characters from the beginning."""
-        self.left, self.right, self._is_cutting = self.text[:left], self.text[left:], False
+        self.left, self.right, self._doing = self.text[:left], self.text[left:], ""
+
+    def replace_left(self, left: str) -> None:
+        """Replace what stands left of the cursor."""
+        self._change(left, self.right)
+
+    def _change(self, left: str, right: str, doing: str = "", goes_on: bool = False) -> None:
+        """Replace both parts, and keep the former ones for undo() unless this goes on with the change before."""
+        if not goes_on and left + right != self.text:
+            self._former = [*self._former[1 - MAX_UNDO:], (self.left, self.right)]
+        self.left, self.right, self._doing = left, right, doing
+
+    def undo(self) -> None:
+        """Take back the last change."""
+        if self._former:
+            self.left, self.right = self._former.pop()
+        self._doing = ""
 
     def before(self) -> int:
         """Where the character left of the cursor begins: what a reader takes for one character."""
@@ -4706,22 +4725,22 @@ class LineEditor:
 
     def delete(self, where: int) -> str:
         """Delete what stands between the cursor and an index; return it."""
-        self._is_cutting = False
         if where < len(self.left):
-            gone, self.left = self.left[where:], self.left[:where]
+            gone, left, right = self.left[where:], self.left[:where], self.right
         else:
-            where -= len(self.left)
-            gone, self.right = self.right[:where], self.right[where:]
+            at = where - len(self.left)
+            gone, left, right = self.right[:at], self.left, self.right[at:]
+        self._change(left, right)
         return gone
 
     def cut(self, where: int) -> None:
         """Delete, and keep it for yank(); pieces that are cut one after the other are kept as one."""
-        backwards, is_cutting = where < len(self.left), self._is_cutting
+        backwards, is_cutting = where < len(self.left), self._doing == "cutting"
         gone = self.delete(where)
         if is_cutting:
             gone = gone + self._cut if backwards else self._cut + gone
         if gone:
-            self._cut, self._is_cutting = gone, True
+            self._cut, self._doing = gone, "cutting"
 
     def yank(self) -> None:
         """Insert what was cut last."""
@@ -4734,6 +4753,7 @@ class LineEditor:
             self._history = self._history[-499:] + [text]
         self._at = len(self._history)
         self.set("")
+        self._former.clear()
         return text
 
     def recall(self, step: int) -> None:
@@ -4744,6 +4764,36 @@ class LineEditor:
         if 0 <= at <= len(self._history):
             self._at = at
             self.set((self._history + [self._draft])[at])
+
+    def transpose(self) -> None:
+        """Exchange the characters on both sides of the cursor, or the last two."""
+        middle = self.before() if not self.right else len(self.left)
+        left, right = self.text[:middle], self.text[middle:]
+        first, second = (graphemes(left[-64:]) or [""])[-1], (graphemes(right[:64]) or [""])[0]
+        if first and second:
+            self._change(left[:len(left) - len(first)] + second + first, right[len(second):])
+
+    def convert(self, change: Callable[[str], str]) -> None:
+        """Change the rest of the word right of the cursor, and go behind it."""
+        end = self.word_behind() - len(self.left)
+        self._change(self.left + change(self.right[:end]), self.right[end:])
+
+    def insert_last_word(self) -> None:
+        """Insert the last word of the line entered before; again: in its place that of the line before that one."""
+        goes_on = self._doing == "last word"
+        at, word = self._last_word if goes_on else (len(self._history), "")
+        if at > 0:
+            found = (self._history[at - 1].split() or [""])[-1]
+            self._last_word = (at - 1, found)
+            self._change(self.left[:len(self.left) - len(word)] + found, self.right, "last word", goes_on)
+
+    def find(self, wanted: str, before: Optional[int] = None) -> Optional[int]:
+        """Show the last line of the history that holds a text, above index `before`; return its index."""
+        for at in range((len(self._history) if before is None else before) - 1, -1, -1):
+            if wanted.casefold() in self._history[at].casefold():
+                self.set(self._history[at])
+                return at
+        return None
 
 
 def _first_word(text: str) -> int:
@@ -5536,10 +5586,17 @@ EDIT_KEYS: Tuple[Key, ...] = (
     Key("Ctrl-Y", "insert what was cut", lambda line: line.yank()),
     Key("Up, Ctrl-P", "the line entered before", lambda line: line.recall(-1)),
     Key("Down, Ctrl-N", "the line entered after it", lambda line: line.recall(1)),
+    Key("Ctrl-_", "undo", lambda line: line.undo()),
+    Key("Ctrl-T", "exchange two characters", lambda line: line.transpose()),
+    Key("Alt-U", "the word in capitals", lambda line: line.convert(str.upper)),
+    Key("Alt-L", "the word in small letters", lambda line: line.convert(str.lower)),
+    Key("Alt-C", "the word with a capital", lambda line: line.convert(str.title)),
+    Key("Alt-.", "the last word of the line entered before", lambda line: line.insert_last_word()),
     Key("Alt-Enter, Ctrl-J", "a line break in the message", lambda line: line.insert("\n")),
 )
 VIEW_KEYS: Tuple[Key, ...] = (
     Key("Enter", "send", lambda keys: keys.enter()),
+    Key("Ctrl-R", "look for a line that was entered; again: for an older one", lambda keys: keys.look_back()),
     Key("Tab", "complete a name or a command; again: the next one", lambda keys: keys.complete(1)),
     Key("Shift-Tab", "the completion before", lambda keys: keys.complete(-1)),
     Key("PgUp", "scroll back", lambda keys: keys.page(-1)),
@@ -5951,7 +6008,7 @@ class Completion:
             start = line.blank_before() if line.left[-1:].strip() else len(line.left)
             self._before, self._candidates, self._at = line.left[:start], self._find(line.left, start), 0
         if self._candidates:
-            line.left = self._before + self._candidates[self._at]
+            line.replace_left(self._before + self._candidates[self._at])
 
     def _find(self, text: str, start: int) -> List[str]:
         """Return what the word at `start` can become: commands, or names, the latest speakers first."""
@@ -5967,6 +6024,43 @@ class Completion:
         return [at + label + end for label in view.labels(peers) if label.casefold().startswith(word[len(at):])]
 
 
+class LookBack:
+    """Looks for a line that was entered, by a part of it, while that part is typed."""
+
+    def __init__(self, line: LineEditor) -> None:
+        self._line = line
+        self._draft = line.text  # comes back if nothing is wanted
+        self.wanted = ""
+        self._at: Optional[int] = None  # index of what was found in the history
+
+    def type(self, text: str) -> None:
+        """Look for a longer part."""
+        self.wanted += text
+        self._at = self._line.find(self.wanted, None if self._at is None else self._at + 1)
+
+    def older(self) -> None:
+        """Look for an older line with the same part."""
+        found = self._line.find(self.wanted, self._at) if self.wanted else None
+        self._at = self._at if found is None else found
+
+    def shorten(self) -> None:
+        """Look for a shorter part, from the newest line on."""
+        wanted, self.wanted, self._at = self.wanted[:-1], "", None
+        self._line.set(self._draft)
+        if wanted:
+            self.type(wanted)
+
+    def drop(self) -> None:
+        """Bring back what was written before."""
+        self._line.set(self._draft)
+
+    def hint(self) -> str:
+        """Say what is looked for."""
+        if not self.wanted:
+            return "Type a part of what you entered before. Ctrl-R: an older one, Enter takes it, Esc drops it."
+        return f"{'Found' if self._at is not None else 'Nothing older has'}: {_shortened(self.wanted)}"
+
+
 class Keyboard:
     """What keys, typed text and pastes do."""
 
@@ -5975,22 +6069,43 @@ class Keyboard:
         self._completion = Completion(view)
         self._key = self._key_before = ""
         self._has_asked = False  # the next Enter sends even a long text
+        self._look_back: Optional[LookBack] = None  # while a line that was entered is looked for
 
     def press(self, name: str) -> None:
         """Do what a key says."""
         key = _KEYS.get(name)
-        if key is not None:
+        if key is not None and not self._press_while_looking(name):
             self._begin(name)
             key.run(self.view.window.line if key in EDIT_KEYS else self)
+
+    def _press_while_looking(self, name: str) -> bool:
+        """Go on with looking for a line, or end it; return whether that was all that the key is for."""
+        looking = self._look_back
+        if looking is None or name in ("focus-in", "focus-out"):
+            return False
+        self._begin(name)
+        if name in ("ctrl-r", "backspace"):
+            {"ctrl-r": looking.older, "backspace": looking.shorten}[name]()
+            self.view.hint = looking.hint()
+            return True
+        self._look_back = None
+        if name in ("esc", "ctrl-c"):
+            looking.drop()
+        return name in ("esc", "ctrl-c", "enter")  # what was found is not sent unseen
 
     def type(self, text: str) -> None:
         """Insert what was typed."""
         self._begin("")
-        self.view.window.line.insert(text)
+        if self._look_back is not None:
+            self._look_back.type(text)
+            self.view.hint = self._look_back.hint()
+        else:
+            self.view.window.line.insert(text)
 
     def paste(self, text: str) -> None:
         """Insert what was pasted, as one message, however many lines it has."""
         self._begin("")
+        self._look_back = None
         text = clean(text, newlines=True).rstrip("\n")
         lines = text.count("\n") + 1
         if len(text.encode("utf-8")) > MAX_TEXT:
@@ -6041,6 +6156,11 @@ class Keyboard:
             line.delete(line.behind())
         else:
             self.view.node.leave()
+
+    def look_back(self) -> None:
+        """Look for a line that was entered before."""
+        self._look_back = LookBack(self.view.window.line)
+        self.view.hint = self._look_back.hint()
 
     def complete(self, step: int) -> None:
         """Complete the word before the cursor."""
@@ -6229,7 +6349,7 @@ _SEQUENCES = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F
               "I": "focus-in", "O": "focus-out", "Z": "shift-tab", "1~": "home", "3~": "delete", "4~": "end",
               "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end"}
 _MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
-_CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
+_CONTROLS = {"\x1f": "ctrl-_", "\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
 _TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home",
                   "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "delete", "kcbt": "shift-tab"}
 _PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"

@@ -321,11 +321,61 @@ def test_wrap(text, cols, lines):
     (["one", "<enter>", "two", "<enter>", "draft", "<up>", "<up>", "<down>", "<ctrl-n>"], "draft", ""),
     (["one", "<enter>", "<up>", "<up>", "<down>", "<down>"], "", ""),
     (["abc", "<home>", "<ctrl-d>"], "", "bc"),
+    (["one two", "<ctrl-_>"], "", ""),
+    (["one", " ", "two", "<ctrl-_>"], "one", ""),
+    (["o", "n", "e", " ", "two", "<ctrl-_>", "<ctrl-_>", "<ctrl-_>"], "", ""),
+    (["a b", "<ctrl-u>", "<ctrl-_>"], "a b", ""),
+    (["a b", "<ctrl-w>", "<left>", "<ctrl-_>"], "a b", ""),
+    (["x", "<enter>", "<ctrl-_>"], "", ""),
+    (["bo", "<tab>", "<ctrl-_>"], "bo", ""),
+    (["old", "<enter>", "new", "<up>", "<ctrl-_>"], "new", ""),
+    (["abc", "<ctrl-t>"], "acb", ""),
+    (["abc", "<left>", "<ctrl-t>"], "acb", ""),
+    (["abcd", "<left>", "<left>", "<ctrl-t>"], "acb", "d"),
+    (["e\u0301🧑\u200d🚀", "<ctrl-t>"], "🧑\u200d🚀e\u0301", ""),
+    (["a", "<ctrl-t>", "<home>", "<ctrl-t>"], "", "a"),
+    (["one two", "<home>", "<alt-u>", "<alt-c>"], "ONE Two", ""),
+    (["ÉTÉ straße", "<home>", "<alt-l>", "<alt-u>"], "été STRASSE", ""),
+    (["say one", "<enter>", "say two words", "<enter>", "x ", "<alt-.>"], "x words", ""),
+    (["say one", "<enter>", "say two words", "<enter>", "x ", "<alt-.>", "<alt-.>", "<alt-.>"], "x one", ""),
+    (["say one", "<enter>", "<alt-.>", " ", "<alt-.>", "<ctrl-_>"], "one ", ""),
+    (["<alt-.>"], "", ""),
+    (["the tea", "<enter>", "tear it", "<enter>", "x", "<enter>", "draft", "<ctrl-r>", "T", "e", "a"], "tear it", ""),
+    (["the tea", "<enter>", "tear it", "<enter>", "draft", "<ctrl-r>", "tea", "<ctrl-r>", "<ctrl-r>"], "the tea", ""),
+    (["the tea", "<enter>", "tear it", "<enter>", "<ctrl-r>", "tear", "<ctrl-r>", "<backspace>", "<ctrl-r>", "<end>", "!"], "the tea!", ""),
+    (["the tea", "<enter>", "draft", "<ctrl-r>", "tea", "<esc>"], "draft", ""),
+    (["the tea", "<enter>", "draft", "<ctrl-r>", "tea", "<ctrl-c>", "!"], "draft!", ""),
+    (["the tea", "<enter>", "draft", "<ctrl-r>", "zzz", "<enter>"], "draft", ""),
+    (["the tea", "<enter>", "<ctrl-r>", "tea", "<enter>"], "the tea", ""),
+    (["the tea", "<enter>", "draft", "<ctrl-r>", "tea", "<ctrl-_>"], "draft", ""),
 ])
 def test_editing(keys, left, right):
     view = view_make("Bob")
     view_keys(view, *keys)
     assert (view.window.line.left, view.window.line.right) == (left, right)
+
+
+def test_looking_back_says_what_it_does_and_sends_nothing():
+    view = view_make("Bob")
+    view_keys(view, "/msg Bob secret", "<enter>", "<ctrl-r>")
+    assert "Enter takes it" in view_screen(view)[-2]
+    view_keys(view, "secr")
+    assert "Found: secr" in view_screen(view)[-2] and view_screen(view)[-1] == "> /msg Bob secret"
+    view_keys(view, "<focus-out>", "<focus-in>", "et!")
+    assert "Nothing older has: secret!" in view_screen(view)[-2]
+    view_keys(view, "<backspace>", "<enter>")
+    assert len(view.node.sent) == 1 and view.window.line.text == "/msg Bob secret" and view.hint == ""
+    view_keys(view, "<enter>")
+    assert len(view.node.sent) == 2
+
+
+def test_undo_is_bounded():
+    line = p2pchat.LineEditor()
+    for number in range(500):
+        line.set(str(number))
+    for _ in range(500):
+        line.undo()
+    assert line.text == str(499 - p2pchat.MAX_UNDO)
 
 
 def test_leaving_keys():
@@ -6513,7 +6563,7 @@ class PtyPipe(Program):
     (b"abc", [("text", "abc")]),
     ("日本".encode(), [("text", "日本")]),
     (b"a\rb\n\t\x7f\x08", [("text", "a"), "enter", ("text", "b"), "ctrl-j", "tab", "backspace", "backspace"]),
-    (b"\x01\x17\x1a", ["ctrl-a", "ctrl-w", "ctrl-z"]),
+    (b"\x01\x17\x1a\x1f\x12\x1b.\x1bU", ["ctrl-a", "ctrl-w", "ctrl-z", "ctrl-_", "ctrl-r", "alt-.", "alt-u"]),
     (b"\x1b[A\x1b[B\x1b[C\x1b[D\x1bOA\x1bOD\x1b[H\x1b[F", ["up", "down", "right", "left", "up", "left", "home", "end"]),
     (b"\x1b[1~\x1b[4~\x1b[5~\x1b[6~\x1b[3~\x1b[7~\x1b[8~", ["home", "end", "pgup", "pgdn", "delete", "home", "end"]),
     (b"\x1b[1;5D\x1b[1;5C\x1b[1;3A\x1b[1;5H\x1b[1;5F", ["ctrl-left", "ctrl-right", "alt-up", "ctrl-home", "ctrl-end"]),
