@@ -116,6 +116,7 @@ ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes e
 ACCEPT_PAUSE = 0.5  # accepting pauses for this long when the descriptors are used up
 MAX_PER_ADDRESS = 256  # peers at one address other than our own, so that no single machine fills the list
 MAX_UNIDENTIFIED = 1500  # connections from one address without a hello: a class behind one NAT; each is a descriptor
+MIN_DESCRIPTORS = 32  # the program itself has twelve open; each link takes one
 
 # Membership: SWIM, with the lessons of Lifeguard.
 PROBE_INTERVAL = 2.0  # between two probes of a neighbour; two may be lost before the neighbour counts as quiet
@@ -5555,7 +5556,7 @@ class Narrator:
             self.view.notice("The network is back.")
 
     def on_notice(self, event: Event) -> None:
-        self.view.notice(event["text"])
+        self.view.notice(event["text"], "error" if event.get("error") else "notice")
 
 
 # -- keys ----------------------------------------------------------------------------------------------
@@ -6439,13 +6440,16 @@ def without_burst(presses: List[Press]) -> List[Press]:
 
 
 class LogTail(logging.Handler):
-    """Keeps the last lines of the log, for /log."""
+    """Keeps the last lines of the log, for /log. What is critical is told to the user at once."""
 
-    def __init__(self, lines: Deque[str]) -> None:
+    def __init__(self, lines: Deque[str], tell: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
         self._lines = lines
+        self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.CRITICAL:
+            self._tell(record.getMessage())
         self._lines.append(f"{_time_of_second(int(record.created))} {clean(record.getMessage())}")
 
 
@@ -6479,7 +6483,7 @@ class Interface:
 
     def run(self) -> int:
         """Chat until somebody leaves; return the exit status."""
-        tail = LogTail(self.log)
+        tail = LogTail(self.log, self.tell)
         log.addHandler(tail)
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
@@ -6529,6 +6533,11 @@ class Interface:
         """Leave when a signal asks for it."""
         for number in _ENDING:
             self.loop.on_signal(number, self.interrupt if number == signal.SIGINT else self.leave)
+
+    def tell(self, text: str) -> None:
+        """Tell the user what went wrong."""
+        if self.node is not None:
+            self.node.emit({"event": "notice", "text": f"{text}.", "error": True})
 
     def leave(self) -> None:
         """Say goodbye, and end when that is done."""
@@ -6958,7 +6967,7 @@ class LineWriter:
 
     def __init__(self, loop: Loop, on_broken: Callable[[str], None]) -> None:
         self._loop = loop
-        self._on_broken = on_broken  # is told why; "" if the reader is gone, as is its right
+        self._on_broken = on_broken  # is told why; "" if the reader is gone
         self._lines: List[str] = []  # since the last flush
         self._output = bytearray()
         self._state = "idle"  # idle, waiting, broken
@@ -7112,8 +7121,8 @@ class PlainInterface(Interface):
 
     def _on_broken(self, why: str) -> None:
         """Leave: nobody would read what is said."""
+        self._is_broken = True
         if why:
-            self._is_broken = True
             log.error("[P2P] the output can't be written: %s", why)
             sys.stderr.write(f"p2pchat: the output can't be written: {why}\n")
         self.leave()
@@ -7256,6 +7265,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if problem:
         sys.stderr.write(f"p2pchat: {problem}\n")
         return 2
+    if raise_descriptor_limit() < MIN_DESCRIPTORS:
+        sys.stderr.write(f"p2pchat: too few files may be open at once; {MIN_DESCRIPTORS} are needed: "
+                         f"ulimit -n {MIN_DESCRIPTORS}\n")
+        return 1
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -7268,7 +7281,7 @@ def _open_standard_files() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.open(os.devnull, os.O_RDONLY if descriptor == 1 else os.O_RDWR)  # that nothing can be printed is noticed
 
 
 def _option(convert: Callable[[str], Any], right: str = "", valid: Callable[[Any], bool] = lambda value: True
@@ -7367,14 +7380,16 @@ def start_logging(options: argparse.Namespace) -> str:
 
 
 class LogFile(logging.FileHandler):
-    """A log file; when it can't be written (a full disk), that is said once, wherever else the log goes."""
+    """A log file. When it can't be written (a full disk), the user is told once."""
 
     _told = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._told:
             self._told = True
-            log.error("[P2P] the log file can't be written: %s", sys.exc_info()[1])
+            error = sys.exc_info()[1]
+            why = error_text(error) if isinstance(error, OSError) else str(error)
+            log.critical("The log file can't be written: %s", why)
 
 
 class LineFormatter(logging.Formatter):

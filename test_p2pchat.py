@@ -7072,7 +7072,33 @@ def test_a_reader_that_goes_away():
         bob.process.stdout.close()
         bob.say("/who")
         bob.say("/who")
-        assert bob.process.wait(PTY_LIMIT) in (0, 1) and bob.process.stderr.read() == b""
+        assert bob.process.wait(PTY_LIMIT) == 1 and bob.process.stderr.read() == b""
+
+
+def run_in_shell(command, *arguments):
+    """Run the program by a line of shell, in which "$@" stands for it; return its exit status, stdout and stderr."""
+    done = subprocess.run(["sh", "-c", command, "sh", sys.executable, PROGRAM_FILE, *arguments], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=PTY_LIMIT)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command, kind, status, stderr", [
+    ('"$@" >&-', "--plain", 1, "p2pchat: the output can't be written: bad file descriptor\n"),
+    ('"$@" >&-', "--json", 1, "p2pchat: the output can't be written: bad file descriptor\n"),
+    ('"$@" <&- >/dev/null', "--json", 0, ""), ('"$@" >/dev/null 2>&-', "--plain", 0, ""),
+    ('ulimit -n 6; "$@"', "--plain", 1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32\n"),
+    ('ulimit -n 32; "$@" >/dev/null', "--plain", 0, "")])
+def test_standard_files_and_few_descriptors(command, kind, status, stderr):
+    assert run_in_shell(command, *pty_peer("Ann", kind)) == (status, "", stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
+@pytest.mark.parametrize("kind", ["--plain", "--json"])
+def test_a_log_file_on_a_full_disk(kind):
+    status, stdout, stderr = run_in_shell('"$@"', *pty_peer("Ann", kind, "--log-file", "/dev/full"))
+    told = [line for line in stdout.splitlines() if "The log file can't be written: no space left on device." in line]
+    assert status == 0 and stderr == "" and len(told) == 1, stdout
+    assert kind == "--plain" or json.loads(told[0])["error"] is True
 
 
 @pytest.mark.parametrize("line, status", [("/who", 0), ("hello", 1), ("/msg Nobody hi", 1), ("/hlep", 1)])
