@@ -101,6 +101,7 @@ SOCKET_TIMEOUT = 5.0  # for a dial and its answer; longer makes a user wait for 
 MAX_LINE = 1024 * 1024  # of one message on the wire: a list of some 6,000 peers fits; each connection may hold one
 MAX_TEXT = 16 * 1024  # of one chat text in UTF-8: several screenfuls of code
 MAX_NAME = 32  # characters of a user name: more would not fit beside a message
+MAX_NOTE = 200  # characters that say why a peer is away or leaves: it stands in its record, 4096 of which fit a list
 MAX_ID = 128  # characters of a peer id: a name, an address and a port, with room to spare
 MAX_PEERS = 4096  # records in a list, on the wire and in memory; each takes about 1 KiB of memory
 MAX_INCARNATION = 2**53 - 1  # the largest integer that every JSON parser keeps exact
@@ -119,6 +120,7 @@ ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes e
 ACCEPT_PAUSE = 0.5  # accepting pauses for this long when the descriptors are used up
 MAX_PER_ADDRESS = 256  # peers at one address other than our own, so that no single machine fills the list
 MAX_UNIDENTIFIED = 1500  # connections from one address without a hello: a class behind one NAT; each is a descriptor
+MIN_DESCRIPTORS = 32  # the program itself has twelve open; each link takes one
 
 # Membership: SWIM, with the lessons of Lifeguard.
 PROBE_INTERVAL = 2.0  # between two probes of a neighbour; two may be lost before the neighbour counts as quiet
@@ -271,6 +273,11 @@ def natural_key(name: str) -> List[Tuple[bool, int, str]]:
     plain = "".join(each for each in unicodedata.normalize("NFKD", name.casefold()) if not unicodedata.combining(each))
     parts = re.findall(r"\d+|\D+", plain)
     return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in parts]
+
+
+def check_note(text: str) -> str:
+    """Return a note as it is sent and shown: one clean line of at most MAX_NOTE characters."""
+    return clean(text).strip()[:MAX_NOTE]
 
 
 def graphemes(text: str) -> List[str]:
@@ -812,7 +819,7 @@ _IP = (_is_text(MAX_NAME, is_peer_ip), "the IPv4 address of one machine")
 _ID = (_is_text(MAX_ID, split_id), "username@ip:port")
 _IDENTITY: Fields = {"instance?": _INSTANCE, "incarnation?": _COUNT}
 _PEER: Fields = {"username": _NAME, "ip": _IP, "port": _PORT, "id": _WORDS, **_IDENTITY, "status?": _STATUS,
-                 "age?": _COUNT}
+                 "age?": _COUNT, "away?": (_is_text(MAX_NOTE), f"a text of at most {MAX_NOTE} characters")}
 _ONE = (check_peer, "a peer")
 _PEERS = (_is_list(check_peer), f"a list of at most {MAX_PEERS} peers")
 _HELLO_PEER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
@@ -848,7 +855,7 @@ _CHECKS: Dict[str, Callable[[Message, Any], None]] = {**dict.fromkeys(_CONTENTS,
 # So a liar or a bad cable empties nobody's list. Pure: time and randomness are arguments, changes are results.
 # ======================================================================================================
 
-JOINED, GONE, RENAMED = "joined", "left", "renamed"  # kinds of Change, named like the events that report them
+JOINED, GONE, RENAMED, AWAY = "joined", "left", "renamed", "away"  # kinds of Change, named like their events
 
 # Verdicts on a record.
 NEW = "new"  # it changed the list and is worth passing on
@@ -866,7 +873,8 @@ class Peer:
     """What we know of a peer. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added_at", "heard_at",
-                 "confirmed_at", "unconfirmed_since", "removed_at", "quiet", "rtt", "public", "_encoded", "_weight")
+                 "confirmed_at", "unconfirmed_since", "removed_at", "quiet", "rtt", "away", "public", "_encoded",
+                 "_weight")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -879,13 +887,17 @@ class Peer:
         self.removed_at = 0.0  # when it became a tombstone
         self.quiet = False  # shown as quiet: nobody has heard it for a while
         self.rtt: Optional[float] = None  # round trip time of the last probe, seconds
+        self.away = ""  # why its user is away, by the peer's own word; empty: the user is here
         self.set_identity(username, ip, port)
 
     @classmethod
     def from_wire(cls: Type[P], record: Dict[str, Any]) -> P:
         """Make a peer from a checked record."""
-        return cls(record["username"], record["ip"], record["port"],
+        peer = cls(record["username"], record["ip"], record["port"],
                    record.get("instance", ""), record.get("incarnation", 0))
+        if "away" in record:
+            peer.away = check_note(record["away"])
+        return peer
 
     def set_identity(self, username: str, ip: str, port: int) -> None:
         """Set name and address, and with them the id."""
@@ -894,6 +906,10 @@ class Peer:
         self.public = {"id": self.id, "ip": ip, "port": port, "username": username}  # for events: not to be changed
         self._encoded: Optional[Tuple[int, str]] = None
         self._weight = (-1, 0)
+
+    def set_away(self, note: str) -> None:
+        """Note why its user is away; "" for here."""
+        self.away, self._encoded = note, None
 
     @property
     def key(self) -> str:
@@ -916,8 +932,7 @@ class Peer:
     def encoded(self) -> str:
         """Its record as JSON, as alive and confirmed. It is cached, because long lists consist of these."""
         if self._encoded is None or self._encoded[0] != self.incarnation:
-            record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
-            self._encoded = (self.incarnation, _ENCODER.encode(record))
+            self._encoded = (self.incarnation, _ENCODER.encode(self._record()))
         return self._encoded[1]
 
     @property
@@ -936,7 +951,7 @@ class Peer:
 
     def wire(self, now: float, status: Optional[str] = None) -> Dict[str, Any]:
         """Return its record. Ages are sent, never times of day, because clocks differ."""
-        record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
+        record = self._record()
         status = status or self.status
         if status != ALIVE:
             record["status"] = status
@@ -945,9 +960,16 @@ class Peer:
             record["age"] = max(0, int(now - since))
         return record
 
+    def _record(self) -> Dict[str, Any]:
+        """Return what its owner says of itself."""
+        record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
+        if self.away:
+            record["away"] = self.away
+        return record
+
 
 class Change(NamedTuple):
-    """A change of the list. `reason` says why a peer left; `old` is what `public` of a renamed peer was."""
+    """A change of the list. `reason` says why a peer left, or is away; `old` is what `public` of a renamed peer was."""
 
     kind: str
     peer: Any  # of the class of the list's peers
@@ -1097,6 +1119,16 @@ class PeerList(Generic[P]):
             return f"{peer.username}@{peer.ip}"
         return peer.id
 
+    def label_of(self, peer_id: str) -> str:
+        """Return the same from a peer's id, which may be of one that has gone."""
+        peer = self.me if peer_id == self.me.id else self.get(peer_id)
+        if peer is None:
+            parts = split_id(peer_id)
+            if parts is None:
+                return peer_id
+            peer = self._make(*parts)
+        return self.label(peer)
+
     def find(self, text: str) -> List[P]:
         """Return the present peers that a typed text names. Exact matches go before those in another case."""
         text = unicodedata.normalize("NFC", text.strip())
@@ -1176,16 +1208,17 @@ class PeerList(Generic[P]):
             return []
         known.set_identity(peer.username, peer.ip, peer.port)
         known.status, known.incarnation = ALIVE, peer.incarnation
+        known.set_away(peer.away)
         known.unconfirmed_since = None
         return self._add(known, now)
 
     def _update(self, known: P, peer: P) -> Merged[P]:
         """Take over a newer record of a present peer, perhaps with another name or address."""
-        if peer.incarnation <= known.incarnation:
-            return KNOWN, known, []
+        if peer.incarnation <= known.incarnation:  # by its own word, or a program passed it on that knows no "away"
+            return KNOWN, known, self._set_away(known, peer.away)
         if peer.id == known.id:
             known.incarnation = peer.incarnation
-            return NEW, known, []
+            return NEW, known, self._set_away(known, peer.away)
         if peer.id in self._present or peer.id == self.me.id:
             return CONFLICT, self._present.get(peer.id, known), []
         old = known.public
@@ -1193,7 +1226,13 @@ class PeerList(Generic[P]):
         known.set_identity(peer.username, peer.ip, peer.port)
         known.incarnation = peer.incarnation
         self._put(known)
-        return NEW, known, [Change(RENAMED, known, old=old)]
+        return NEW, known, [Change(RENAMED, known, old=old), *self._set_away(known, peer.away)]
+
+    def _set_away(self, known: P, note: str) -> List[Change]:
+        if known.away == note:
+            return []
+        known.set_away(note)
+        return [Change(AWAY, known, note)]
 
     def _displace(self, peer: P, now: float) -> List[Change]:
         """Remove the peer that holds this id if it is another instance: its program was restarted."""
@@ -2633,7 +2672,7 @@ class Contact(Peer):
     """A peer, and everything that the node's helpers keep about it."""
 
     __slots__ = ("link", "via", "has_ended", "contested_at", "banned_until", "suspicion", "askers", "sync_by_user",
-                 "outbox", "inbox")
+                 "outbox", "inbox", "last_words")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         super().__init__(username, ip, port, instance, incarnation)
@@ -2647,6 +2686,7 @@ class Contact(Peer):
         self.sync_by_user: Optional[bool] = None  # None: no lists to compare; else: did the user ask for it?
         self.outbox: Optional[Outbox] = None  # None until something is sent to it
         self.inbox: Optional[Inbox] = None  # None until a chat message comes from it
+        self.last_words = ""  # what it says while it leaves
 
     @property
     def route(self) -> Address:
@@ -3159,7 +3199,7 @@ class Links:
         for link in list(self.all):
             if link.peer is None and not link.dialled:
                 self.say_hello(link)  # its hello is under way, and ours tells it which peer leaves
-            link.send(MSG_UNREGISTER, None)
+            link.send(MSG_UNREGISTER, self.node.me.last_words or None)
             link.connection.close("leaving")
 
     def was_idle(self, link: Link, peer: Contact) -> bool:
@@ -3706,7 +3746,7 @@ class Gossip:
             link.ids = (*link.ids[-7:], record["id"])
         self.node.detector.on_heard(peer)
         self.node.publish(changes)
-        if any(change.kind == RENAMED for change in changes) and not link.renames.take(self.node.loop.now()):
+        if any(change.kind in (RENAMED, AWAY) for change in changes) and not link.renames.take(self.node.loop.now()):
             self.node.links.ban(link)
         return verdict, peer
 
@@ -4293,6 +4333,13 @@ class Finder:
         if self._lan is None and not node.settings.join:
             node.on_settled()  # there is nothing to wait for
 
+    def who(self) -> Sequence[Tuple[str, ...]]:
+        """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
+        peers, now = self.node.peers, self.node.loop.now()
+        return [("name", "address", "heard", "ago", "trip")] + [
+            (peers.label(peer) + " (away)" * bool(peer.away), format_address(peer.address), *peer.describe(now))
+            for peer in peers.present()]
+
     def report(self) -> List[str]:
         """Why nobody is here, and what to do about it; empty if somebody is."""
         node = self.node
@@ -4429,6 +4476,19 @@ class Turn:
         self.acknowledge()
 
 
+def change_event(change: Change) -> Event:
+    """Return the event that tells listeners of a change."""
+    peer = change.peer
+    if change.kind == AWAY:
+        return {"event": "away", "peer": peer.public, "text": peer.away}
+    if change.kind == JOINED:
+        return {"event": "joined", "peer": peer.public, **({"away": peer.away} if peer.away else {})}
+    if change.kind == RENAMED:
+        return {"event": "renamed", "peer": peer.public, "old": change.old}
+    words, peer.last_words = peer.last_words, ""
+    return {"event": "left", "peer": peer.public, "reason": change.reason, **({"text": words} if words else {})}
+
+
 class PeerNode:
     """A peer. Use: PeerNode(loop, settings, listener).start(), then run the loop.
 
@@ -4462,9 +4522,11 @@ class PeerNode:
         self.delivery = Delivery(self)
         self.finder = Finder(self)
         self.handlers = node_handlers(self)
-        # For interfaces: everybody else, by name; the peers that a typed text names; what was found, or why nothing.
-        self.present, self.find, self.sync = self.peers.present, self.peers.find, self.gossip.sync_for_user
+        # For interfaces: everybody else, by name; the peers that a typed text names; the shortest text that tells a
+        # peer from the others; what was found, or why nothing; a table of who is here.
+        self.present, self.find, self.label = self.peers.present, self.peers.find, self.peers.label_of
         self.first_look, self.alone, self.connect = self.finder.first_look, self.finder.report, self.finder.connect
+        self.who, self.sync = self.finder.who, self.gossip.sync_for_user
         self.dialled = self.finder.on_dialled  # an upcall of Links
 
     # -- starting and leaving --------------------------------------------------------------------------
@@ -4500,10 +4562,10 @@ class PeerNode:
             self._is_settled = True
             self.emit({"event": "settled"})
 
-    def leave(self) -> None:
+    def leave(self, words: str = "") -> None:
         """Wait for what is under way, at most settings.timeout; tell everybody; then comes "stopped"."""
         if not self.leaving:
-            self.leaving = True
+            self.leaving, self.me.last_words = True, check_note(words)
             self.loop.call_later(self.settings.timeout, self.depart)
             self.maybe_depart()
 
@@ -4541,16 +4603,6 @@ class PeerNode:
 
     # -- what an interface asks for --------------------------------------------------------------------
 
-    def label(self, peer_id: str) -> str:
-        """The shortest text that tells a peer from the others, from its id."""
-        peer = self.me if peer_id == self.me.id else self.peers.get(peer_id)
-        if peer is None:
-            parts = split_id(peer_id)
-            if parts is None:
-                return peer_id
-            peer = Contact(*parts)
-        return self.peers.label(peer)
-
     def broadcast_chat_message(self, text: str) -> str:
         """Send a text to everybody; return the message's id. Raises ChatError."""
         if not len(self.peers):
@@ -4567,7 +4619,9 @@ class PeerNode:
     def _send(self, text: str, receivers: List[Contact], to: str) -> str:
         if self.leaving:
             raise ChatError("You are leaving: nothing more is sent.")
-        return self.delivery.send(check_text(text), receivers, to)
+        message_id = self.delivery.send(check_text(text), receivers, to)
+        self.set_away("")
+        return message_id
 
     def rename(self, username: str) -> None:
         """Take another name. Raises ChatError."""
@@ -4575,12 +4629,6 @@ class PeerNode:
             self.change_identity(check_username(username), self.me.ip)
         except ValueError as error:
             raise ChatError(str(error)) from None
-
-    def who(self) -> Sequence[Tuple[str, ...]]:
-        """A table of the peers: address, how it is heard, how long ago, and how long a round trip takes."""
-        return [("name", "address", "heard", "ago", "trip")] + [
-            (self.peers.label(peer), format_address(peer.address), *peer.describe(self.loop.now()))
-            for peer in self.present()]
 
     def server_status(self) -> Tuple[bool, str, float]:
         """Return whether it is online, its address, and since when, in Unix time."""
@@ -4670,14 +4718,11 @@ class PeerNode:
                 self.detector.drop_suspicion(peer)
                 self.links.drop(peer, change.reason)
                 self.delivery.fail(peer, change.reason)
-                self.emit({"event": "left", "peer": peer.public, "reason": change.reason})
+            elif change.kind == JOINED and peer.link is not None and not peer.link.is_resumed:
+                self.delivery.resume(peer, peer.link)  # it was thought gone when it was linked
+            self.emit(change_event(change))
+            if change.kind == GONE:
                 self.maybe_depart()
-            elif change.kind == JOINED:
-                if peer.link is not None and not peer.link.is_resumed:  # it was thought gone when it was linked
-                    self.delivery.resume(peer, peer.link)
-                self.emit({"event": "joined", "peer": peer.public})
-            else:
-                self.emit({"event": "renamed", "peer": peer.public, "old": change.old})
 
     def remove_dead_peer(self, peer: Contact, status: str, reason: str) -> None:
         """Make a peer a tombstone, and spread that."""
@@ -4690,6 +4735,7 @@ class PeerNode:
         """The far end says that it leaves."""
         assert link.peer is not None
         peer = link.peer
+        peer.last_words = check_note(message["content"]) if type(message["content"]) is str else ""
         link.connection.close("it left")
         if any(each.peer is peer and each.connection.state == OPEN for each in self.links.all):
             self.loop.call_later(GOODBYE_TIME, self.remove_dead_peer, peer, LEFT, "left")  # it says goodbye there, too
@@ -4713,15 +4759,26 @@ class PeerNode:
         if (username, ip) == (self.me.username, self.me.ip):
             return
         old = self.me.public
-        self.me.incarnation += 1
         self._set_identity(username, ip, self.me.port)
         self.links.met_ourselves_at.clear()  # somebody else may get the old address
         log.info("[P2P] now known as %s", self.me.id)
-        self.links.announce()
-        self.spread(self.me, ALIVE)
+        self._announce()
         if self.discovery.is_online:
             self.discovery.register()
         self.emit({"event": "renamed", "peer": self.me.public, "old": old})
+
+    def set_away(self, note: str) -> None:
+        """Say that the user is away, and why; "" for here."""
+        if check_note(note) != self.me.away and not self.leaving:
+            self.me.set_away(check_note(note))
+            self._announce()
+            self.emit(change_event(Change(AWAY, self.me)))
+
+    def _announce(self) -> None:
+        """Our record is another now: tell everybody."""
+        self.me.incarnation += 1
+        self.links.announce()
+        self.spread(self.me, ALIVE)
 
     def _set_identity(self, username: str, ip: str, port: int) -> None:
         self.me.set_identity(username, ip, port)
@@ -4741,6 +4798,7 @@ class PeerNode:
 # here knows curses, sockets or a clock, and every text that comes in is clean already.
 # ======================================================================================================
 
+MAX_UNDO = 100  # changes of the input line that can be taken back: 1.6 MB, if each line is the longest
 MAX_ENTRIES = 5000  # in a scrollback; with texts of the usual length some 3 MiB
 MAX_SCROLLBACK = 4 * 1024 * 1024  # characters of all entries: 250 of the longest texts, which /search reads in 30 ms
 DRAW_PORTION = 48 * 1024  # characters wrapped for one drawing, those beyond ASCII counted threefold: some 30 ms
@@ -4801,7 +4859,9 @@ class LineEditor:
         self._at = 0  # index in the history; its length stands for the line that is being written
         self._draft = ""  # that line, while the history is shown
         self._cut = ""
-        self._is_cutting = False  # the last key cut something: what is cut now is joined to it
+        self._doing = ""  # what the last key did and the next one may go on with: "cutting", "typing", "last word"
+        self._former: List[Tuple[str, str]] = []  # both parts before each change, for undo()
+        self._last_word: Tuple[int, str] = (0, "")  # where in the history the inserted word stands, and the word
 
     @property
     def text(self) -> str:
@@ -4810,16 +4870,32 @@ class LineEditor:
 
     def set(self, text: str) -> None:
         """Replace the line, and put the cursor at its end."""
-        self.left, self.right, self._is_cutting = text, "", False
+        self._change(text, "")
 
     def insert(self, text: str) -> None:
-        """Insert a text at the cursor."""
-        self.left += text
-        self._is_cutting = False
+        """Insert a text at the cursor. A word that is typed is one step for undo()."""
+        goes_on = self._doing == "typing" and not text.isspace()
+        self._change(self.left + text, self.right, "typing", goes_on)
 
     def move(self, left: int) -> None:
         """Put the cursor so many characters from the beginning."""
-        self.left, self.right, self._is_cutting = self.text[:left], self.text[left:], False
+        self.left, self.right, self._doing = self.text[:left], self.text[left:], ""
+
+    def replace_left(self, left: str) -> None:
+        """Replace what stands left of the cursor."""
+        self._change(left, self.right)
+
+    def _change(self, left: str, right: str, doing: str = "", goes_on: bool = False) -> None:
+        """Replace both parts, and keep the former ones for undo() unless this goes on with the change before."""
+        if not goes_on and left + right != self.text:
+            self._former = [*self._former[1 - MAX_UNDO:], (self.left, self.right)]
+        self.left, self.right, self._doing = left, right, doing
+
+    def undo(self) -> None:
+        """Take back the last change."""
+        if self._former:
+            self.left, self.right = self._former.pop()
+        self._doing = ""
 
     def before(self) -> int:
         """Where the character left of the cursor begins: what a reader takes for one character."""
@@ -4844,22 +4920,22 @@ class LineEditor:
 
     def delete(self, where: int) -> str:
         """Delete what stands between the cursor and an index; return it."""
-        self._is_cutting = False
         if where < len(self.left):
-            gone, self.left = self.left[where:], self.left[:where]
+            gone, left, right = self.left[where:], self.left[:where], self.right
         else:
-            where -= len(self.left)
-            gone, self.right = self.right[:where], self.right[where:]
+            at = where - len(self.left)
+            gone, left, right = self.right[:at], self.left, self.right[at:]
+        self._change(left, right)
         return gone
 
     def cut(self, where: int) -> None:
         """Delete, and keep it for yank(); pieces that are cut one after the other are kept as one."""
-        backwards, is_cutting = where < len(self.left), self._is_cutting
+        backwards, is_cutting = where < len(self.left), self._doing == "cutting"
         gone = self.delete(where)
         if is_cutting:
             gone = gone + self._cut if backwards else self._cut + gone
         if gone:
-            self._cut, self._is_cutting = gone, True
+            self._cut, self._doing = gone, "cutting"
 
     def yank(self) -> None:
         """Insert what was cut last."""
@@ -4872,6 +4948,7 @@ class LineEditor:
             self._history = self._history[-499:] + [text]
         self._at = len(self._history)
         self.set("")
+        self._former.clear()
         return text
 
     def recall(self, step: int) -> None:
@@ -4882,6 +4959,36 @@ class LineEditor:
         if 0 <= at <= len(self._history):
             self._at = at
             self.set((self._history + [self._draft])[at])
+
+    def transpose(self) -> None:
+        """Exchange the characters on both sides of the cursor, or the last two."""
+        middle = self.before() if not self.right else len(self.left)
+        left, right = self.text[:middle], self.text[middle:]
+        first, second = (graphemes(left[-64:]) or [""])[-1], (graphemes(right[:64]) or [""])[0]
+        if first and second:
+            self._change(left[:len(left) - len(first)] + second + first, right[len(second):])
+
+    def convert(self, change: Callable[[str], str]) -> None:
+        """Change the rest of the word right of the cursor, and go behind it."""
+        end = self.word_behind() - len(self.left)
+        self._change(self.left + change(self.right[:end]), self.right[end:])
+
+    def insert_last_word(self) -> None:
+        """Insert the last word of the line entered before; again: in its place that of the line before that one."""
+        goes_on = self._doing == "last word"
+        at, word = self._last_word if goes_on else (len(self._history), "")
+        if at > 0:
+            found = (self._history[at - 1].split() or [""])[-1]
+            self._last_word = (at - 1, found)
+            self._change(self.left[:len(self.left) - len(word)] + found, self.right, "last word", goes_on)
+
+    def find(self, wanted: str, before: Optional[int] = None) -> Optional[int]:
+        """Show the last line of the history that holds a text, above index `before`; return its index."""
+        for at in range((len(self._history) if before is None else before) - 1, -1, -1):
+            if wanted.casefold() in self._history[at].casefold():
+                self.set(self._history[at])
+                return at
+        return None
 
 
 def _first_word(text: str) -> int:
@@ -5325,6 +5432,8 @@ class People:
         """Return the sign that stands before a peer in the list."""
         if peer.quiet:
             return "○ "
+        if peer.away:
+            return "z "
         return "+ " if now - self.fresh.get(peer.id, float("-inf")) < FRESH_TIME else "● " if peer.is_direct else "◐ "
 
     def rename(self, old: str, new: str) -> None:
@@ -5402,7 +5511,7 @@ def render(view: "ChatView", rows: int, cols: int) -> Screen:
     return Screen(lines, (rows - part.input + row - top, column), scrollback.is_drawn)
 
 
-def render_bare(view: ChatView, rows: int, cols: int) -> List[str]:
+def render_bare(view: "ChatView", rows: int, cols: int) -> List[str]:
     """Return the messages that are on screen, each line of them unbroken, as many as fit: the terminal breaks them."""
     lines: List[str] = []
     for entry in reversed(view.window.scrollback.read_entries()):
@@ -5636,7 +5745,8 @@ class Narrator:
     def on_left(self, event: Event) -> None:
         peer_id, reason = event["peer"]["id"], event["reason"]
         self.view.people.fresh.pop(peer_id, None)
-        kind, why = ("left", "") if reason == "left" else ("gone", f" ({reason})")
+        words = f" ({event['text']})" if event.get("text") else ""
+        kind, why = ("left", words) if reason == "left" else ("gone", f" ({reason})")
         self._gather(kind, peer_id, why)
 
     def _gather(self, kind: str, peer_id: str, reason: str) -> None:
@@ -5713,7 +5823,7 @@ class Narrator:
             self.view.notice("The network is back.")
 
     def on_notice(self, event: Event) -> None:
-        self.view.notice(event["text"])
+        self.view.notice(event["text"], "error" if event.get("error") else "notice")
 
 
 # -- keys ----------------------------------------------------------------------------------------------
@@ -5744,10 +5854,17 @@ EDIT_KEYS: Tuple[Key, ...] = (
     Key("Ctrl-Y", "insert what was cut", lambda line: line.yank()),
     Key("Up, Ctrl-P", "the line entered before", lambda line: line.recall(-1)),
     Key("Down, Ctrl-N", "the line entered after it", lambda line: line.recall(1)),
+    Key("Ctrl-_", "undo", lambda line: line.undo()),
+    Key("Ctrl-T", "exchange two characters", lambda line: line.transpose()),
+    Key("Alt-U", "the word in capitals", lambda line: line.convert(str.upper)),
+    Key("Alt-L", "the word in small letters", lambda line: line.convert(str.lower)),
+    Key("Alt-C", "the word with a capital", lambda line: line.convert(str.title)),
+    Key("Alt-.", "the last word of the line entered before", lambda line: line.insert_last_word()),
     Key("Alt-Enter, Ctrl-J", "a line break in the message", lambda line: line.insert("\n")),
 )
 VIEW_KEYS: Tuple[Key, ...] = (
     Key("Enter", "send", lambda keys: keys.enter()),
+    Key("Ctrl-R", "look for a line that was entered; again: for an older one", lambda keys: keys.look_back()),
     Key("Tab", "complete a name or a command; again: the next one", lambda keys: keys.complete(1)),
     Key("Shift-Tab", "the completion before", lambda keys: keys.complete(-1)),
     Key("PgUp", "scroll back", lambda keys: keys.page(-1)),
@@ -5774,7 +5891,7 @@ _KEYS["focus-out"] = Key("", "", lambda keys: keys.on_focus(False))
 
 # -- commands ------------------------------------------------------------------------------------------
 
-Handle = Callable[["Commands", str], None]  # is called with what stands behind the command
+Handle = Callable[[Any, str], None]  # is called with what stands behind the command
 
 
 class Command(NamedTuple):
@@ -5801,8 +5918,8 @@ _SYNONYMS = {  # what other programs call our commands: is suggested, not done
     "/msg": ("/whisper", "/tell", "/dm", "/pm", "/send", "/notice"), "/reply": ("/answer", "/r"),
     "/nick": ("/name", "/rename", "/user"), "/me": ("/action", "/emote", "/describe"), "/whois": ("/finger",),
     "/who": ("/ls", "/online", "/ping"), "/search": ("/find", "/grep", "/lastlog", "/last"),
-    "/ignore": ("/block", "/mute"), "/unignore": ("/unblock", "/unmute"), "/clear": ("/cls",),
-    "/help": ("/?", "/man", "/commands"), "/quit": ("/disconnect", "/logout", "/close", "/stop"),
+    "/ignore": ("/block", "/mute"), "/away": ("/afk", "/brb"), "/unignore": ("/unblock", "/unmute"),
+    "/clear": ("/cls",), "/help": ("/?", "/man", "/commands"), "/quit": ("/disconnect", "/logout", "/close", "/stop"),
 }
 
 
@@ -5867,8 +5984,8 @@ def _begins_alike(name: str) -> str:
     return best if best and likeness(best) >= 0.7 else ""
 
 
-class Commands:
-    """Sends what was entered, or runs it as a command. Commands raise ChatError when they can't be done."""
+class CommandLine:
+    """Sends what was entered, or runs it as a command."""
 
     def __init__(self, view: "ChatView") -> None:
         self.view = view
@@ -5970,6 +6087,10 @@ class Commands:
     def _is_me(self, name: str) -> bool:
         return name.casefold().lstrip("@") in (self.node.me.username.casefold(), self.node.me.id.casefold())
 
+
+class Commands(CommandLine):
+    """The commands. They raise ChatError when they can't be done."""
+
     # -- talk ------------------------------------------------------------------------------------------
 
     @command("/msg NAME TEXT", "talk", "/m")
@@ -6008,6 +6129,18 @@ class Commands:
 
     # -- people ----------------------------------------------------------------------------------------
 
+    @command("/away [TEXT]", "people")
+    def _away(self, rest: str) -> None:
+        """say that you are away, and why; until you talk again."""
+        self.node.set_away(rest or "away")
+        self.view.answer(f"You are away ({self.node.me.away}), until you talk again or say /back.")
+
+    @command("/back", "people")
+    def _back(self, rest: str) -> None:
+        """say that you are here again."""
+        self.node.set_away("")
+        self.view.answer("You are here.")
+
     @command("/who", "people", "/n", "/names", "/users")
     def _who(self, rest: str) -> None:
         """who is here; and how well they are heard."""
@@ -6030,7 +6163,8 @@ class Commands:
         peer = self._peer(rest)
         spoke_at = people.spoke_at.get(peer.id)
         spoke = f"last spoke at {self.view.clock(spoke_at)}" if spoke_at is not None else "has not spoken yet"
-        traits = [spoke] + ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
+        traits = [spoke] + [f"away ({peer.away})"] * bool(peer.away)
+        traits += ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
         self.view.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
 
     @command("/peers", "screen")
@@ -6165,10 +6299,10 @@ class Commands:
         python = ".".join(map(str, sys.version_info[:3]))
         self.view.answer(f"p2pchat {__version__}, Python {python} on {sys.platform}.")
 
-    @command("/quit", "connection", "/exit", "/bye", "/signoff")
+    @command("/quit [TEXT]", "connection", "/exit", "/bye", "/signoff")
     def _quit(self, rest: str) -> None:
-        """leave the chat."""
-        self.node.leave()
+        """leave the chat; the others are told TEXT."""
+        self.node.leave(rest)
 
 
 SWITCHES = {
@@ -6177,7 +6311,7 @@ SWITCHES = {
     "wheel": "the wheel scrolls; off: three arrow keys at once are arrow keys, for slow lines",
     "mouse": "take the mouse; its wheel scrolls the list of peers, too; Shift selects text"}
 COMMANDS.update((f"/{name}", Command(f"/{name}", f"/{name} [on|off]", text,
-                                     functools.partial(Commands.switch, name=name), "screen"))
+                                     functools.partial(Commands.switch, name=name), "screen", ()))
                 for name, text in SWITCHES.items())
 
 
@@ -6199,7 +6333,7 @@ class Completion:
             start = line.blank_before() if line.left[-1:].strip() else len(line.left)
             self._before, self._candidates, self._at = line.left[:start], self._find(line.left, start), 0
         if self._candidates:
-            line.left = self._before + self._candidates[self._at]
+            line.replace_left(self._before + self._candidates[self._at])
 
     def _find(self, text: str, start: int) -> List[str]:
         """Return what the word at `start` can become: commands, or names, the latest speakers first."""
@@ -6217,6 +6351,43 @@ class Completion:
         return [at + label + end for label in view.labels(peers) if label.casefold().startswith(word[len(at):])]
 
 
+class LookBack:
+    """Looks for a line that was entered, by a part of it, while that part is typed."""
+
+    def __init__(self, line: LineEditor) -> None:
+        self._line = line
+        self._draft = line.text  # comes back if nothing is wanted
+        self.wanted = ""
+        self._at: Optional[int] = None  # index of what was found in the history
+
+    def type(self, text: str) -> None:
+        """Look for a longer part."""
+        self.wanted += text
+        self._at = self._line.find(self.wanted, None if self._at is None else self._at + 1)
+
+    def older(self) -> None:
+        """Look for an older line with the same part."""
+        found = self._line.find(self.wanted, self._at) if self.wanted else None
+        self._at = self._at if found is None else found
+
+    def shorten(self) -> None:
+        """Look for a shorter part, from the newest line on."""
+        wanted, self.wanted, self._at = self.wanted[:-1], "", None
+        self._line.set(self._draft)
+        if wanted:
+            self.type(wanted)
+
+    def drop(self) -> None:
+        """Bring back what was written before."""
+        self._line.set(self._draft)
+
+    def hint(self) -> str:
+        """Say what is looked for."""
+        if not self.wanted:
+            return "Type a part of what you entered before. Ctrl-R: an older one, Enter takes it, Esc drops it."
+        return f"{'Found' if self._at is not None else 'Nothing older has'}: {_shortened(self.wanted)}"
+
+
 class Keyboard:
     """What keys, typed text and pastes do."""
 
@@ -6225,22 +6396,43 @@ class Keyboard:
         self._completion = Completion(view)
         self._key = self._key_before = ""
         self._has_asked = False  # the next Enter sends even a long text
+        self._look_back: Optional[LookBack] = None  # while a line that was entered is looked for
 
     def press(self, name: str) -> None:
         """Do what a key says."""
         key = _KEYS.get(name)
-        if key is not None:
+        if key is not None and not self._press_while_looking(name):
             self._begin(name)
             key.run(self.view.window.line if key in EDIT_KEYS else self)
+
+    def _press_while_looking(self, name: str) -> bool:
+        """Go on with looking for a line, or end it; return whether that was all that the key is for."""
+        looking = self._look_back
+        if looking is None or name in ("focus-in", "focus-out"):
+            return False
+        self._begin(name)
+        if name in ("ctrl-r", "backspace"):
+            {"ctrl-r": looking.older, "backspace": looking.shorten}[name]()
+            self.view.hint = looking.hint()
+            return True
+        self._look_back = None
+        if name in ("esc", "ctrl-c"):
+            looking.drop()
+        return name in ("esc", "ctrl-c", "enter")  # what was found is not sent unseen
 
     def type(self, text: str) -> None:
         """Insert what was typed."""
         self._begin("")
-        self.view.window.line.insert(text)
+        if self._look_back is not None:
+            self._look_back.type(text)
+            self.view.hint = self._look_back.hint()
+        else:
+            self.view.window.line.insert(text)
 
     def paste(self, text: str) -> None:
         """Insert what was pasted, as one message, however many lines it has."""
         self._begin("")
+        self._look_back = None
         text = clean(text, newlines=True).rstrip("\n")
         lines = text.count("\n") + 1
         if len(text.encode("utf-8")) > MAX_TEXT:
@@ -6291,6 +6483,11 @@ class Keyboard:
             line.delete(line.behind())
         else:
             self.view.node.leave()
+
+    def look_back(self) -> None:
+        """Look for a line that was entered before."""
+        self._look_back = LookBack(self.view.window.line)
+        self.view.hint = self._look_back.hint()
 
     def complete(self, step: int) -> None:
         """Complete the word before the cursor."""
@@ -6518,7 +6715,7 @@ _SEQUENCES = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F
               "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end", "20~": "f9", "21~": "f10", "23~": "f11",
               "24~": "f12"}
 _MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
-_CONTROLS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
+_CONTROLS = {"\x1f": "ctrl-_", "\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
 _TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home",
                   "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "delete", "kcbt": "shift-tab"}
 _PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"
@@ -6627,13 +6824,16 @@ def without_burst(presses: List[Press]) -> List[Press]:
 
 
 class LogTail(logging.Handler):
-    """Keeps the last lines of the log, for /log."""
+    """Keeps the last lines of the log, for /log. What is critical is told to the user at once."""
 
-    def __init__(self, lines: Deque[str]) -> None:
+    def __init__(self, lines: Deque[str], tell: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
         self._lines = lines
+        self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.CRITICAL:
+            self._tell(record.getMessage())
         self._lines.append(f"{_time_of_second(int(record.created))} {clean(record.getMessage())}")
 
 
@@ -6677,7 +6877,7 @@ class Interface:
 
     def run(self) -> int:
         """Chat until somebody leaves; return the exit status."""
-        tail = LogTail(self.log)
+        tail = LogTail(self.log, self.tell)
         log.addHandler(tail)
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
@@ -6727,6 +6927,11 @@ class Interface:
         """Leave when a signal asks for it."""
         for number in _ENDING:
             self.loop.on_signal(number, self.interrupt if number == signal.SIGINT else self.leave)
+
+    def tell(self, text: str) -> None:
+        """Tell the user what went wrong."""
+        if self.node is not None:
+            self.node.emit({"event": "notice", "text": f"{text}.", "error": True})
 
     def leave(self) -> None:
         """Say goodbye, and end when that is done."""
@@ -7236,7 +7441,7 @@ class LineWriter:
 
     def __init__(self, loop: Loop, on_broken: Callable[[str], None]) -> None:
         self._loop = loop
-        self._on_broken = on_broken  # is told why; "" if the reader is gone, as is its right
+        self._on_broken = on_broken  # is told why; "" if the reader is gone
         self._lines: List[str] = []  # since the last flush
         self._output = bytearray()
         self._state = "idle"  # idle, waiting, broken
@@ -7390,8 +7595,8 @@ class PlainInterface(Interface):
 
     def _on_broken(self, why: str) -> None:
         """Leave: nobody would read what is said."""
+        self._is_broken = True
         if why:
-            self._is_broken = True
             log.error("[P2P] the output can't be written: %s", why)
             sys.stderr.write(f"p2pchat: the output can't be written: {why}\n")
         self.leave()
@@ -7532,6 +7737,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if problem:
         sys.stderr.write(f"p2pchat: {problem}\n")
         return 2
+    if raise_descriptor_limit() < MIN_DESCRIPTORS:
+        sys.stderr.write(f"p2pchat: too few files may be open at once; {MIN_DESCRIPTORS} are needed: "
+                         f"ulimit -n {MIN_DESCRIPTORS}\n")
+        return 1
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -7559,7 +7768,7 @@ def _open_standard_files() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.open(os.devnull, os.O_RDONLY if descriptor == 1 else os.O_RDWR)  # that nothing can be printed is noticed
 
 
 def _option(convert: Callable[[str], Any], right: str = "", valid: Callable[[Any], bool] = lambda value: True
@@ -7684,14 +7893,16 @@ def start_logging(options: argparse.Namespace) -> str:
 
 
 class LogFile(logging.FileHandler):
-    """A log file; when it can't be written (a full disk), that is said once, wherever else the log goes."""
+    """A log file. When it can't be written (a full disk), the user is told once."""
 
     _told = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._told:
             self._told = True
-            log.error("[P2P] the log file can't be written: %s", sys.exc_info()[1])
+            error = sys.exc_info()[1]
+            why = error_text(error) if isinstance(error, OSError) else str(error)
+            log.critical("The log file can't be written: %s", why)
 
 
 class LineFormatter(logging.Formatter):

@@ -135,9 +135,12 @@ class ViewNode:
     def server_status(self):
         return self.online, "10.0.0.9:9999", self.loop.seconds
 
-    def leave(self):
+    def set_away(self, note):
+        self.me.away = note
+
+    def leave(self, words=""):
         self.leaving = True
-        self.calls.append("leave")
+        self.calls.append(("leave", words))
 
 
 def view_make(*names, on_screen=True, me="Alice"):
@@ -329,11 +332,61 @@ def test_wrap(text, cols, lines):
     (["one", "<enter>", "two", "<enter>", "draft", "<up>", "<up>", "<down>", "<ctrl-n>"], "draft", ""),
     (["one", "<enter>", "<up>", "<up>", "<down>", "<down>"], "", ""),
     (["abc", "<home>", "<ctrl-d>"], "", "bc"),
+    (["one two", "<ctrl-_>"], "", ""),
+    (["one", " ", "two", "<ctrl-_>"], "one", ""),
+    (["o", "n", "e", " ", "two", "<ctrl-_>", "<ctrl-_>", "<ctrl-_>"], "", ""),
+    (["a b", "<ctrl-u>", "<ctrl-_>"], "a b", ""),
+    (["a b", "<ctrl-w>", "<left>", "<ctrl-_>"], "a b", ""),
+    (["x", "<enter>", "<ctrl-_>"], "", ""),
+    (["bo", "<tab>", "<ctrl-_>"], "bo", ""),
+    (["old", "<enter>", "new", "<up>", "<ctrl-_>"], "new", ""),
+    (["abc", "<ctrl-t>"], "acb", ""),
+    (["abc", "<left>", "<ctrl-t>"], "acb", ""),
+    (["abcd", "<left>", "<left>", "<ctrl-t>"], "acb", "d"),
+    (["e\u0301🧑\u200d🚀", "<ctrl-t>"], "🧑\u200d🚀e\u0301", ""),
+    (["a", "<ctrl-t>", "<home>", "<ctrl-t>"], "", "a"),
+    (["one two", "<home>", "<alt-u>", "<alt-c>"], "ONE Two", ""),
+    (["ÉTÉ straße", "<home>", "<alt-l>", "<alt-u>"], "été STRASSE", ""),
+    (["say one", "<enter>", "say two words", "<enter>", "x ", "<alt-.>"], "x words", ""),
+    (["say one", "<enter>", "say two words", "<enter>", "x ", "<alt-.>", "<alt-.>", "<alt-.>"], "x one", ""),
+    (["say one", "<enter>", "<alt-.>", " ", "<alt-.>", "<ctrl-_>"], "one ", ""),
+    (["<alt-.>"], "", ""),
+    (["the tea", "<enter>", "tear it", "<enter>", "x", "<enter>", "draft", "<ctrl-r>", "T", "e", "a"], "tear it", ""),
+    (["the tea", "<enter>", "tear it", "<enter>", "draft", "<ctrl-r>", "tea", "<ctrl-r>", "<ctrl-r>"], "the tea", ""),
+    (["the tea", "<enter>", "tear it", "<enter>", "<ctrl-r>", "tear", "<ctrl-r>", "<backspace>", "<ctrl-r>", "<end>", "!"], "the tea!", ""),
+    (["the tea", "<enter>", "draft", "<ctrl-r>", "tea", "<esc>"], "draft", ""),
+    (["the tea", "<enter>", "draft", "<ctrl-r>", "tea", "<ctrl-c>", "!"], "draft!", ""),
+    (["the tea", "<enter>", "draft", "<ctrl-r>", "zzz", "<enter>"], "draft", ""),
+    (["the tea", "<enter>", "<ctrl-r>", "tea", "<enter>"], "the tea", ""),
+    (["the tea", "<enter>", "draft", "<ctrl-r>", "tea", "<ctrl-_>"], "draft", ""),
 ])
 def test_editing(keys, left, right):
     view = view_make("Bob")
     view_keys(view, *keys)
     assert (view.window.line.left, view.window.line.right) == (left, right)
+
+
+def test_looking_back_says_what_it_does_and_sends_nothing():
+    view = view_make("Bob")
+    view_keys(view, "/msg Bob secret", "<enter>", "<ctrl-r>")
+    assert "Enter takes it" in view_screen(view)[-2]
+    view_keys(view, "secr")
+    assert "Found: secr" in view_screen(view)[-2] and view_screen(view)[-1] == "> /msg Bob secret"
+    view_keys(view, "<focus-out>", "<focus-in>", "et!")
+    assert "Nothing older has: secret!" in view_screen(view)[-2]
+    view_keys(view, "<backspace>", "<enter>")
+    assert len(view.node.sent) == 1 and view.window.line.text == "/msg Bob secret" and view.hint == ""
+    view_keys(view, "<enter>")
+    assert len(view.node.sent) == 2
+
+
+def test_undo_is_bounded():
+    line = p2pchat.LineEditor()
+    for number in range(500):
+        line.set(str(number))
+    for _ in range(500):
+        line.undo()
+    assert line.text == str(499 - p2pchat.MAX_UNDO)
 
 
 def test_leaving_keys():
@@ -623,6 +676,21 @@ def test_the_other_commands():
     assert view.node.leaving
 
 
+def test_words_on_leaving_and_a_sign_for_who_is_away():
+    view = view_make("Bob", "Carol")
+    view.enter("/quit see you tomorrow")
+    assert view.node.calls == [("leave", "see you tomorrow")]
+    view = view_make("Bob", "Carol")
+    assert view_answer(view, "/away lunch").startswith("You are away (lunch)") and view.node.me.away == "lunch"
+    assert view_answer(view, "/back") == "You are here." and not view.node.me.away
+    view.node.find("Bob")[0].set_away("at the dentist")
+    assert "away (at the dentist)" in view_answer(view, "/whois Bob") and "away" not in view_answer(view, "/whois Carol")
+    assert any("z Bob" in row for row in view_screen(view)) and view_style(view, "Bob") != view_style(view, "Carol")
+    carol = view_peer(view, "Carol")
+    view_event(view, {"event": "left", "peer": carol, "reason": "left", "text": "good night"})
+    assert "- Carol (good night) left" in "\n".join(view_screen(view))
+
+
 def test_help_has_every_command_and_key():
     view = view_make()
     view.cols = 200
@@ -633,7 +701,7 @@ def test_help_has_every_command_and_key():
         assert view_answer(view, f"/help {command.name[1:]}") == f"{command.usage}  {command.help}{also}"
     keys = view_answer(view, "/help keys")
     assert all(key.names in keys and key.help in keys for key in p2pchat.KEYS)
-    assert len(p2pchat.COMMANDS) == 20
+    assert len(p2pchat.COMMANDS) == 28
 
 
 @pytest.mark.parametrize("cols, most", [(40, 2.0), (80, 1.0), (100, 1.0), (200, 1.0)])
@@ -1773,6 +1841,20 @@ def test_membership_merging(merge, row):
     assert (told, [change.kind for change in changes]) == (verdict, kinds)
     if heard.get("instance", "b1") == "b1":
         assert member_state(peers) == state
+
+
+def test_membership_away_is_versioned_by_the_incarnation_and_follows_its_owner():
+    """Hearsay with the same incarnation changes nothing: a program that knows no "away" may have passed it on."""
+    rows = [("merge_own_claim", 100, "lunch", "lunch"), ("merge_claim", 100, None, "lunch"), ("merge_claim", 99, "x", "lunch"),
+            ("merge_claim", 101, None, ""), ("merge_claim", 101, "x", ""), ("merge_own_claim", 101, "tea", "tea"),
+            ("merge_own_claim", 100, "x", "tea"), ("merge_claim", 102, "cake", "cake"), ("merge_own_claim", 103, None, "")]
+    peers = member_list()
+    for now, (merge, incarnation, note, expected) in enumerate(rows, 1):
+        before = getattr(peers.by_key("b1"), "away", "")
+        more = {} if note is None else {"away": note}
+        _, peer, changes = getattr(peers, merge)(member_record(incarnation=incarnation, **more), float(now))
+        assert peer.away == expected and json.loads(peer.encoded).get("away", "") == peer.wire(0.0).get("away", "") == expected
+        assert [change.kind for change in changes if change.kind == p2pchat.AWAY] == ["away"] * (before != expected and now > 1)
 
 
 def test_membership_a_removed_peer_is_not_brought_back_by_old_lists():
@@ -5629,6 +5711,48 @@ def test_node_who_says_that_one_is_heard_through_others(trio):
     trio.until(lambda: who_row(trio.ann, "Bob")[0] == "directly", 30)
 
 
+# -- peer node: away, and last words ---------------------------------------------------------------------
+
+
+def test_node_who_is_away_is_known_to_all_until_they_talk():
+    """It stands in the record: others hear it by its own word, by hearsay, and when they come later."""
+    world = World("Ann", "Bob", settings={"lan": True})
+    world.run(5)
+    world.ann.set_away("at\x1b lunch " + "x" * 300)
+    world.run(1)
+    note = world.bob.peers.get(world.ann.me.id).away
+    assert note.startswith("at␛ lunch x") and len(note) == p2pchat.MAX_NOTE
+    assert [event["text"] for event in world.bob.saw("away")] == [note] == [event["text"] for event in world.ann.saw("away")]
+    carol = world.add("Carol")
+    world.run(5)
+    assert carol.peers.get(world.ann.me.id).away == note and world.bob.peers.digest() == carol.peers.digest()
+    assert [event.get("away") for event in carol.saw("joined") if event["peer"]["username"] == "Ann"] == [note]
+    assert any("Ann (away)" in line for line in carol.who()) and not any("Bob (away)" in line for line in carol.who())
+    world.ann.say("back again")
+    world.run(1)
+    assert all(peer.peers.get(world.ann.me.id).away == "" for peer in (world.bob, carol))
+    assert world.bob.saw("away")[-1]["text"] == "" and world.bob.texts() == ["back again"]
+
+
+def test_node_last_words_are_told():
+    world = World("Ann", "Bob", "Eve", settings={"lan": True})
+    world.run(5)
+    world.ann.node.leave("see\u202e you\n")
+    world.eve.node.leave()
+    world.run(2)
+    left = {event["peer"]["username"]: (event["reason"], event.get("text")) for event in world.bob.saw("left")}
+    assert left == {"Ann": ("left", "see you"), "Eve": ("left", None)}
+
+
+@pytest.mark.parametrize("content", [None, "", {}, 5, ["x"], "bye", "\x1b[2J" * 500])
+def test_node_a_goodbye_is_a_goodbye_whatever_it_holds(content, solo):
+    mallory = solo.attack(solo.ann)
+    mallory.say("MSG_UNREGISTER", content)
+    solo.run(2)
+    (left,) = solo.ann.saw("left")
+    assert left["reason"] == "left" and len(left.get("text", "")) <= p2pchat.MAX_NOTE and "\x1b" not in left.get("text", "")
+
+
 # -- peer node: what it does by itself -------------------------------------------------------------------
 
 
@@ -6843,7 +6967,7 @@ class PtyPipe(Program):
     (b"abc", [("text", "abc")]),
     ("日本".encode(), [("text", "日本")]),
     (b"a\rb\n\t\x7f\x08", [("text", "a"), "enter", ("text", "b"), "ctrl-j", "tab", "backspace", "backspace"]),
-    (b"\x01\x17\x1a", ["ctrl-a", "ctrl-w", "ctrl-z"]),
+    (b"\x01\x17\x1a\x1f\x12\x1b.\x1bU", ["ctrl-a", "ctrl-w", "ctrl-z", "ctrl-_", "ctrl-r", "alt-.", "alt-u"]),
     (b"\x1b[A\x1b[B\x1b[C\x1b[D\x1bOA\x1bOD\x1b[H\x1b[F", ["up", "down", "right", "left", "up", "left", "home", "end"]),
     (b"\x1b[1~\x1b[4~\x1b[5~\x1b[6~\x1b[3~\x1b[7~\x1b[8~", ["home", "end", "pgup", "pgdn", "delete", "home", "end"]),
     (b"\x1b[1;5D\x1b[1;5C\x1b[1;3A\x1b[1;5H\x1b[1;5F", ["ctrl-left", "ctrl-right", "alt-up", "ctrl-home", "ctrl-end"]),
@@ -7383,7 +7507,33 @@ def test_a_reader_that_goes_away():
         bob.process.stdout.close()
         bob.say("/who")
         bob.say("/who")
-        assert bob.process.wait(PTY_LIMIT) in (0, 1) and bob.process.stderr.read() == b""
+        assert bob.process.wait(PTY_LIMIT) == 1 and bob.process.stderr.read() == b""
+
+
+def run_in_shell(command, *arguments):
+    """Run the program by a line of shell, in which "$@" stands for it; return its exit status, stdout and stderr."""
+    done = subprocess.run(["sh", "-c", command, "sh", sys.executable, PROGRAM_FILE, *arguments], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=PTY_LIMIT)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command, kind, status, stderr", [
+    ('"$@" >&-', "--plain", 1, "p2pchat: the output can't be written: bad file descriptor\n"),
+    ('"$@" >&-', "--json", 1, "p2pchat: the output can't be written: bad file descriptor\n"),
+    ('"$@" <&- >/dev/null', "--json", 0, ""), ('"$@" >/dev/null 2>&-', "--plain", 0, ""),
+    ('ulimit -n 6; "$@"', "--plain", 1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32\n"),
+    ('ulimit -n 32; "$@" >/dev/null', "--plain", 0, "")])
+def test_standard_files_and_few_descriptors(command, kind, status, stderr):
+    assert run_in_shell(command, *pty_peer("Ann", kind)) == (status, "", stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
+@pytest.mark.parametrize("kind", ["--plain", "--json"])
+def test_a_log_file_on_a_full_disk(kind):
+    status, stdout, stderr = run_in_shell('"$@"', *pty_peer("Ann", kind, "--log-file", "/dev/full"))
+    told = [line for line in stdout.splitlines() if "The log file can't be written: no space left on device." in line]
+    assert status == 0 and stderr == "" and len(told) == 1, stdout
+    assert kind == "--plain" or json.loads(told[0])["error"] is True
 
 
 @pytest.mark.parametrize("line, status", [("/who", 0), ("hello", 1), ("/msg Nobody hi", 1), ("/hlep", 1)])
