@@ -3974,17 +3974,16 @@ class Delivery:
     def _refusal(self, link: Link, inbox: Inbox, message: Message) -> str:
         """Why a message is refused; empty if it is not."""
         to, text, budget = message["to"], message["content"], self.node.settings.budget
+        size = CHAT_OVERHEAD + (len(text) if text.isascii() else len(text.encode("utf-8", "replace")))
+        if budget and not inbox.budget.take(self.node.loop.now(), size):  # first: it counts what is refused anyway
+            if inbox.budget.excess > CUT_OFF_FACTOR * budget:
+                inbox.budget.excess = 0.0
+                self.node.links.ban(link)
+            return "you send too much: slow down"
         if inbox.is_full:
             return inbox.refused[-1][2]
-        if to != EVERYONE and to not in self.node.my_ids and to != self.node.discovery.peer_id:
-            return "it is meant for somebody else"
-        size = CHAT_OVERHEAD + (len(text) if text.isascii() else len(text.encode("utf-8", "replace")))
-        if not budget or inbox.budget.take(self.node.loop.now(), size):
-            return ""
-        if inbox.budget.excess > CUT_OFF_FACTOR * budget:
-            inbox.budget.excess = 0.0
-            self.node.links.ban(link)
-        return "you send too much: slow down"
+        is_for_us = to == EVERYONE or to in self.node.my_ids or to == self.node.discovery.peer_id
+        return "" if is_for_us else "it is meant for somebody else"
 
     def _refuse(self, link: Link, inbox: Inbox, sequence: int, why: str) -> None:
         limited_log("refused chat", logging.WARNING, "[Chat] refused from %s: %s", link.connection.remote[0], why)

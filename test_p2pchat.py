@@ -9464,6 +9464,20 @@ def test_hostile_several_rumours_leave_no_less_time_than_the_last_one(seed, said
     assert not any(peer.saw("left") for peer in rig.peers)
 
 
+@pytest.mark.parametrize("is_full", [False, True])
+def test_hostile_chat_that_is_refused_anyway_counts_for_the_cut_off(is_full):
+    """Messages to somebody else, and those of a sender that settles nothing."""
+    rig = World("Ann", settings={"budget": 100_000})
+    mallory, numbers = rig.attack(rig.ann), itertools.count(1)
+    for _ in range(p2pchat.MAX_REFUSALS if is_full else 0):
+        mallory.say("MSG_CHAT", "", "Mallory@10.0.0.66:666", id=next(numbers), to="X@10.9.9.9:1")
+        mallory.say("MSG_CHAT", "", "Mallory@10.0.0.66:666", id=next(numbers))
+    for _ in range(100):
+        mallory.say("MSG_CHAT", "x" * 10_000, id=next(numbers), to=rig.ann.me.id if is_full else "X@10.9.9.9:1")
+    rig.run(1)
+    assert mallory.ended and "".join(rig.ann.texts()) == "" and "cut off" in rig.ann.saw("notice")[0]["text"]
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
