@@ -3958,7 +3958,7 @@ class Delivery:
         if peer is None:
             return
         inbox, sequence = self._inbox(link), message.get("id", 0)
-        self.node.acknowledge_later(link)
+        self.node.acknowledge_later(link, inbox)
         if sequence and sequence <= inbox.upto:
             return  # it came again because our acknowledgement was lost
         refusal = self._refusal(link, inbox, message)
@@ -3992,9 +3992,8 @@ class Delivery:
         else:
             link.send(MSG_ERROR, {"reason": why})
 
-    def acknowledge(self, link: Link) -> None:
+    def acknowledge(self, link: Link, inbox: Inbox) -> None:
         """Tell the far end what became of all its messages so far. To tell it again changes nothing."""
-        inbox = self._inbox(link)
         if not inbox.upto:
             return
         if inbox.refused:
@@ -4198,7 +4197,7 @@ class Turn:
     def __init__(self, node: "PeerNode") -> None:
         self._node = node
         self._events: List[Event] = []
-        self._links: Dict[Link, None] = {}
+        self._inboxes: Dict[Link, Inbox] = {}
         self._is_end_scheduled = False
 
     def emit(self, event: Event) -> None:
@@ -4207,17 +4206,17 @@ class Turn:
         if not self._is_end_scheduled:
             self._call_at_end()
 
-    def acknowledge_later(self, link: Link) -> None:
+    def acknowledge_later(self, link: Link, inbox: Inbox) -> None:
         """Acknowledge what came over a link at the end of this turn, when the listeners have it."""
-        self._links[link] = None
+        self._inboxes[link] = inbox
         if not self._is_end_scheduled:
             self._call_at_end()
 
     def acknowledge(self) -> None:
         """Acknowledge it now."""
-        links, self._links = self._links, {}
-        for link in links:
-            self._node.delivery.acknowledge(link)
+        inboxes, self._inboxes = self._inboxes, {}
+        for link, inbox in inboxes.items():
+            self._node.delivery.acknowledge(link, inbox)
 
     def _call_at_end(self) -> None:
         self._is_end_scheduled = True

@@ -9478,6 +9478,14 @@ def test_hostile_chat_that_is_refused_anyway_counts_for_the_cut_off(is_full):
     assert mallory.ended and "".join(rig.ann.texts()) == "" and "cut off" in rig.ann.saw("notice")[0]["text"]
 
 
+def test_node_a_message_before_the_hello_is_acknowledged_though_a_hello_follows_at_once(solo):
+    mallory = solo.client(solo.ann)
+    mallory.say("MSG_CHAT", "first", id=1)
+    mallory.hello()
+    solo.run(1)
+    assert solo.ann.texts() == ["first"] and mallory.got("MSG_CHAT_ACK") == [{"upto": 1}]
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
