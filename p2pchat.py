@@ -3430,7 +3430,7 @@ class Gossip:
 
     def sync(self, peer: Contact, by_user: bool = False) -> None:
         """Compare lists with a peer, now or as soon as it is linked."""
-        peer.sync_by_user = by_user
+        peer.sync_by_user = by_user or bool(peer.sync_by_user)
         if peer.link is None:
             self.node.links.ensure_link(peer)
         else:

@@ -9486,6 +9486,16 @@ def test_node_a_message_before_the_hello_is_acknowledged_though_a_hello_follows_
     assert solo.ann.texts() == ["first"] and mallory.got("MSG_CHAT_ACK") == [{"upto": 1}]
 
 
+def test_node_the_user_is_told_of_a_comparison_though_another_one_begins_before_it_ends(rig):
+    rig.bob.loop.freeze()
+    rig.ann.loop.enter(rig.ann.sync)
+    rig.run(6)
+    rig.bob.loop.thaw()
+    rig.run(5)
+    assert [event["text"] for event in rig.ann.saw("notice")] == ["Comparing lists with Bob ...",
+                                                                   "Compared lists with Bob: nothing new."]
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
