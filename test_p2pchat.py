@@ -9496,6 +9496,32 @@ def test_node_the_user_is_told_of_a_comparison_though_another_one_begins_before_
                                                                    "Compared lists with Bob: nothing new."]
 
 
+@pytest.mark.parametrize("is_linked, is_confirmed, is_suspected", [(1, 0, False), (0, 1, False), (0, 0, True)])
+def test_node_one_that_refuses_is_suspected_unless_it_is_heard(rig, is_linked, is_confirmed, is_suspected):
+    """Its firewall may refuse what it does not dial itself."""
+    bob = rig.ann.record_of(rig.bob)
+    bob.link = bob.link if is_linked else None
+    bob.confirmed_at = rig.ann.loop.now() - (0 if is_confirmed else 10)
+    rig.ann.loop.enter(rig.ann.dial_failed, bob, p2pchat.REFUSED)
+    assert (bob.suspicion is not None) == is_suspected
+
+
+def test_node_a_peer_that_dials_us_while_it_waits_to_be_dialled_waits_no_more(monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_DIALS", 1)
+    rig = World(settings={"join": (("10.8.0.1", 1),)})
+    ann = rig.add("Ann")
+    bob = take_part(rig, ann)
+    bob.greets = False
+    ann.hear_of(bob.peer.wire(0.0))
+    ann.chat("hello")
+    assert list(ann.targets.queue) == [bob.peer.address]
+    bob.hello()
+    rig.run(4)
+    assert not ann.targets.queue and ann.record_of(bob.peer).link
+    rig.run(4)
+    assert bob.peer.address not in ann.loop.dialled
+
+
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
