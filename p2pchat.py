@@ -3170,12 +3170,10 @@ class Links:
             self.node.maybe_depart()
 
     def drop(self, peer: Contact, reason: str) -> None:
-        """Close every link to a peer, and give up dialling it."""
-        target = self.node.targets.get(peer.route)
-        dial = target.link if target is not None and target.peer is peer else None
+        """Close every link to a peer. A dial that waits is dropped; one under way may show that the peer lives."""
         self.node.targets.reset(peer.route)
         for link in list(self.all):
-            if link.peer is peer or link is dial:
+            if link.peer is peer:
                 link.connection.abort(reason)
 
     def abort_all(self, reason: str) -> None:
