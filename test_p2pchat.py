@@ -8682,13 +8682,6 @@ def _turn_rows(figure: str, found: Sequence[List[float]], most: float = 0.0) -> 
             memory if most else memory._replace(least="", goal="", met="")]
 
 
-def _bench_turns() -> List[_Row]:
-    return [*_turn_rows("5,000 texts to 500", [_turns_of_sender(5000, 500)], 100),
-            *_turn_rows(f"a list of {_LISTED}", [_turns_of_list()]),
-            *_turn_rows("100,000 lines at once", [_turns_of_sender(100_000, 1)]),
-            *_turn_rows("16 KiB texts on the screen", [_turns_of_screen()])]
-
-
 def _turns_of_sender(texts: int, receivers: int) -> List[float]:
     with _watched() as (code, found):
         with _crowded("plain", receivers, code) as (talker, crowd):
@@ -8768,7 +8761,10 @@ _BENCHES: Dict[str, Callable[..., List[_Row]]] = {
     "start": _bench_start,
     "screen": _bench_screen,
     "register": _bench_register,
-    "turns": _bench_turns,
+    "many": lambda: _turn_rows("5,000 texts to 500", [_turns_of_sender(5000, 500)], 100),
+    "list": lambda: _turn_rows(f"a list of {_LISTED}", [_turns_of_list()]),
+    "lines": lambda: _turn_rows("100,000 lines at once", [_turns_of_sender(100_000, 1)]),
+    "tall": lambda: _turn_rows("16 KiB texts on the screen", [_turns_of_screen()]),
     "pour": _bench_pour,
 }
 
