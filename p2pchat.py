@@ -5857,7 +5857,7 @@ EDIT_KEYS: Tuple[Key, ...] = (
     Key("Alt-U", "the word in capitals", lambda line: line.convert(str.upper)),
     Key("Alt-L", "the word in small letters", lambda line: line.convert(str.lower)),
     Key("Alt-C", "the word with a capital", lambda line: line.convert(str.title)),
-    Key("Alt-.", "the last word of the line entered before", lambda line: line.insert_last_word()),
+    Key("Alt-.", "the last word of the line before", lambda line: line.insert_last_word()),
     Key("Alt-Enter, Ctrl-J", "a line break in the message", lambda line: line.insert("\n")),
 )
 VIEW_KEYS: Tuple[Key, ...] = (
@@ -5921,12 +5921,16 @@ _SYNONYMS = {  # what other programs call our commands: is suggested, not done
 }
 
 
+def _enter(entry: Command) -> None:
+    COMMANDS[entry.name] = entry
+    _ALIASES.update(dict.fromkeys((entry.name, *entry.aliases), entry))
+
+
 def command(usage: str, group: str, *aliases: str) -> Callable[[Handle], Handle]:
     """Put a method into the table of commands. Its docstring is the command's help."""
     def enter(method: Handle) -> Handle:
         name = usage.split()[0]
-        COMMANDS[name] = Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method, group, aliases)
-        _ALIASES.update(dict.fromkeys((name, *aliases), COMMANDS[name]))
+        _enter(Command(name, usage, (method.__doc__ or "").strip().rstrip("."), method, group, aliases))
         return method
     return enter
 
@@ -6127,18 +6131,6 @@ class Commands(CommandLine):
 
     # -- people ----------------------------------------------------------------------------------------
 
-    @command("/away [TEXT]", "people")
-    def _away(self, rest: str) -> None:
-        """say that you are away, and why; until you talk again."""
-        self.node.set_away(rest or "away")
-        self.view.answer(f"You are away ({self.node.me.away}), until you talk again or say /back.")
-
-    @command("/back", "people")
-    def _back(self, rest: str) -> None:
-        """say that you are here again."""
-        self.node.set_away("")
-        self.view.answer("You are here.")
-
     @command("/who", "people", "/n", "/names", "/users")
     def _who(self, rest: str) -> None:
         """who is here; and how well they are heard."""
@@ -6164,6 +6156,18 @@ class Commands(CommandLine):
         traits = [spoke] + [f"away ({peer.away})"] * bool(peer.away)
         traits += ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
         self.view.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
+
+    @command("/away [TEXT]", "people")
+    def _away(self, rest: str) -> None:
+        """say that you are away, and why; until you talk again."""
+        self.node.set_away(rest or "away")
+        self.view.answer(f"You are away ({self.node.me.away}), until you talk again or say /back.")
+
+    @command("/back", "people")
+    def _back(self, rest: str) -> None:
+        """say that you are here again."""
+        self.node.set_away("")
+        self.view.answer("You are here.")
 
     @command("/peers", "screen")
     def _peers(self, rest: str) -> None:
@@ -6201,7 +6205,7 @@ class Commands(CommandLine):
 
     @command("/connect HOST[:PORT]", "connection")
     def _connect(self, rest: str) -> None:
-        """connect to a peer, or a server, that was not found by itself."""
+        """dial a peer or a server; one that was not found by itself."""
         if not rest:
             raise ChatError("/connect wants an address, for example: /connect 192.168.1.10:40123.")
         self.view.answer(f"Dialling {self.node.connect(rest)} ...")
@@ -6308,9 +6312,8 @@ SWITCHES = {
     "notify": "a note on the desktop when called; if the terminal can show one",
     "wheel": "the wheel scrolls; off: three arrow keys at once are arrow keys, for slow lines",
     "mouse": "take the mouse; its wheel scrolls the list of peers, too; Shift selects text"}
-COMMANDS.update((f"/{name}", Command(f"/{name}", f"/{name} [on|off]", text,
-                                     functools.partial(Commands.switch, name=name), "screen", ()))
-                for name, text in SWITCHES.items())
+for _name, _text in SWITCHES.items():
+    _enter(Command(f"/{_name}", f"/{_name} [on|off]", _text, functools.partial(Commands.switch, name=_name), "screen", ()))
 
 
 class Completion:

@@ -928,7 +928,7 @@ def test_what_is_said_at_the_start():
     for event in ({"event": "ready", "id": view.node.me.id}, {"event": "server", "online": True, "address": "h:1", "reason": ""},
                   {"event": "server", "online": False, "address": "h:1", "reason": "refused"}, {"event": "settled"}):
         view_event(view, event)
-    screen = "\n".join(view_screen(view))
+    screen = "\n".join(view_screen(view, cols=120))
     assert screen.count("You are Alice@") == 1 and "Tried x" in screen
     assert "Server h:1 is online." in screen and "No server at h:1 (refused). P2P mode: the chat goes on" in screen
 
@@ -5370,12 +5370,12 @@ def test_node_alone_says_what_was_tried(solo):
 
 
 @pytest.mark.parametrize("ip, settings, first_look, looked, others", [
-    (None, {}, "No server on this network; none is needed.", "the local network", "on the other machine: python3 p2pchat.py peer"),
-    (None, {"lan": False}, "No server on this machine; none is needed.", "", "on the other machine: python3 p2pchat.py peer"),
+    (None, {}, "No server on this network; none is needed.", "the local network", "on the other machine, type there:\npython3 p2pchat.py peer"),
+    (None, {"lan": False}, "No server on this machine; none is needed.", "", "on the other machine, type there:\npython3 p2pchat.py peer"),
     (None, {"host": "127.0.0.1"}, "No server on this machine; none is needed.", "this machine only",
-     "in another terminal of this machine: python3 p2pchat.py peer --host 127.0.0.1"),
-    ("127.0.0.1", {}, p2pchat.NO_NETWORK, "", "in another terminal of this machine: python3 p2pchat.py peer"),
-    (None, {"server": SERVER}, "", "the local network", "on the other machine: python3 p2pchat.py peer"),
+     "in another terminal of this machine, type there:\npython3 p2pchat.py peer --host 127.0.0.1"),
+    ("127.0.0.1", {}, p2pchat.NO_NETWORK, "", "in another terminal of this machine, type there:\npython3 p2pchat.py peer"),
+    (None, {"server": SERVER}, "", "the local network", "on the other machine, type there:\npython3 p2pchat.py peer"),
 ])
 def test_node_says_what_its_first_look_has_shown(ip, settings, first_look, looked, others):
     """Where it has not looked it does not claim so, and nobody named the server on its own machine."""
@@ -7134,7 +7134,7 @@ def test_what_is_drawn_in_portions_goes_on_by_itself():
     for _ in range(20):
         loop.turn(0)
         loop.seconds += 1
-    assert 5 < len(drawn) < 20 and [each.is_complete for each in drawn] == [False] * (len(drawn) - 1) + [True]
+    assert 3 < len(drawn) < 20 and [each.is_complete for each in drawn] == [False] * (len(drawn) - 1) + [True]
 
 
 # -- however it ends, the terminal is as it was --------------------------------------------------------
