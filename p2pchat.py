@@ -5485,8 +5485,8 @@ def layout(view: "ChatView", rows: int, cols: int) -> Layout:
     bar, rule = int(rows >= 3), int(rows >= 6)
     wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
     lines = max(1, min(wanted, (rows - bar - rule) // 3))
-    has_side = view.has_side and cols >= SIDE_COLS and rows >= 4
-    side = min(cols // 4, 40) if has_side else 0  # whatever the names, for nothing should move when somebody comes
+    has_side = view.has_side and cols >= SIDE_COLS and rows >= 4 and view.node.present()
+    side = min(cols // 4, 40) if has_side else 0  # whatever the names: text should not move whenever somebody comes
     return Layout(bar, rows - bar - rule - lines, rule, lines, side)
 
 
@@ -6309,11 +6309,12 @@ class Commands(CommandLine):
 
 SWITCHES = {
     "bell": "ring when you are called; by name or privately",
-    "notify": "a note on the desktop when called; if the terminal can show one",
+    "notify": "note on the desktop if called; where the terminal can show one",
     "wheel": "the wheel scrolls; off: three arrow keys at once are arrow keys, for slow lines",
     "mouse": "take the mouse; its wheel scrolls the list of peers, too; Shift selects text"}
 for _name, _text in SWITCHES.items():
-    _enter(Command(f"/{_name}", f"/{_name} [on|off]", _text, functools.partial(Commands.switch, name=_name), "screen", ()))
+    _enter(Command(f"/{_name}", f"/{_name} [on|off]", _text, functools.partial(Commands.switch, name=_name),
+                   "screen", ()))
 
 
 class Completion:

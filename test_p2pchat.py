@@ -7127,14 +7127,15 @@ def test_what_is_drawn_in_portions_goes_on_by_itself():
     loop, drawn = FrameLoop(), []
     screen = p2pchat.CursesInterface(loop, p2pchat.Settings())
     screen.view = view_make("Bob")
-    screen.terminal = types.SimpleNamespace(size=lambda: (50, 300), draw=drawn.append)
+    screen.terminal = types.SimpleNamespace(size=lambda: (50, 300), draw=drawn.append, set_mode=lambda *mode: None,
+                                            set_title=lambda title: None)
     for _ in range(50):
         view_chat(screen.view, "Bob", LONG_TEXTS["joined"])
     screen.changed()
     for _ in range(20):
         loop.turn(0)
-        loop.seconds += 1
-    assert 3 < len(drawn) < 20 and [each.is_complete for each in drawn] == [False] * (len(drawn) - 1) + [True]
+        loop.seconds += p2pchat.FRAME
+    assert 4 < len(drawn) < 20 and [each.is_complete for each in drawn] == [False] * (len(drawn) - 1) + [True]
 
 
 # -- however it ends, the terminal is as it was --------------------------------------------------------
