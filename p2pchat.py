@@ -51,6 +51,7 @@ import os
 import random
 import re
 import selectors
+import shutil
 import signal
 import socket
 import stat
@@ -6951,6 +6952,28 @@ class Interface:
         else:
             self.leave()
 
+    def watch_terminal(self, terminal: Any) -> None:
+        """Give the terminal back while this program is suspended."""
+        self.terminal = terminal
+        self.loop.on_signal(signal.SIGTSTP, self.suspend)
+        self.loop.on_signal(signal.SIGCONT, self.on_continue)
+
+    def suspend(self) -> None:
+        """Stop, as Ctrl-Z asks. The terminal is put back before, so it is in order even if we never go on."""
+        self.terminal.suspend()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)
+        self.loop.on_signal(signal.SIGTSTP, self.suspend)
+        self.on_continue()
+
+    def on_continue(self) -> None:
+        """Take the terminal again."""
+        self.terminal.resume()
+        self.changed()
+
+    def changed(self, by_user: bool = False) -> None:
+        """Show what has changed."""
+
     def _report(self, failure: BaseException) -> str:
         """Return one line: what happened, and which file says more."""
         import tempfile
@@ -7151,12 +7174,11 @@ class CursesInterface(Interface):
             self.form = StartForm(login_name(), f"{server[0]}:{server[1]}" if server else "", port)
         else:
             self.start_node(self.settings)
-        with Terminal() as self.terminal:
+        with Terminal() as terminal:
+            self.watch_terminal(terminal)
             self._keys = KeyReader(self.terminal.keys())
             self.listen_for_signals()
             self.loop.on_signal(signal.SIGWINCH, self._on_resize)
-            self.loop.on_signal(signal.SIGTSTP, self._suspend)
-            self.loop.on_signal(signal.SIGCONT, self._on_continue)
             self.loop.watch(0, self._on_readable)
             self.changed()
             self.loop.run()
@@ -7257,7 +7279,7 @@ class CursesInterface(Interface):
             if kind == PRESS and value == "ctrl-l":
                 self.terminal.resize()
             elif kind == PRESS and value == "ctrl-z":
-                self._suspend()
+                self.suspend()
             elif self.form is not None and kind == PRESS and value in ("ctrl-c", "ctrl-d", "esc", "enter"):
                 self._press_in_form(self.form, value)
             elif kind == PRESS and value == "ctrl-c" and self.node is not None and self.node.leaving:
@@ -7281,18 +7303,6 @@ class CursesInterface(Interface):
 
     def _on_resize(self) -> None:
         self.terminal.resize()
-        self.changed()
-
-    def _suspend(self) -> None:
-        """Stop, as Ctrl-Z asks. The terminal is put back before, so it is in order even if we never go on."""
-        self.terminal.suspend()
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(0, signal.SIGTSTP)
-        self.loop.on_signal(signal.SIGTSTP, self._suspend)
-        self._on_continue()
-
-    def _on_continue(self) -> None:
-        self.terminal.resume()
         self.changed()
 
     # -- the form --------------------------------------------------------------------------------------
@@ -7438,6 +7448,52 @@ class LineReader:
         threading.Thread(target=copy, daemon=True).start()
 
 
+class Prompt:
+    """The line that is typed on a terminal without a screen: it makes room while other lines are printed.
+
+    The terminal hands over each key and shows none. The row with the cursor is drawn here, by carriage returns, blanks
+    and backspaces alone, which every terminal knows. A context manager that puts the terminal back as it was."""
+
+    def __init__(self, line: LineEditor) -> None:
+        import termios
+        self._termios: Any = termios
+        self._line = line
+        self._before = termios.tcgetattr(0)
+        self._shown = ""  # what stands on the row of the cursor
+
+    def __enter__(self) -> Prompt:
+        self.resume()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.suspend()
+
+    def resume(self) -> None:
+        """Have keys handed over one by one, and not shown."""
+        mode = list(self._before)
+        mode[3] &= ~(self._termios.ICANON | self._termios.ECHO)
+        self._termios.tcsetattr(0, self._termios.TCSADRAIN, mode)
+
+    def suspend(self) -> None:
+        """Put the terminal back as it was."""
+        try:
+            os.write(1, self.around("", is_over=True).encode("utf-8", "replace"))
+            self._termios.tcsetattr(0, self._termios.TCSADRAIN, self._before)
+        except (OSError, self._termios.error):
+            pass  # the terminal is gone
+
+    def around(self, lines: str, is_over: bool = False) -> str:
+        """Return what prints some lines above the line that is typed."""
+        cols = max(2, shutil.get_terminal_size().columns - 1)
+        rows, (row, column) = flow(PROMPT, self._line.left, self._line.right, cols)
+        shown = "" if is_over else rows[row] + "\b" * (width(rows[row]) - column)
+        if not lines and shown == self._shown:
+            return ""
+        blanks = " " * width(self._shown.rstrip("\b"))
+        self._shown = shown
+        return f"\r{blanks}\r{lines}{shown}" if blanks else lines + shown
+
+
 class LineWriter:
     """Writes lines to standard output. Never waits for it: what is not taken at once is kept."""
 
@@ -7445,6 +7501,7 @@ class LineWriter:
         self._loop = loop
         self._on_broken = on_broken  # is told why; "" if the reader is gone
         self._lines: List[str] = []  # since the last flush
+        self.prompt: Optional[Prompt] = None  # of a user who types on the same terminal
         self._output = bytearray()
         self._state = "idle"  # idle, waiting, broken
         self._on_empty: Optional[Callable[[], None]] = None
@@ -7459,9 +7516,9 @@ class LineWriter:
 
     def flush(self, events: int = 0) -> None:
         """Write what is taken at once; the rest follows when there is room."""
-        if self._lines:
-            self._lines.append("")
-            self._output += "\n".join(self._lines).encode("utf-8", "replace")
+        if self._lines or self.prompt is not None:
+            text = "\n".join([*self._lines, ""]) if self._lines else ""
+            self._output += (self.prompt.around(text) if self.prompt else text).encode("utf-8", "replace")
             self._lines.clear()
         if self._state == "broken":
             self._output.clear()
@@ -7534,6 +7591,7 @@ class PlainInterface(Interface):
         self._input: Deque[str] = collections.deque()  # lines that came and wait
         self._has_ended = False  # the input has
         self._next_lines = Timer()
+        self._keys = KeyReader()
         self._is_broken = False  # the output is
 
     def make_transcript(self) -> Transcript:
@@ -7548,6 +7606,12 @@ class PlainInterface(Interface):
     def chat(self) -> None:
         self.start_node(self.settings)
         self.listen_for_signals()
+        if self._by_hand and os.isatty(1) and sys.platform != "win32":
+            with Prompt(self.view.window.line) as self._writer.prompt:
+                self.watch_terminal(self._writer.prompt)
+                self.loop.watch(0, self._on_keys)
+                self.loop.run()
+            return
         if self._by_hand:
             self._reader.resume()
         self.loop.run()
@@ -7556,7 +7620,7 @@ class PlainInterface(Interface):
         self.view.handle(events)
         self.show(events)
         kinds = {event["event"] for event in events}
-        if "settled" in kinds:  # before, what is piped in would go to nobody
+        if "settled" in kinds and self._writer.prompt is None:  # before, what is piped in would go to nobody
             self._reader.resume()
         if self._input and not self._next_lines.active:
             self._enter_lines()
@@ -7564,6 +7628,27 @@ class PlainInterface(Interface):
         if "stopped" in kinds:
             self.loop.call_later(self.settings.timeout, self.loop.stop)
             self._writer.when_empty(self.loop.stop)
+
+    def changed(self, by_user: bool = False) -> None:
+        """Show what has changed."""
+        self._writer.flush()
+
+    def _on_keys(self) -> None:
+        """Do what keys say."""
+        try:
+            data = os.read(0, PIPE_SIZE)
+        except OSError:
+            data = b""
+        if not data:  # the terminal is gone
+            self.loop.unwatch(0)
+            self.leave()
+        for kind, value in self._keys.feed(data):
+            if value in ("enter", "ctrl-j") and kind == PRESS:  # here a line is a message, however it ends
+                value = "enter"
+                self._writer.write(PROMPT + self.view.window.line.text)
+            keyboard = self.view.keyboard
+            {PRESS: keyboard.press, TEXT: keyboard.type, PASTE: keyboard.paste}[kind](value)
+        self._writer.flush()
 
     def show(self, events: List[Event]) -> None:
         """Print events that the transcript does not print; here it prints them all."""

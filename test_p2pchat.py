@@ -7214,10 +7214,11 @@ def test_the_terminal_is_restored_after_an_exception(where):
         os.unlink(path)
 
 
-def test_the_terminal_is_in_order_while_suspended():
+@pytest.mark.parametrize("kind", [[], ["--plain"]])
+def test_the_terminal_is_in_order_while_suspended(kind):
     """Ctrl-Z under a shell: fg comes back; killed while stopped, the terminal stays in order."""
     import shlex
-    command = shlex.join([sys.executable, PROGRAM_FILE, *pty_peer("Alice")])
+    command = shlex.join([sys.executable, PROGRAM_FILE, *pty_peer("Alice", *kind)])
     code = "import os; os.execvp('bash', ['bash', '--norc', '-i'])"
     with PtyProgram(code=code, term="xterm", env={"PS1": "shell> ", "HISTFILE": "/dev/null"}) as shell:
         shell.wait_for(lambda: b"shell> " in shell.output, "a shell")
@@ -7225,11 +7226,12 @@ def test_the_terminal_is_in_order_while_suspended():
         for turn in range(2):
             shell.output = b""
             shell.type(f"{command}\n" if turn == 0 else "fg\n")
-            shell.wait_for(lambda: b"/help lists" in shell.output, "the chat")
+            shell.wait_for(lambda: (b"> " if kind and turn else b"/help lists") in shell.output, "the chat")
+            assert termios.tcgetattr(shell.slave)[3] & termios.ICANON == 0
             shell.output = b""
             shell.type("\x1a")
             shell.wait_for(lambda: b"shell> " in shell.output, "the shell again")
-            assert b"\x1b[?2004l" in shell.output and b"\x1b[?1049l" in shell.output
+            assert kind or b"\x1b[?2004l" in shell.output and b"\x1b[?1049l" in shell.output
             assert termios.tcgetattr(shell.slave)[3] & termios.ICANON == cooked
         shell.type("kill -9 %1; echo do''ne\n")
         shell.wait_for(lambda: b"done" in shell.output, "the end")
@@ -7485,6 +7487,28 @@ def test_plain_lines():
             ann.process.stdin.close()
             assert ann.process.wait(PTY_LIMIT) == 0
             bob.expect("- Ann left")
+
+
+def test_plain_lines_do_not_break_into_the_line_that_is_typed():
+    with PtyPipe("Bob", "--json") as bob:
+        port = bob.event("ready")["port"]
+        with PtyProgram(*pty_peer("Ann", "--plain", "--join", f"127.0.0.1:{port}")) as ann:
+            ann.expect("+ Bob joined")
+            ann.type("half a l日")
+            ann.expect("> half a l日")
+            bob.say("in between")
+            ann.expect("Bob: in between\n> half a l日")
+            ann.type("\x7f\x1b[D\x1b[DX")
+            ann.expect("> halfX a l".replace("halfX a l", "half aX l"))
+            ann.type("\r")
+            ann.expect("> half aX l\n")
+            assert bob.event("chat")["text"] == "half aX l"
+            ann.type("/hlep\r")
+            ann.expect("Did you mean /help?")
+            ann.type("rest")
+            ann.expect("> rest")
+            ann.type("\x15\x04")
+            ann.ends(0)
 
 
 @pytest.mark.parametrize("stdin", ["file", "/dev/null"])
