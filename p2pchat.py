@@ -7461,7 +7461,7 @@ class Prompt:
         self._before = termios.tcgetattr(0)
         self._shown = ""  # what stands on the row of the cursor
 
-    def __enter__(self) -> Prompt:
+    def __enter__(self) -> "Prompt":
         self.resume()
         return self
 
