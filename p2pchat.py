@@ -21,7 +21,7 @@ One thread, one loop, and no call that blocks. Each section uses only the sectio
     Messages           the codec: bytes in, checked messages out
     Membership         who is present: records, merging, tombstones, digests
     Loop               selectors, timers, connections, datagrams, rate limits
-    Discovery server   DiscoveryServer
+    Discovery server   DiscoveryServer, and this file over HTTP
     Peer node          PeerNode: links, delivery, failure detection, gossip; reports by events
     Chat view          the model behind the interfaces: messages, input line, commands, rendering
     Interfaces         curses, plain lines, JSON lines
@@ -168,6 +168,14 @@ BEACON_SIZE = 512  # every beacon is padded to this size, so that an answer is n
 BEACON_ANSWERS = 20  # answers to beacons in one second, so that nobody can use us to flood others
 MAX_SERVERS = 8  # servers remembered; each one that is named or heard may be tried
 MAX_LOOKS = 16  # addresses dialled within QUIET_AFTER because others named them, so that nobody can make us scan
+
+# The program over HTTP.
+HTTP_AT_ONCE = 4  # downloads in progress from one address; further ones wait for their turn
+HTTP_A_MINUTE = 60  # requests from one address, in the same way: thirty students press Enter together, twice
+HTTP_SERVING = 64  # downloads in progress from all addresses; each may hold a copy of the file
+HTTP_WAITING = 1000  # requests that wait for their turn; further ones are refused
+HTTP_TIMEOUT = 60.0  # a download must be over by then: 7 KB/s are enough
+MAX_REQUEST = 8 * 1024  # of one HTTP request: browsers send 1 KiB
 
 # Rates.
 MAX_MESSAGES = 100_000  # messages, and records in lists, over one link in a minute: some 5 s of work
@@ -593,7 +601,7 @@ def parse_line(line: bytes) -> Message:
     return _check_message(message)
 
 
-class MessageReader:
+class Reader:
     """Turns a stream of bytes into messages, in whatever pieces the stream arrives."""
 
     __slots__ = ("partial", "error")
@@ -603,9 +611,18 @@ class MessageReader:
         self.error: Optional[str] = None  # why the stream is invalid; from then on feed() returns nothing
 
     def feed(self, data: bytes) -> List[Message]:
-        """Take the next piece of the stream; return the messages that it completes. A bad line sets `error`.
+        """Take the next piece of the stream; return the messages that it completes. Bad input sets `error`.
 
         At the end of the stream feed a newline: it completes a last message, and an empty line is ignored."""
+        raise NotImplementedError
+
+
+class MessageReader(Reader):
+    """The reader of JSON lines."""
+
+    __slots__ = ()
+
+    def feed(self, data: bytes) -> List[Message]:
         messages: List[Message] = []
         if self.error is not None:
             return messages
@@ -1406,7 +1423,7 @@ class Connection:
         self.local: Address = ("", 0)
         self.state = state
         self.handler = Handler()
-        self._reader = MessageReader()
+        self.reader: Reader = MessageReader()
         self._line_started = 0.0
         self._line_timer = Timer()
         self._output: Deque[bytes] = collections.deque()
@@ -1432,14 +1449,16 @@ class Connection:
         elif not self._flush_pending and self.state == OPEN:  # tested here to spare a burst the calls
             self._flush_later()
 
-    def close(self, reason: str) -> None:
-        """Send what is queued, end the stream, wait up to DRAIN_TIMEOUT for the far end to do the same, close."""
+    def close(self, reason: str, timeout: float = 0.0) -> None:
+        """Send what is queued, end the stream, wait for the far end to do the same, close.
+
+        All this may take up to `timeout` seconds, or else DRAIN_TIMEOUT."""
         if self.state == CONNECTING:
             self.abort(reason)
         elif self.state == OPEN:
             self.state = DRAINING
             self._reason = reason
-            self.set_deadline(DRAIN_TIMEOUT, reason)
+            self.set_deadline(timeout or DRAIN_TIMEOUT, reason)
             self._flush_later()
 
     def abort(self, reason: str) -> None:
@@ -1459,11 +1478,16 @@ class Connection:
         self._deadline.cancel()
         self._deadline = self.loop.call_later(timeout, self.abort, reason)
 
+    def hand_over(self, handler: Handler, reason: str) -> None:
+        """Give the connection to another handler. To the former one it is closed."""
+        former, self.handler = self.handler, handler
+        former.on_close(reason)
+
     def feed(self, data: bytes) -> None:
         """Take bytes from the network, and pass the messages in them to the handler."""
         if self.state != OPEN:
             return
-        reader = self._reader
+        reader = self.reader
         held = len(reader.partial)
         messages = reader.feed(data)
         if messages:
@@ -1488,9 +1512,9 @@ class Connection:
 
     def _check_line(self) -> None:
         """Give up on a message that takes too long: nobody may hold a connection with one byte a second."""
-        if self.state != OPEN or not self._reader.partial:
+        if self.state != OPEN or not self.reader.partial:
             return
-        timeout = LINE_TIMEOUT * (1 + len(self._reader.partial) // 65536)  # a long list on a slow network takes longer
+        timeout = LINE_TIMEOUT * (1 + len(self.reader.partial) // 65536)  # a long list on a slow network takes longer
         left = self._line_started + timeout - self.loop.now()
         if left > 0:
             self._line_timer = self.loop.call_later(left, self._check_line)
@@ -1640,6 +1664,36 @@ class SocketConnection(Connection):
         if interest != self._interest:
             self.loop.set_interest(self._socket, interest, self._on_ready, self)
             self._interest = interest
+
+
+Protocols = Dict[bytes, Callable[[Connection], None]]  # how a protocol begins -> what prepares a connection for it
+
+
+class FirstBytes(Reader):
+    """Tells by its first bytes what an accepted connection speaks. It holds them until that is certain.
+
+    `protocols` maps the beginning of a protocol to a call that prepares the connection for it, with another reader
+    or handler. All other beginnings are those of messages."""
+
+    __slots__ = ("_connection", "_protocols")
+
+    def __init__(self, connection: Connection, protocols: Protocols) -> None:
+        super().__init__()
+        self._connection = connection
+        self._protocols = protocols
+
+    def feed(self, data: bytes) -> List[Message]:
+        self.partial += data
+        head = bytes(self.partial[:16])
+        chosen = next((beginning for beginning in self._protocols if head.startswith(beginning)), None)
+        if chosen is not None or not any(beginning.startswith(head) for beginning in self._protocols):
+            self._connection.reader = MessageReader()
+            if chosen is not None:
+                self._protocols[chosen](self._connection)
+            held = bytes(self.partial)
+            self.partial.clear()
+            self._connection.feed(held)
+        return []
 
 
 class SocketListener:
@@ -2370,8 +2424,176 @@ class Endpoint(Handler):
 # Introduces peers to one another, and does nothing else: no chat passes through it. Each connection has
 # a Session; the Session of a registered peer stands in `_peers` under the peer's id. Joins and leaves are
 # gathered for UPDATE_GATHER_TIME seconds, encoded once and sent to everybody: a thousand peers that come at once
-# cost each of them one list and a few messages.
+# cost each of them one list and a few messages. Besides, server and peers hand out this program over HTTP.
 # ======================================================================================================
+
+
+class RequestReader(Reader):
+    """The reader of an HTTP request, which becomes {"method", "target"}. What comes behind the first is ignored."""
+
+    __slots__ = ("_done",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._done = False
+
+    def feed(self, data: bytes) -> List[Message]:
+        if self._done or self.error is not None:
+            return []
+        self.partial += data
+        head, blank_line, _ = bytes(self.partial).replace(b"\r\n", b"\n").partition(b"\n\n")
+        if len(head) > MAX_REQUEST:
+            self.error = f"an HTTP request of more than {MAX_REQUEST} bytes"
+            self.partial.clear()
+        elif blank_line:
+            self._done = True
+            self.partial.clear()
+            words = head.partition(b"\n")[0].decode("latin-1").split(" ")
+            if len(words) == 3 and words[0] in ("GET", "HEAD") and words[2].startswith("HTTP/1."):
+                return [{"method": words[0], "target": words[1]}]
+            self.error = "not an HTTP request"
+        return []
+
+
+def http_response(status: str, body: bytes, headers: str = "Content-Type: text/plain; charset=utf-8\r\n") -> bytes:
+    """Return a response, after which the connection ends."""
+    head = f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\nCache-Control: no-cache\r\nConnection: close"
+    return f"{head}\r\n\r\n".encode("ascii") + body
+
+
+def download_page(address: Address, digest: str, option: str) -> str:
+    """Return the page that says how to get the program and to start it. `option` names where the page comes from."""
+    here = format_address(address)
+    file = f"http://{here}/p2pchat.py"
+    start = f"p2pchat.py peer --user YOURNAME {option} {here}"
+    return f"""\
+p2pchat {__version__}: chat for a room full of machines on one network.
+One file; it needs Python 3.8 or newer and nothing else.
+Whoever is on this network can read what is said here, and can join.
+
+Linux and macOS:
+    curl -O {file}
+    python3 {start}
+
+Windows:
+    curl.exe -O {file}
+    py {start}
+
+SHA-256 of the file:
+    {digest}
+Compare it with the one on the screen of whoever told you of this page.
+"""
+
+
+@functools.lru_cache(maxsize=1)
+def read_program() -> bytes:
+    """Return the file of this program, or b"" if it cannot be read."""
+    try:
+        with open(__file__, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+class Download(Handler):
+    """One connection that speaks HTTP."""
+
+    def __init__(self, files: "FileServer", connection: Connection) -> None:
+        self.files = files
+        self.connection = connection
+        self.request: Message = {}
+
+    def on_messages(self, messages: List[Message]) -> None:
+        self.request = messages[0]
+        self.files.on_request(self)
+
+    def on_bad_input(self, reason: str) -> None:
+        self.connection.send(http_response("400 Bad Request", f"{reason}\n".encode("utf-8")))
+
+    def on_close(self, reason: str) -> None:
+        self.files.on_closed(self)
+
+
+class FileServer:
+    """Hands out this program over HTTP: the file at /p2pchat.py, and at / a page that says what to type.
+
+    The file is read once, so everybody gets what runs here. Too many requests wait for their turn."""
+
+    def __init__(self, loop: Loop, option: str) -> None:
+        """`option` is the one by which a peer names us, --server or --join."""
+        self.source = read_program()
+        self.digest = hashlib.sha256(self.source).hexdigest()
+        self._loop = loop
+        self._option = option
+        self._unasked = Unidentified()  # connections whose request is not complete
+        self._waiting: Dict[Download, None] = {}
+        self._serving: Dict[Download, None] = {}
+        self._limits: Dict[str, RateLimit] = {}  # by address
+        self._timer = Timer()
+
+    @property
+    def protocols(self) -> Protocols:
+        """What FirstBytes needs to know of HTTP."""
+        return {b"GET ": self._accept, b"HEAD ": self._accept}
+
+    def on_request(self, download: Download) -> None:
+        """Answer a request, now or when it is its turn."""
+        self._unasked.discard(download.connection)
+        if len(self._waiting) >= HTTP_WAITING:
+            download.connection.send(http_response("503 Service Unavailable", b"Too many requests; try again.\n"))
+            download.connection.close("too many requests")
+            return
+        self._waiting[download] = None
+        self._serve()
+
+    def on_closed(self, download: Download) -> None:
+        """Forget a connection; the next one may have its turn."""
+        self._unasked.discard(download.connection)
+        self._waiting.pop(download, None)
+        if download in self._serving:
+            del self._serving[download]
+            self._serve()
+
+    def response(self, request: Message, address: Address) -> bytes:
+        """Return the response to a request that came to an address of ours."""
+        response = http_response("404 Not Found", b"There is only / and /p2pchat.py here.\n")
+        if request["target"] == "/":
+            response = http_response("200 OK", download_page(address, self.digest, self._option).encode())
+        elif request["target"] == "/p2pchat.py" and self.source:
+            kind = "Content-Type: text/x-python; charset=utf-8\r\nContent-Disposition: attachment\r\n"
+            response = http_response("200 OK", self.source, kind)
+        return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if request["method"] == "HEAD" else response
+
+    def _accept(self, connection: Connection) -> None:
+        connection.reader = RequestReader()
+        connection.hand_over(Download(self, connection), "it asks for the program")
+        self._unasked.add(connection)
+
+    def _serve(self) -> None:
+        """Answer those whose turn it is. Those who asked too often are looked at again after a while."""
+        for download in list(self._waiting):
+            if len(self._serving) >= HTTP_SERVING:
+                break
+            if self._may_serve(download.connection.remote[0]):
+                del self._waiting[download]
+                self._serving[download] = None
+                self._answer(download)
+        if self._waiting and not self._timer.active:
+            self._timer = self._loop.call_later(60.0 / HTTP_A_MINUTE, self._serve)
+
+    def _may_serve(self, ip: str) -> bool:
+        if sum(each.connection.remote[0] == ip for each in self._serving) >= HTTP_AT_ONCE:
+            return False
+        if len(self._limits) > MAX_PEERS:
+            self._limits.clear()
+        return self._limits.setdefault(ip, RateLimit(HTTP_A_MINUTE)).take(self._loop.now())
+
+    def _answer(self, download: Download) -> None:
+        connection, request = download.connection, download.request
+        limited_log("download", logging.INFO, "[HTTP] %s %s for %s:%d", request["method"],
+                    clean(request["target"])[:80], *connection.remote)
+        connection.send(self.response(request, connection.local))
+        connection.close("answered", HTTP_TIMEOUT)
 
 
 class Session(Endpoint):
@@ -2425,6 +2647,7 @@ class DiscoveryServer:
         self._lan: Optional[Lan] = None
         self._monitor: Optional[Ticker] = None
         self._sessions: Dict[Session, None] = {}
+        self.files = FileServer(loop, "--server")
         self._unidentified = Unidentified()  # not registered
         self._registrations: Dict[str, RateLimit] = {}  # by address
         self._peers: Dict[str, Session] = {}  # by id
@@ -2454,10 +2677,12 @@ class DiscoveryServer:
             log.info("[Server] %s", line)
 
     def how_to_join(self) -> List[str]:
-        """Return the lines that the user needs now. One that fetches the program would come first."""
+        """Return the lines that the user needs now."""
         host, port = self.address
-        ip = self.loop.local_addresses()[0] if host == "0.0.0.0" else host
-        return [f"to chat, type on each machine: {start_line('--server', (ip, port), self.settings.host)}"]
+        here = (self.loop.local_addresses()[0] if host == "0.0.0.0" else host, port)
+        return [f"to get the program: curl -O http://{format_address(here)}/p2pchat.py",
+                f"its SHA-256: {self.files.digest}",
+                f"to chat, type on each machine: {start_line('--server', here, self.settings.host)}"]
 
     def stop(self) -> None:
         """Say goodbye to everybody and close. The last messages need some more turns of the loop."""
@@ -2480,6 +2705,7 @@ class DiscoveryServer:
     # -- connections -----------------------------------------------------------------------------------
 
     def _accept(self, connection: Connection) -> Handler:
+        connection.reader = FirstBytes(connection, self.files.protocols)
         session = Session(self, connection)
         self._sessions[session] = None
         self._unidentified.add(connection)
@@ -3032,6 +3258,7 @@ class Links:
 
     def handle_p2p_connection(self, connection: Connection) -> Handler:
         """Somebody dialled us: wait for a hello."""
+        connection.reader = FirstBytes(connection, self.node.files.protocols)
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
         self._unidentified.add(connection)  # which may abort an older one
@@ -4503,6 +4730,7 @@ class PeerNode:
         self.peers: PeerList[Contact] = PeerList(self.me)
         self.news = News()
         self.targets = Targets()
+        self.files = FileServer(loop, "--join")
         self.undelivered = 0  # messages reported as failed
         self.leaving = False  # no new messages; what is under way may still arrive
         self.stopping = False  # saying goodbye
@@ -7584,7 +7812,7 @@ class PlainInterface(Interface):
     def __init__(self, loop: Loop, settings: Settings) -> None:
         super().__init__(loop, settings._replace(username=settings.username or login_name()))
         self._by_hand = os.isatty(0)  # if so, what was typed is on the screen already
-        self._reader = LineReader(loop, functools.partial(self.guard, self._on_lines),
+        self.reader = LineReader(loop, functools.partial(self.guard, self._on_lines),
                                   functools.partial(self.guard, self._on_end))
         self._writer = LineWriter(loop, self._on_broken)
         self.transcript = self.make_transcript()
@@ -7613,7 +7841,7 @@ class PlainInterface(Interface):
                 self.loop.run()
             return
         if self._by_hand:
-            self._reader.resume()
+            self.reader.resume()
         self.loop.run()
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
@@ -7621,7 +7849,7 @@ class PlainInterface(Interface):
         self.show(events)
         kinds = {event["event"] for event in events}
         if "settled" in kinds and self._writer.prompt is None:  # before, what is piped in would go to nobody
-            self._reader.resume()
+            self.reader.resume()
         if self._input and not self._next_lines.active:
             self._enter_lines()
         self._writer.flush()
@@ -7667,13 +7895,13 @@ class PlainInterface(Interface):
         while self._input and not self.view.outgoing.is_full and self.loop.now() < until:
             self.enter(self._input.popleft())
         if self._input:
-            self._reader.pause()
+            self.reader.pause()
             if not self.view.outgoing.is_full:  # else the next deliveries go on with it
                 self._next_lines = self.loop.call_later(0, self.guard, self._enter_lines)
         elif self._has_ended:
             self.leave()
         else:
-            self._reader.resume()
+            self.reader.resume()
         self._writer.flush()
 
     def enter(self, line: str) -> None:

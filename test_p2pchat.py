@@ -1663,7 +1663,7 @@ _HEAD = b'{"type":"MSG_CHAT","sender_id":"M@10.0.0.66:666","to":"*","content":'
 
 NO_MESSAGES = {
     "random bytes": bytes(random.Random(5).getrandbits(8) for _ in range(4096)) + b"\n",
-    "HTTP": b"GET / HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n",
+    "HTTP": b"POST / HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n",
     "TLS": bytes.fromhex("16030100c8010000c40303") + bytes(200) + b"\n",
     "a line without end": b"x" * (p2pchat.MAX_LINE + 2),
     "an object without end": _HEAD + b'"' + b"x" * (p2pchat.MAX_LINE + 2),
@@ -5629,6 +5629,242 @@ def test_node_who_was_thought_gone_is_sent_to_as_soon_as_it_is_back(seed):
     rig.run(3)
     for peer in rig.peers:
         assert sorted(peer.texts()) == sorted(f"from {other.me.username}" for other in rig.peers if other is not peer)
+
+
+# -- the program over HTTP -------------------------------------------------------------------------------
+
+
+BOTH_LOOPS = pytest.mark.parametrize("make", [real_script, simulated_script])
+
+
+class RawReader(p2pchat.Reader):
+    """Keeps the bytes that arrive."""
+
+    def __init__(self):
+        super().__init__()
+        self.data = b""
+
+    def feed(self, data):
+        self.data += data
+        return []
+
+
+class RawEnd(p2pchat.Handler):
+    """A program that dials, and speaks and hears bytes."""
+
+    def __init__(self, loop, address, data=b""):
+        self.reason = None
+        self.connection = loop.connect(address, self, 5.0)
+        self.connection.reader = self.reader = RawReader()
+        if data:
+            self.connection.send(data)
+
+    @property
+    def heard(self):
+        """Without the newline that ends every stream."""
+        return self.reader.data[:-1] if self.reason is not None else self.reader.data
+
+    def on_close(self, reason):
+        self.reason = reason
+
+
+REQUESTS = [  # bytes, the request or what is wrong with it
+    (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", ("GET", "/")),
+    (b"HEAD /p2pchat.py HTTP/1.0\r\n\r\n", ("HEAD", "/p2pchat.py")),
+    (b"GET / HTTP/1.1\n\n", ("GET", "/")),
+    (b"GET /\xff HTTP/1.1\r\n\r\n", ("GET", "/\xff")),
+    (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 1000 + b"\r\n", ("GET", "/")),
+    (b"GET /\r\n\r\n", "not an HTTP request"),
+    (b"GET  / HTTP/1.1\r\n\r\n", "not an HTTP request"),
+    (b"GET / HTTP/2\r\n\r\n", "not an HTTP request"),
+    (b"GET / HTTP/1.1 x\r\n\r\n", "not an HTTP request"),
+    (b"GET / HTTP/1.1\r\n" + b"x" * p2pchat.MAX_REQUEST, "an HTTP request of more than 8192 bytes"),
+    (b"GET / HTTP/1.1\r\n", None),
+]
+
+
+@pytest.mark.parametrize("step", [1, 10_000])
+@pytest.mark.parametrize("behind", [b"", b"GET /more HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize("data, result", REQUESTS, ids=[repr(row[0][:24]) for row in REQUESTS])
+def test_http_requests(data, result, behind, step):
+    reader, requests = p2pchat.RequestReader(), []
+    data += behind if result else b""
+    for start in range(0, len(data), step):
+        requests += reader.feed(data[start:start + step])
+    if isinstance(result, tuple):
+        assert [(each["method"], each["target"]) for each in requests] == [result] and reader.error is None
+    else:
+        assert requests == [] and reader.error == result
+    assert bool(reader.partial) is (result is None)
+
+
+@functools.lru_cache(maxsize=None)
+def program_bytes():
+    """The program's file."""
+    with open(p2pchat.__file__, "rb") as file:
+        return file.read()
+
+
+class HttpRig:
+    """A server of the file on a loop of either kind, and programs that ask it."""
+
+    def __init__(self, make):
+        self.play = make()
+        self.files = p2pchat.FileServer(self.play.listening, "--server")
+        self.log = []
+        self.play.listener = self.play.listening.listen("127.0.0.1", 0, self._accept)
+        self.port = self.play.listener.address[1]
+
+    def _accept(self, connection):
+        connection.reader = p2pchat.FirstBytes(connection, self.files.protocols)
+        return LoggingHandler("owner", self.log)
+
+    def ask(self, target="/p2pchat.py", method="GET"):
+        """Somebody asks."""
+        return RawEnd(self.play.loop, ("127.0.0.1", self.port), f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+
+    def wait(self, *ends):
+        """Until they have their answers; returns the status lines."""
+        self.play.run_until(lambda: all(end.reason is not None for end in ends))
+        return [end.heard.split(b"\r\n", 1)[0].decode() for end in ends]
+
+
+@BOTH_LOOPS
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("target, status, kind", [
+    ("/", "200 OK", "text/plain"), ("/p2pchat.py", "200 OK", "text/x-python"), ("/README.md", "404 Not Found", "text/plain"),
+    ("/../p2pchat.py", "404 Not Found", "text/plain"), ("//", "404 Not Found", "text/plain"),
+    ("/\x1b[2J", "404 Not Found", "text/plain")])
+def test_http_responses(target, status, kind, method, make):
+    rig = HttpRig(make)
+    end = rig.ask(target, method)
+    assert rig.wait(end) == [f"HTTP/1.1 {status}"] and rig.log == ["owner closed it asks for the program"]
+    head, _, body = end.heard.partition(b"\r\n\r\n")
+    headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+    bodies = {"/": p2pchat.download_page(("127.0.0.1", rig.port), rig.files.digest, "--server").encode(),
+              "/p2pchat.py": program_bytes()}
+    body_is = bodies.get(target, b"There is only / and /p2pchat.py here.\n")
+    assert headers["Content-Type"].startswith(kind) and headers["Connection"] == "close"
+    assert int(headers["Content-Length"]) == len(body_is) and body == (body_is if method == "GET" else b"")
+
+
+@BOTH_LOOPS
+def test_http_bad_requests_are_answered(make):
+    rig = HttpRig(make)
+    end = RawEnd(rig.play.loop, rig.play.listener.address, b"GET nonsense\r\n\r\n")
+    assert rig.wait(end) == ["HTTP/1.1 400 Bad Request"]
+
+
+def test_http_at_most_so_many_at_once_and_a_minute():
+    """From one address; who has waited is answered when it is its turn, and another address need not wait at all."""
+    rig = HttpRig(simulated_script)
+    network = rig.play.loop.network
+    other = network.start(network.host("other"))
+    rig.play.listener.address = ("0.0.0.0", rig.port)
+    most = 0
+
+    def count(download):
+        nonlocal most
+        most = max(most, len(rig.files._serving))
+        return answer(download)
+    answer = rig.files._answer
+    rig.files._answer = count
+    ends = [rig.ask() for _ in range(p2pchat.HTTP_A_MINUTE + 3)]
+    network.run(0.5)
+    answered = [end for end in ends if end.reason is not None]
+    assert len(answered) == p2pchat.HTTP_A_MINUTE == 60 and most == p2pchat.HTTP_AT_ONCE == 4
+    late = RawEnd(other, (rig.play.listening.host.addresses[0], rig.port), b"GET / HTTP/1.1\r\n\r\n")
+    network.run(0.1)
+    assert b"200 OK" in late.heard and len(rig.files._waiting) == 3
+    next(end for end in ends if end.reason is None).connection.abort("does not want to wait")
+    network.run(2.2)
+    assert len([end for end in ends if end.heard]) == 62 and not rig.files._waiting
+    assert all(end.heard.endswith(program_bytes()) for end in ends if end.heard) and not rig.files._serving
+
+
+def test_http_those_who_wait_are_bounded(monkeypatch):
+    monkeypatch.setattr(p2pchat, "HTTP_WAITING", 5)
+    monkeypatch.setattr(p2pchat, "HTTP_SERVING", 0)
+    rig = HttpRig(simulated_script)
+    ends = [rig.ask() for _ in range(7)]
+    rig.play.loop.network.run(1)
+    assert sorted(end.heard[:12] for end in ends) == [b""] * 5 + [b"HTTP/1.1 503"] * 2
+
+
+def test_http_one_that_does_not_read_is_given_up(monkeypatch):
+    """It holds a place until then, others are served."""
+    monkeypatch.setattr(p2pchat, "HTTP_AT_ONCE", 2)
+    rig = HttpRig(simulated_script)
+    network = rig.play.loop.network
+    asleep = network.start(rig.play.loop.host, "asleep")
+    sleeper = RawEnd(asleep, rig.play.listener.address, b"GET /p2pchat.py HTTP/1.1\r\n\r\n")
+    network.run_until(lambda: rig.files._waiting or rig.files._serving or sleeper.reader.data, 5, 0.00001)
+    asleep.freeze()
+    assert rig.wait(rig.ask("/")) == ["HTTP/1.1 200 OK"]
+    network.run(p2pchat.HTTP_TIMEOUT + 1)
+    assert not rig.files._serving
+
+
+def test_http_a_slow_reader_gets_all_of_it(monkeypatch):
+    """However long it takes, within HTTP_TIMEOUT: a connection that closes has otherwise less time."""
+    monkeypatch.setattr(p2pchat, "DRAIN_TIMEOUT", 0.05)
+    with LoopRig(small_buffers=True) as rig:
+        files = p2pchat.FileServer(rig.loop, "--server")
+        rig.connection.reader = p2pchat.FirstBytes(rig.connection, files.protocols)
+        rig.far.sendall(b"GET /p2pchat.py HTTP/1.1\r\n\r\n")
+        loop_turns_in(rig.loop, 0.3)
+        assert rig.connection.state == p2pchat.DRAINING and rig.connection.queued > 100_000
+        assert rig.read_all().endswith(program_bytes())
+        rig.far.close()
+        rig.turn_until(lambda: not files._serving)
+
+
+def test_http_without_a_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(p2pchat, "__file__", str(tmp_path / "gone"))
+    p2pchat.read_program.cache_clear()
+    rig = HttpRig(simulated_script)
+    p2pchat.read_program.cache_clear()
+    assert rig.wait(rig.ask()) == ["HTTP/1.1 404 Not Found"]
+
+
+def test_http_page_has_what_is_to_be_typed():
+    page = p2pchat.download_page(("10.0.0.9", 9999), "ab" * 32, "--server")
+    lines = page.splitlines()
+    assert len(lines) == 15 and page.count("--server 10.0.0.9:9999\n") == 2
+    assert page.count("http://10.0.0.9:9999/p2pchat.py") == 2 and "ab" * 32 in page and max(map(len, lines)) <= 120
+
+
+@BOTH_LOOPS
+@pytest.mark.parametrize("pieces", [[b"GET / HTTP/1.1\r\n\r\n"], [b"G", b"ET", b" / HTTP/1.1\r\n\r\n"]])
+def test_http_is_told_from_messages_by_its_first_bytes(pieces, make):
+    """However they are cut; what only begins like it is bad input, as ever, and messages are messages."""
+    rig = HttpRig(make)
+    end = RawEnd(rig.play.loop, rig.play.listener.address)
+    for piece in pieces:
+        end.connection.send(piece)
+        rig.play.run_until(lambda: end.connection.state != p2pchat.CONNECTING and not end.connection.queued)
+    assert rig.wait(end) == ["HTTP/1.1 200 OK"]
+    others = [RawEnd(rig.play.loop, rig.play.listener.address, data) for data in (b"GETTING\n", b"hello\n", b"G\n")]
+    rig.wait(*others)
+    assert rig.log.count("owner spoilt bad") == 3
+
+
+@pytest.mark.parametrize("command", [
+    ["curl", "-sS", "-o", "{out}", "{url}"], ["wget", "-q", "-O", "{out}", "{url}"],
+    [sys.executable, "-c", "import urllib.request as u; u.urlretrieve('{url}', '{out}')"]], ids=["curl", "wget", "urllib"])
+def test_http_is_understood_by(command, tmp_path):
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} is not installed")
+    rig = HttpRig(real_script)
+    out = tmp_path / "p2pchat.py"
+    words = [word.format(out=out, url=f"http://127.0.0.1:{rig.port}/p2pchat.py") for word in command]
+    environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    child = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    rig.play.run_until(lambda: child.poll() is not None)
+    assert child.returncode == 0, child.communicate()[0]
+    assert out.read_bytes() == program_bytes() and hashlib.sha256(program_bytes()).hexdigest() == rig.files.digest
+    child.communicate()
+    rig.play.listener.close()
 
 
 # -- peer node: beacons --------------------------------------------------------------------------------
