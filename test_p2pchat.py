@@ -560,6 +560,7 @@ def test_the_other_commands():
     view.enter("/nick Eve")
     view.enter("/sync")
     assert view.node.calls == [("rename", "Eve"), "sync"]
+    assert "Dialling pc7:1 ..." in view_answer(view, "/connect pc7:1") and view.node.calls[-1] == ("connect", "pc7:1")
     assert "Bob" in view_answer(view, "/who") and "Bob" in view_answer(view, "/peers")
     assert "Bob@10.0.0.2:10001" in view_answer(view, "/whois Bob")
     view.log.extend(f"line {number}" for number in range(100))
@@ -580,7 +581,7 @@ def test_help_has_every_command_and_key():
         assert command.usage in listed and command.help and view_answer(view, f"/help {command.name[1:]}")
     keys = view_answer(view, "/help keys")
     assert all(key.names in keys and key.help for key in p2pchat.KEYS)
-    assert len(p2pchat.COMMANDS) == 19
+    assert len(p2pchat.COMMANDS) == 20
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -6104,7 +6105,6 @@ WRONG_OPTIONS = {
     "peer --user A --server 127.0.0.1:0": "port",
     "peer --user A --server :9999": "HOST",
     "peer --user A --join no/where:1": "no/where",
-    "peer --user A --join -x:1": "-x",
     "peer --user A --server 10.0.0": "10.0.0",
     "peer --user A --host nowhere.invalid": "nowhere.invalid",
     "peer --user A --host 127.0.0.1 --server pc7": "pc7:9999",
