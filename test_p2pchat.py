@@ -665,6 +665,7 @@ def test_the_other_commands():
     view.enter("/nick Eve")
     view.enter("/sync")
     assert view.node.calls == [("rename", "Eve"), "sync"]
+    assert "Dialling pc7:1 ..." in view_answer(view, "/connect pc7:1") and view.node.calls[-1] == ("connect", "pc7:1")
     assert "Bob" in view_answer(view, "/who") and "Bob" in view_answer(view, "/peers")
     assert "Bob@10.0.0.2:10001" in view_answer(view, "/whois Bob")
     view.log.extend(f"line {number}" for number in range(100))
