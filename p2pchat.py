@@ -4175,10 +4175,10 @@ class Outbox:
 
     __slots__ = ("waiting", "size", "progress_at")
 
-    def __init__(self, now: float) -> None:
+    def __init__(self) -> None:
         self.waiting: Deque[Pending] = collections.deque()
         self.size = 0  # bytes waiting
-        self.progress_at = now  # when the first of them began to wait, or an acknowledgement came
+        self.progress_at = 0.0  # when the first of them began to wait, or an acknowledgement came
 
     def take(self, upto: float = float("inf")) -> List[Pending]:
         """Take messages out of what waits, those with numbers up to `upto`."""
@@ -4236,43 +4236,48 @@ class Delivery:
 
     # -- out -------------------------------------------------------------------------------------------
 
-    def send(self, text: str, receivers: Sequence[Contact], to: str) -> str:
-        """Send to all the receivers, encoded once; return the message's id."""
+    def send(self, texts: Sequence[str], receivers: Sequence[Contact], to: str) -> List[str]:
+        """Send texts, each a message, to all the receivers, encoded once; return the messages' ids."""
         node = self.node
-        self._sequence += 1
-        message_id = f"{node.me.instance}-{self._sequence}"
-        data = create_chat(node.me.id, text, to, self._sequence)
-        pending = Pending(self._sequence, to, text, message_id, len(data))
-        log.log(DETAIL, "[Chat] sent %s to %d", message_id, len(receivers))
-        self._sent += 1
-        full = [peer for peer in receivers if not self._enqueue(peer, pending, data)]
-        node.emit({"event": "sent", "to": to, "text": text, "id": message_id,
-                   "receivers": [peer.id for peer in receivers]})
-        for peer in full:
-            self._on_failed(peer, pending, "too much is waiting for it already")
+        messages: List[Pending] = []
+        encoded: List[bytes] = []
+        receiver_ids = [peer.id for peer in receivers]
+        for text in texts:
+            self._sequence += 1
+            data = create_chat(node.me.id, text, to, self._sequence)
+            message = Pending(self._sequence, to, text, f"{node.me.instance}-{self._sequence}", len(data))
+            messages.append(message)
+            encoded.append(data)
+            node.emit({"event": "sent", "to": to, "text": text, "id": message.message_id, "receivers": receiver_ids})
+        log.log(DETAIL, "[Chat] sent %s, the last of %d, to %d", message.message_id, len(texts), len(receivers))
+        self._sent += len(texts)
+        together = b"".join(encoded)
+        for peer in receivers:
+            count = self._enqueue(peer, messages, len(together))
+            if count and peer.link is not None and peer.link.is_resumed:
+                peer.link.used_at = node.loop.now()
+                peer.link.connection.send(together if count == len(messages) else b"".join(encoded[:count]))
+            for message in messages[count:]:
+                self._on_failed(peer, message, "too much is waiting for it already")
         if not self._timer.active:
             self._timer = node.loop.call_later(1.0, self._check_progress)
-        return message_id
+        return [message.message_id for message in messages]
 
-    def _enqueue(self, peer: Contact, pending: Pending, data: bytes) -> bool:
-        """Queue a message for a receiver, and send it if the receiver is linked; False if there is no room."""
-        now = self.node.loop.now()
-        if peer.outbox is None:
-            peer.outbox = Outbox(now)
-        outbox, link = peer.outbox, peer.link
-        if len(outbox.waiting) >= OUTBOX_MESSAGES or outbox.size + pending.size > OUTBOX_BYTES:
-            return False
+    def _enqueue(self, peer: Contact, messages: List[Pending], size: int) -> int:
+        """Queue messages for a receiver, as many as there is room for; return how many. `size` is that of all."""
+        outbox, count = peer.outbox or Outbox(), len(messages)
+        while count and (len(outbox.waiting) + count > OUTBOX_MESSAGES or outbox.size + size > OUTBOX_BYTES):
+            count -= 1
+            size -= messages[count].size
         if not outbox.waiting:
-            outbox.progress_at = now
-        outbox.waiting.append(pending)
-        outbox.size += pending.size
-        self.in_flight += 1
-        if link is None:
+            outbox.progress_at = self.node.loop.now()
+        outbox.waiting.extend(messages[:count])
+        outbox.size += size
+        self.in_flight += count
+        peer.outbox = outbox
+        if count and peer.link is None:
             self.node.links.ensure_link(peer)
-        elif link.is_resumed:
-            link.used_at = now
-            link.connection.send(data)
-        return True
+        return count
 
     def resume(self, peer: Contact, link: Link) -> None:
         """Send all that is unacknowledged over a new link, in order; only then may new messages follow.
@@ -4832,23 +4837,25 @@ class PeerNode:
 
     def broadcast_chat_message(self, text: str) -> str:
         """Send a text to everybody; return the message's id. Raises ChatError."""
-        if not len(self.peers):
-            raise ChatError("Not sent: nobody else is here. /who says why.")
-        return self._send(text, self.present(), EVERYONE)
+        return self.send_chat_messages(EVERYONE, [text])[0]
 
     def send_chat_message(self, to: str, text: str) -> str:
         """Send a text to the peer with the id `to` alone; return the message's id. Raises ChatError."""
-        peer = self.peers.get(to)
-        if peer is None:
-            raise ChatError(f"Not sent: {to} is not here.")
-        return self._send(text, [peer], peer.id)
+        return self.send_chat_messages(to, [text])[0]
 
-    def _send(self, text: str, receivers: List[Contact], to: str) -> str:
+    def send_chat_messages(self, to: str, texts: Sequence[str]) -> List[str]:
+        """Send texts, each a message, to one peer or EVERYONE; return their ids. Raises ChatError and sends none."""
+        peer = self.peers.get(to)
+        if to == EVERYONE and not len(self.peers):
+            raise ChatError("Not sent: nobody else is here. /who says why.")
+        if to != EVERYONE and peer is None:
+            raise ChatError(f"Not sent: {to} is not here.")
         if self.leaving:
             raise ChatError("You are leaving: nothing more is sent.")
-        message_id = self.delivery.send(check_text(text), receivers, to)
+        receivers = [peer] if peer is not None else self.present()
+        message_ids = self.delivery.send(list(map(check_text, texts)), receivers, peer.id if peer else EVERYONE)
         self.set_away("")
-        return message_id
+        return message_ids
 
     def rename(self, username: str) -> None:
         """Take another name. Raises ChatError."""
@@ -6215,6 +6222,11 @@ def _begins_alike(name: str) -> str:
     return best if best and likeness(best) >= 0.7 else ""
 
 
+def is_surely_text(line: str) -> bool:
+    """Whether an entered line is a text without a closer look: nothing that begins so can be a command."""
+    return line[:1].isalnum()
+
+
 class CommandLine:
     """Sends what was entered, or runs it as a command."""
 
@@ -6227,6 +6239,14 @@ class CommandLine:
     def enter(self, text: str) -> bool:
         """Do what a line says; return whether that was possible, and if not, say why."""
         return self._attempt(self._enter, text)
+
+    def enter_texts(self, texts: Sequence[str]) -> None:
+        """Do what lines say, in order, which are surely texts and no commands: they are sent together."""
+        try:
+            self.node.send_chat_messages(self.view.window.target or EVERYONE, texts)
+        except ChatError:
+            for text in texts:  # one of them can't be sent, or none: say which, and why
+                self.enter(text)
 
     def say(self, text: str, to: str) -> bool:
         """Send a text that is data, never a command, to a name, to EVERYONE, or with "" to the window's receiver."""
@@ -6241,7 +6261,7 @@ class CommandLine:
         return True
 
     def _enter(self, text: str) -> None:
-        if not text[:1].isalnum():
+        if not is_surely_text(text):
             text = clean(text, newlines=True)  # nothing invisible before a slash makes a command a text, and public
         start = text.lstrip()
         if start.startswith("//"):
@@ -6259,8 +6279,7 @@ class CommandLine:
 
     def _send(self, text: str, to: Optional[str]) -> None:
         """Send a text to the peer with the id `to`, or to everyone."""
-        send = self.node.send_chat_message
-        self.sent_id = self.node.broadcast_chat_message(text) if to is None else send(to, text)
+        (self.sent_id,) = self.node.send_chat_messages(EVERYONE if to is None else to, [text])
 
     def _run(self, text: str) -> None:
         """Run the command that a line begins with."""
@@ -6934,6 +6953,8 @@ MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
 PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
 SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
 INPUT_TIME = 0.01  # seconds of a turn for lines of input: the others wait for the next turn
+INPUT_LINES = 64  # lines of input that are sent together
+INPUT_PORTION = 64 * 1024  # characters of them: a few of the longest texts, encoded in a millisecond
 MAX_UNREAD = 64 * 1024 * 1024  # bytes of output kept for a program that does not read them
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -7893,7 +7914,11 @@ class PlainInterface(Interface):
         """Do what the input says, as far as this turn has time and not too much is under way."""
         until = self.loop.now() + INPUT_TIME
         while self._input and not self.view.outgoing.is_full and self.loop.now() < until:
-            self.enter(self._input.popleft())
+            texts = self._next_texts()
+            if texts:
+                self.view.commands.enter_texts(texts)
+            else:
+                self.enter(self._input.popleft())
         if self._input:
             self.reader.pause()
             if not self.view.outgoing.is_full:  # else the next deliveries go on with it
@@ -7903,6 +7928,15 @@ class PlainInterface(Interface):
         else:
             self.reader.resume()
         self._writer.flush()
+
+    def _next_texts(self) -> List[str]:
+        """Take the lines that come next and surely are texts, so many that sending them together takes a moment."""
+        texts: List[str] = []
+        room = INPUT_PORTION
+        while self._input and room > 0 and len(texts) < INPUT_LINES and is_surely_text(self._input[0]):
+            texts.append(self._input.popleft())
+            room -= len(texts[-1])
+        return texts
 
     def enter(self, line: str) -> None:
         """Do what a line of input says."""

@@ -101,10 +101,10 @@ class ViewNode:
     def find(self, text):
         return self.peers.find(text)
 
-    def broadcast_chat_message(self, text):
-        return self.send_chat_message(None, text)
+    def send_chat_messages(self, to, texts):
+        return [self._send(None if to == "*" else to, text) for text in texts]
 
-    def send_chat_message(self, to, text):
+    def _send(self, to, text):
         text = p2pchat.check_text(text)
         self.sent.append((text, to))
         receivers = [to] if to else [peer.id for peer in self.present()]
