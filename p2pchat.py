@@ -111,6 +111,7 @@ MAX_RAISE = 1 << 20  # how far hearsay may raise a known incarnation: an owner r
 # Connections.
 RECEIVE_SIZE = 32 * 1024  # one read: some 300 messages, a few ms of work; a flood must not delay a key press
 SEND_SIZE = 256 * 1024  # queued pieces are joined up to this size for one send: what a socket's buffer takes at once
+ACK_DELAY = 0.002  # an acknowledgement waits this long for something to travel with; a bot that waits for it, too
 MAX_OUTPUT = 8 * 1024 * 1024  # queued to a far end that does not read; beyond it the connection is aborted
 STALL_TIMEOUT = 10.0  # a connection is aborted when it takes none of its queued output for this long
 LINE_TIMEOUT = 10.0  # a message that was begun must be complete by then; every 64 KiB of it allow as much again
@@ -1438,8 +1439,11 @@ class Connection:
     def close_transport(self) -> None:
         """Close what carries the bytes, a socket for example. Each kind of connection overrides this."""
 
-    def send(self, data: bytes) -> None:
-        """Queue bytes, which are sent at the end of this turn. Does nothing once the connection is closing."""
+    def send(self, data: bytes, may_wait: bool = False) -> None:
+        """Queue bytes, which are sent at the end of this turn. Does nothing once the connection is closing.
+
+        Those that `may_wait` are sent with what else is sent within ACK_DELAY, or at its end: that saves a call and
+        the far end a turn."""
         if self.state not in (OPEN, CONNECTING):
             return
         self._output.append(data)
@@ -1447,7 +1451,10 @@ class Connection:
         if self.queued > MAX_OUTPUT:
             self.abort("it does not read what it is sent")
         elif not self._flush_pending and self.state == OPEN:  # tested here to spare a burst the calls
-            self._flush_later()
+            if may_wait:
+                self.loop.flush_soon(self)
+            else:
+                self._flush_later()
 
     def close(self, reason: str, timeout: float = 0.0) -> None:
         """Send what is queued, end the stream, wait for the far end to do the same, close.
@@ -1968,6 +1975,7 @@ class Loop:
         self._count = itertools.count()
         self._ready: Deque[Tuple[selectors.SelectorKey, int]] = collections.deque()  # sockets, not handled yet
         self._unflushed: List[Connection] = []
+        self._to_flush_soon: Dict[Connection, None] = {}
         self._turn_ends: List[Callable[[], None]] = []
         self._stopped = False
         self._addresses = ["127.0.0.1"]
@@ -2082,20 +2090,34 @@ class Loop:
             due.append(heapq.heappop(self._timers)[2])
         for timer in due:  # timers that these calls add wait for the next turn
             self._run(timer.fire, None)
+        self._flush()  # first: the network is at work while listeners are told
         turn_ends, self._turn_ends = self._turn_ends, []
         for callback in turn_ends:
             self._run(callback, None)
-        queued, self._unflushed = self._unflushed, []
-        for connection in queued:  # one that has closed meanwhile has nothing queued
-            self._run(connection.flush, connection)
+        self._flush()
 
     def at_turn_end(self, callback: Callable[[], None]) -> None:
-        """Call back once, after this turn has handled everything, and before it sends what is queued."""
+        """Call back once, after this turn has handled everything; then what was queued by that is sent, too."""
         self._turn_ends.append(callback)
 
     def flush_later(self, connection: Connection) -> None:
         """Flush a connection at the end of this turn."""
         self._unflushed.append(connection)
+
+    def flush_soon(self, connection: Connection) -> None:
+        """Flush a connection within ACK_DELAY."""
+        if not self._to_flush_soon:
+            self.call_later(ACK_DELAY, self._on_flush_time)
+        self._to_flush_soon[connection] = None
+
+    def _on_flush_time(self) -> None:
+        self._unflushed += self._to_flush_soon
+        self._to_flush_soon.clear()
+
+    def _flush(self) -> None:
+        queued, self._unflushed = self._unflushed, []
+        for connection in queued:  # one that has closed meanwhile has nothing queued
+            self._run(connection.flush, connection)
 
     def set_interest(self, sock: Any, interest: int, ready: Optional[Callable[[int], None]] = None,
                      owner: Optional[Connection] = None) -> None:
@@ -4408,7 +4430,8 @@ class Delivery:
             link.send(MSG_CHAT_ACK, {"upto": inbox.upto, "refused": inbox.refused})
         else:
             to = link.peer.id if link.peer else EVERYONE
-            link.connection.send(create_raw(MSG_CHAT_ACK, self.node.me.id, to, f'{{"upto":{inbox.upto}}}'))
+            ack = create_raw(MSG_CHAT_ACK, self.node.me.id, to, f'{{"upto":{inbox.upto}}}')
+            link.connection.send(ack, may_wait=True)
 
     def handle_chat_settled(self, link: Link, message: Message) -> None:
         """The sender knows our refusals up to a number: they need not be told again."""
@@ -5003,8 +5026,9 @@ class PeerNode:
 
     def set_away(self, note: str) -> None:
         """Say that the user is away, and why; "" for here."""
-        if check_note(note) != self.me.away and not self.leaving:
-            self.me.set_away(check_note(note))
+        note = check_note(note)
+        if note != self.me.away and not self.leaving:
+            self.me.set_away(note)
             self._announce()
             self.emit(change_event(Change(AWAY, self.me)))
 

@@ -2349,6 +2349,10 @@ class SimLoop:
         if not self._turning:
             self.network.post(0, self.enter, self._end_turn)
 
+    def flush_soon(self, connection):
+        """Flush it within ACK_DELAY."""
+        self.call_later(p2pchat.ACK_DELAY, connection.flush)
+
     def at_turn_end(self, callback):
         """As in the real loop; a test that calls a node is a turn of its own."""
         self._turn_ends.append(callback)
