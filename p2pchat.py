@@ -5062,7 +5062,7 @@ MAX_SCROLLBACK = 4 * 1024 * 1024  # characters of all entries: 250 of the longes
 DRAW_PORTION = 48 * 1024  # characters wrapped for one drawing, those beyond ASCII counted threefold: some 30 ms
 MAX_DRAWN = 50_000  # rows kept as they were drawn: more than the largest screen and the longest texts on it have
 MAX_DELIVERIES = 10_000  # awaited at a time while lines are piped in: enough to keep every link busy
-MAX_SENDING = 1024 * 1024  # characters of the texts under way meanwhile: a quarter of a receiver's outbox
+MAX_SENDING = 1024 * 1024  # bytes of the texts under way meanwhile, on the wire: a quarter of a receiver's outbox
 GATHER_TIME = 60.0  # seconds within which joins, or leaves, that follow each other share a line
 GATHER_NAMES = 5  # names in such a line; the other peers are counted
 LATELY = 1800.0  # seconds: of a peer that spoke within them, /quiet shows joins and leaves
@@ -5297,6 +5297,11 @@ class Receipts:
         return [f"✗ not delivered to {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
 
 
+def wire_size(text: str) -> int:
+    """Return the most bytes that a text can have in a message: beyond ASCII a character is one escape, or two."""
+    return len(text) if text.isascii() else 12 * len(text)
+
+
 class Outgoing:
     """The user's own messages: those under way, and the last one."""
 
@@ -5304,7 +5309,7 @@ class Outgoing:
         self.under_way: Dict[str, Receipts] = {}  # by message id
         self.last: Optional[Receipts] = None
         self._deliveries = 0  # awaited
-        self._size = 0  # characters of the texts under way
+        self._size = 0  # bytes of the texts under way, on the wire
 
     @property
     def is_full(self) -> bool:
@@ -5319,7 +5324,7 @@ class Outgoing:
         if receipts.waiting:
             self.under_way[message_id] = receipts
             self._deliveries += receipts.waiting
-            self._size += len(text)
+            self._size += wire_size(text)
         return receipts
 
     def settle(self, message_id: str, peer_id: str, outcome: str) -> Optional[Receipts]:
@@ -5330,7 +5335,7 @@ class Outgoing:
         self._deliveries -= receipts.settle(peer_id, outcome)
         if not receipts.waiting:
             del self.under_way[message_id]
-            self._size -= len(receipts.text)
+            self._size -= wire_size(receipts.text)
             if receipts is not self.last:  # /info tells all about the last one
                 receipts.forget_delivered()
         return receipts
@@ -6978,7 +6983,8 @@ PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
 SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
 INPUT_TIME = 0.01  # seconds of a turn for lines of input: the others wait for the next turn
 INPUT_LINES = 64  # lines of input that are sent together
-INPUT_PORTION = 64 * 1024  # characters of them: a few of the longest texts, encoded in a millisecond
+INPUT_PORTION = 64 * 1024  # bytes of them, on the wire: a few of the longest texts
+INPUT_ROOM = 512 * 1024  # bytes of a turn: what a turn adds to MAX_SENDING still fits an outbox
 MAX_UNREAD = 64 * 1024 * 1024  # bytes of output kept for a program that does not read them
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -7936,13 +7942,14 @@ class PlainInterface(Interface):
 
     def _enter_lines(self) -> None:
         """Do what the input says, as far as this turn has time and not too much is under way."""
-        until = self.loop.now() + INPUT_TIME
-        while self._input and not self.view.outgoing.is_full and self.loop.now() < until:
-            texts = self._next_texts()
-            if texts:
-                self.view.commands.enter_texts(texts)
+        until, room = self.loop.now() + INPUT_TIME, INPUT_ROOM
+        while self._input and room > 0 and not self.view.outgoing.is_full and self.loop.now() < until:
+            lines = self._next_portion()
+            room -= sum(map(wire_size, lines))
+            if len(lines) > 1:
+                self.view.commands.enter_texts(lines)
             else:
-                self.enter(self._input.popleft())
+                self.enter(lines[0])
         if self._input:
             self.reader.pause()
             if not self.view.outgoing.is_full:  # else the next deliveries go on with it
@@ -7953,14 +7960,15 @@ class PlainInterface(Interface):
             self.reader.resume()
         self._writer.flush()
 
-    def _next_texts(self) -> List[str]:
-        """Take the lines that come next and surely are texts, so many that sending them together takes a moment."""
-        texts: List[str] = []
-        room = INPUT_PORTION
-        while self._input and room > 0 and len(texts) < INPUT_LINES and is_surely_text(self._input[0]):
-            texts.append(self._input.popleft())
-            room -= len(texts[-1])
-        return texts
+    def _next_portion(self) -> List[str]:
+        """Take the next line; if it surely is a text, so are more that follow, and they are sent together."""
+        lines = [self._input.popleft()]
+        room = INPUT_PORTION - wire_size(lines[0])
+        if is_surely_text(lines[0]):
+            while self._input and room > 0 and len(lines) < INPUT_LINES and is_surely_text(self._input[0]):
+                lines.append(self._input.popleft())
+                room -= wire_size(lines[-1])
+        return lines
 
     def enter(self, line: str) -> None:
         """Do what a line of input says."""

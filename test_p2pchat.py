@@ -102,10 +102,9 @@ class ViewNode:
         return self.peers.find(text)
 
     def send_chat_messages(self, to, texts):
-        return [self._send(None if to == "*" else to, text) for text in texts]
+        return [self._send(None if to == "*" else to, text) for text in list(map(p2pchat.check_text, texts))]
 
     def _send(self, to, text):
-        text = p2pchat.check_text(text)
         self.sent.append((text, to))
         receivers = [to] if to else [peer.id for peer in self.present()]
         message_id = f"me-{len(self.sent)}"
@@ -519,6 +518,14 @@ def test_what_stands_before_a_slash_makes_no_private_text_public(blank):
     view.enter(f"{blank}//path")
     bob = view_peer(view, "Bob")["id"]
     assert [(text.strip(), to) for text, to in view.node.sent] == [("psst", bob), ("secret", bob), ("/path", None)]
+
+
+@pytest.mark.parametrize("lines, sent, refused", [
+    (["a", "b", "c"], ["a", "b", "c"], 0), (["a", "b" * 17_000, "c"], ["a", "c"], 1), (["a"], ["a"], 0)])
+def test_lines_entered_together_are_refused_one_by_one(lines, sent, refused):
+    view = view_make("Bob")
+    view.commands.enter_texts(lines)
+    assert view.node.sent == [(text, None) for text in sent] and view.refused == refused
 
 
 @pytest.mark.parametrize("line", ["/etc/passwd", "/usr/bin/env python3", "  /home/x y", "/msg/x", "/\u202eetc/x"])
@@ -1096,7 +1103,8 @@ def test_outgoing_counts_what_is_under_way():
 
 
 @pytest.mark.parametrize("text, receivers, most", [
-    ("x", 1, p2pchat.MAX_DELIVERIES), ("x", 500, p2pchat.MAX_DELIVERIES // 500), ("y" * p2pchat.MAX_TEXT, 1, 64)])
+    ("x", 1, p2pchat.MAX_DELIVERIES), ("x", 500, p2pchat.MAX_DELIVERIES // 500), ("y" * p2pchat.MAX_TEXT, 1, 64),
+    ("語" * (p2pchat.MAX_TEXT // 3), 1, 17), ("😀" * (p2pchat.MAX_TEXT // 4), 1, 22)])
 def test_outgoing_is_full_before_an_outbox_is(text, receivers, most):
     """Whatever is piped in waits, and nothing of it fails because too much is waiting for a receiver."""
     outgoing, ids = p2pchat.Outgoing(), [str(number) for number in range(receivers)]
@@ -1104,7 +1112,9 @@ def test_outgoing_is_full_before_an_outbox_is(text, receivers, most):
         assert not outgoing.is_full, count
         outgoing.add(f"m-{count}", text, ids)
     assert outgoing.is_full
-    assert most < p2pchat.OUTBOX_MESSAGES and most * (len(text) + 200) < p2pchat.OUTBOX_BYTES
+    data = p2pchat.create_chat("Ann@127.0.0.1:1", text, "*", 1)
+    assert most < p2pchat.OUTBOX_MESSAGES
+    assert most * (len(data) + 100) + p2pchat.INPUT_ROOM + p2pchat.INPUT_PORTION < p2pchat.OUTBOX_BYTES
     for each in ids:
         outgoing.settle("m-0", each, "")
     assert not outgoing.is_full and len(outgoing.under_way) == most - 1
@@ -3856,6 +3866,29 @@ def test_loop_a_turn_handles_no_more_sockets_than_there_is_time_for(monkeypatch)
             there.close()
 
 
+def test_loop_what_a_turn_sends_leaves_before_its_end(wire):
+    """So the network is at work while listeners are told; what they answer is sent, too."""
+    seen = []
+    wire.connection.send(b"1\n")
+    wire.loop.at_turn_end(lambda: (seen.append(wire.read(10)), wire.connection.send(b"2\n")))
+    wire.loop.turn(0)
+    assert (seen, wire.read(10)) == ([b"1\n"], b"2\n")
+
+
+def test_loop_what_may_wait_travels_with_what_may_not(wire):
+    wire.connection.send(b"ack\n", may_wait=True)
+    wire.loop.turn(0)
+    assert wire.read(10) == b""
+    wire.connection.send(b"x\n")
+    wire.loop.turn(0)
+    assert wire.read(10) == b"ack\nx\n"
+    wire.connection.send(b"ack\n", may_wait=True)
+    wire.turn_until(lambda: wire.read(10) == b"ack\n", 1)  # not for long, if nothing comes
+    wire.connection.send(b"ack\n", may_wait=True)
+    wire.connection.close("over")  # nor when it closes
+    assert wire.read_all(4) == b"ack\n"
+
+
 def loop_taker(accepted):
     """Accepts everybody, and keeps the connections in a list."""
     return lambda connection: accepted.append(connection) or p2pchat.Handler()
@@ -4904,6 +4937,51 @@ def test_node_a_full_queue_is_reported(monkeypatch, rig):
     rig.bob.loop.thaw()
     rig.run(5)
     assert rig.bob.texts() == ["m0", "m1", "m2"]
+
+
+@pytest.mark.parametrize("most, size, arrive", [(50, 10_000, 4), (3, 10_000, 3), (50, 1000, 2), (50, 300, 0), (1, 10_000, 1)])
+@pytest.mark.parametrize("linked", [True, False])
+def test_node_texts_sent_together_fare_as_if_sent_one_by_one(monkeypatch, most, size, arrive, linked):
+    """As many as there is room for arrive, in order; each of the others is reported."""
+    rig = World("Ann", "Bob")
+    monkeypatch.setattr(p2pchat, "OUTBOX_MESSAGES", most)
+    monkeypatch.setattr(p2pchat, "OUTBOX_BYTES", size)
+    if not linked:
+        rig.network.break_link(rig.ann.link_to(rig.bob).connection)
+        rig.run(0.01)
+    texts = [letter * 300 for letter in "abcd"]
+    ids = rig.ann.node.send_chat_messages("*", texts)
+    check_bounds(rig.ann)
+    rig.run(10)
+    assert rig.bob.texts() == texts[:arrive] and rig.ann.texts("sent") == texts
+    assert [event["id"] for event in rig.ann.saw("sent")] == ids
+    assert [event["id"] for event in rig.ann.saw("delivered")] == ids[:arrive]
+    assert [event["id"] for event in rig.ann.saw("failed")] == ids[arrive:]
+
+
+@pytest.mark.parametrize("texts", [["a", " ", "c"], ["a", "b" * 17_000]])
+def test_node_of_texts_sent_together_none_is_sent_if_one_can_not_be(rig, texts):
+    with pytest.raises(p2pchat.ChatError):
+        rig.ann.node.send_chat_messages("*", texts)
+    rig.run(1)
+    assert not rig.ann.saw("sent") and not rig.bob.texts()
+
+
+@pytest.mark.parametrize("reply_after, own_sends", [(0.0, 0), (0.001, 0), (0.003, 1), (None, 1)])
+def test_node_an_acknowledgement_travels_with_a_reply_that_comes_at_once(rig, reply_after, own_sends):
+    """What Bob sends while he takes in a text and answers it: one piece, unless the answer takes too long."""
+    rig.run(1.0)
+    connection, sent = rig.bob.link_to(rig.ann).connection, []
+    transmit = connection.transmit
+    connection.transmit = lambda data: sent.append(data) or transmit(data)
+    if reply_after is not None:
+        rig.bob.answers["chat"] = lambda event: rig.bob.loop.call_later(
+            reply_after, rig.bob.send_chat_message, rig.ann.me.id, "yes")
+    rig.ann.say("well?")
+    rig.run(0.3)
+    alone = [data for data in sent if b"MSG_CHAT_ACK" in data and b'"MSG_CHAT"' not in data]
+    assert rig.ann.saw("delivered") and len(alone) == own_sends
+    assert rig.ann.texts() == ([] if reply_after is None else ["yes"])
 
 
 @pytest.mark.parametrize("seconds", [3, 6, 9, 12, 20])
