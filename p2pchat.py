@@ -117,7 +117,8 @@ STALL_TIMEOUT = 10.0  # a connection is aborted when it takes none of its queued
 LINE_TIMEOUT = 10.0  # a message that was begun must be complete by then; every 64 KiB of it allow as much again
 NAME_TIME = 30.0  # an address that a name had is used for this long: longer than the wait between two dials of it
 DRAIN_TIMEOUT = 3.0  # a closing connection has this long to deliver what is queued
-TURN_TIME = 0.025  # for the ready sockets of one turn: timers, keys and output wait no longer than that and one read
+TURN_TIME = 0.015  # for the ready sockets of one turn, and as much goes into telling of it: keys and timers wait no longer
+FLUSH_TIME = 0.008  # for sending, twice a turn: a list of 1,000 peers to as many newcomers is 100 MB
 ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes eight turns; more makes turns longer
 ACCEPT_PAUSE = 0.5  # accepting pauses for this long when the descriptors are used up
 MAX_PER_ADDRESS = 256  # peers at one address other than our own, so that no single machine fills the list
@@ -135,6 +136,8 @@ TOMBSTONE_TIME = 3600.0  # a removed peer is remembered for this long, so that n
 NEWS_INTERVAL = 0.2  # between two rounds of passing on news; memberlist's gossip interval
 NEWS_FANOUT = 3  # peers told in one round; memberlist's gossip nodes
 NEWS_ROUNDS = 4  # each item is sent this many times the number of digits of the number of peers
+MERGE_PORTION = 256  # records merged in one turn: some 10 ms of work
+MAX_MERGING = 8 * MAX_PEERS  # records that wait for that: some 30 MB
 NEWS_BATCH = 200  # items in one message, some 30 KiB
 RECENT_TIME = 5.0  # peers that left this recently are told to each newly linked peer: it missed that news
 CLOCK_JUMP = 10.0  # the machine slept if a probe is this late, or if the wall clock jumped by this much
@@ -2071,9 +2074,9 @@ class Loop:
     def turn(self, longest: Optional[float] = None) -> None:
         """Wait for a socket or a timer, at most `longest` seconds, then handle those that are ready or due.
 
-        Ready sockets get TURN_TIME together. The rest of them come first in the next turn, so none waits for long."""
-        if not self._ready:
-            self._ready.extend(self._selector.select(self._wait_time(longest)))
+        Ready sockets get TURN_TIME together, and sending gets FLUSH_TIME. The rest of them come first in the next
+        turn, behind nothing but the keyboard, so none waits for long."""
+        self._select(longest)
         end = self.now() + TURN_TIME
         while self._ready:
             key, events = self._ready.popleft()
@@ -2096,6 +2099,14 @@ class Loop:
             self._run(callback, None)
         self._flush()
 
+    def _select(self, longest: Optional[float]) -> None:
+        """Wait until something is ready, unless something is left of the turn before. Watched files come first."""
+        left = {key.fd for key, _ in self._ready}
+        for ready in self._selector.select(0.0 if left else self._wait_time(longest)):
+            if ready[0].fd not in left:
+                put = self._ready.appendleft if ready[0].data[1] is self else self._ready.append
+                put(ready)
+
     def at_turn_end(self, callback: Callable[[], None]) -> None:
         """Call back once, after this turn has handled everything; then what was queued by that is sent, too."""
         self._turn_ends.append(callback)
@@ -2115,9 +2126,14 @@ class Loop:
         self._to_flush_soon.clear()
 
     def _flush(self) -> None:
+        """Send what is queued. Connections for which there is no time have theirs sent in the next turn."""
+        end = self.now() + FLUSH_TIME
         queued, self._unflushed = self._unflushed, []
-        for connection in queued:  # one that has closed meanwhile has nothing queued
+        for number, connection in enumerate(queued, 1):  # one that has closed meanwhile has nothing queued
             self._run(connection.flush, connection)
+            if self.now() >= end:
+                self._unflushed[:0] = queued[number:]
+                break
 
     def set_interest(self, sock: Any, interest: int, ready: Optional[Callable[[int], None]] = None,
                      owner: Optional[Connection] = None) -> None:
@@ -2184,6 +2200,43 @@ class Ticker:
     def _tick(self) -> None:
         self._timer = self._loop.call_later(self._interval, self._tick)  # first, so that an error does not end it
         self._callback()
+
+
+class Backlog:
+    """Long lists, worked off in portions, one list after the other and a portion a turn, so that no turn takes long.
+
+    The first portion of each is done at once. A list that would make more than `most` items wait ends with that."""
+
+    def __init__(self, loop: Loop, portion: int, most: int) -> None:
+        self._loop = loop
+        self._portion = portion
+        self._most = most
+        self._lists: Deque[Tuple[Sequence[Any], Callable[[Any], None], Callable[[], None]]] = collections.deque()
+        self._waiting = 0  # items
+        self._timer = Timer()  # of the next portion
+
+    def work_off(self, items: Sequence[Any], handle: Callable[[Any], None], then: Callable[[], None]) -> None:
+        """Call `handle` with each item, and `then` at the end."""
+        self._waiting += len(items)
+        if self._waiting > self._most:
+            self._waiting -= len(items[self._portion:])
+            items = items[:self._portion]
+        self._do_portion(items, handle, then)
+
+    def _continue(self) -> None:
+        self._do_portion(*self._lists.popleft())
+
+    def _do_portion(self, items: Sequence[Any], handle: Callable[[Any], None], then: Callable[[], None]) -> None:
+        portion, rest = items[:self._portion], items[self._portion:]
+        self._waiting -= len(portion)
+        if rest:
+            self._lists.appendleft((rest, handle, then))
+        if self._lists and not self._timer.active:
+            self._timer = self._loop.call_later(0, self._continue)
+        for item in portion:
+            handle(item)
+        if not rest:
+            then()
 
 
 def find_local_addresses() -> List[str]:
@@ -3905,15 +3958,17 @@ class Gossip:
         """The list that we asked for: merge it, and send back what it lacks."""
         peers, listed = self.node.peers, message["content"]["peer_list"]
         before = len(peers)
-        if listed:
-            self.merge_peer_lists(link, listed)
-            if len(listed) < MAX_PEERS:
+
+        def finish() -> None:
+            if listed and len(listed) < MAX_PEERS:
                 their_keys = {record.get("instance", "") or record["id"] for record in listed}
                 now = self.node.loop.now()
                 self._send_news(link, [peer.wire(now) for peer in peers.shared() if peer.key not in their_keys])
-        if link.peer is not None:
-            self._report(link.peer, len(peers) - before)
-        self._has_synced = True
+            if link.peer is not None:
+                self._report(link.peer, len(peers) - before)
+            self._has_synced = True
+
+        self.merge_peer_lists(link, listed, finish)
 
     def _report(self, peer: Contact, found: int) -> None:
         by_user, peer.sync_by_user = peer.sync_by_user, None
@@ -3925,21 +3980,30 @@ class Gossip:
 
     # -- merging ---------------------------------------------------------------------------------------
 
-    def merge_peer_lists(self, link: Link, records: List[Dict[str, Any]]) -> None:
-        """Merge records that a peer sent into our list; tell it where we know better."""
+    def merge_peer_lists(self, link: Link, records: List[Dict[str, Any]], then: Callable[[], None] = lambda: None
+                         ) -> None:
+        """Merge records that a peer sent into our list, in portions; tell it where we know better. Then call `then`."""
         if not link.take_traffic(len(records)):
             return
-        before, new, answers = len(self.node.peers), [], []
-        for record in records:
+        before = len(self.node.peers)
+        new: List[Contact] = []
+        answers: List[Dict[str, Any]] = []
+
+        def merge(record: Dict[str, Any]) -> None:
             verdict, peer = self._merge_record(link, record)
             if verdict == NEW:
                 new.append(peer)
             elif verdict == STALE:
                 answers.append(peer.wire(self.node.loop.now()))
-        if len(new) <= max(before, 1):  # a newcomer's first list is no news to anybody else
-            for peer in new:
-                self.node.spread(peer, ALIVE)
-        self._send_news(link, answers[:NEWS_BATCH])
+
+        def finish() -> None:
+            if len(new) <= max(before, 1):  # a newcomer's first list is no news to anybody else
+                for peer in new:
+                    self.node.spread(peer, ALIVE)
+            self._send_news(link, answers[:NEWS_BATCH])
+            then()
+
+        self.node.backlog.work_off(records, merge, finish)
 
     def _merge_record(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Contact]:
         node = self.node
@@ -4093,8 +4157,7 @@ class Discovery(Endpoint):
             self._send_heartbeat()
         if self._registered_name != node.me.username:  # we were renamed since we registered
             self.register()
-        self._merge(content["peer_list"])
-        node.on_settled()
+        self._merge(content["peer_list"], node.on_settled)
 
     def _send_heartbeat(self) -> None:
         interval = self.node.settings.heartbeat_interval
@@ -4130,20 +4193,26 @@ class Discovery(Endpoint):
 
     def handle_peer_list_update(self, message: Message) -> None:
         """The server says who came and who left."""
-        self._merge(message["content"]["joined"])
-        for gone in message["content"]["left"]:
+        self._merge(message["content"]["joined"], functools.partial(self._on_left, message["content"]["left"]))
+
+    def _on_left(self, left: List[Dict[str, Any]]) -> None:
+        for gone in left:
             peer = self.node.peers.get(gone["id"])
             reason = clean(gone.get("reason", ""))[:100]
             if peer is not None and gone.get("instance", peer.instance) == peer.instance and reason != "renamed":
                 self.node.detector.on_accusation(peer, LEFT if reason == "left" else SUSPECT, reason or "silent")
 
-    def _merge(self, records: List[Dict[str, Any]]) -> None:
+    def _merge(self, records: List[Dict[str, Any]], then: Callable[[], None]) -> None:
         if not self.traffic.take(self.node.loop.now(), len(records)):
             self.connection.abort("the server sends too much")
             return
-        for record in records:
+        server_ip = self.connection.remote[0]
+
+        def merge(record: Dict[str, Any]) -> None:
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
-                self.node.gossip.merge_hearsay(record, self.connection.remote[0])
+                self.node.gossip.merge_hearsay(record, server_ip)
+
+        self.node.backlog.work_off(records, merge, then)
 
     # -- without a server ------------------------------------------------------------------------------
 
@@ -4320,13 +4389,14 @@ class Delivery:
         if taken:
             peer.outbox.progress_at = self.node.loop.now()
         self.in_flight -= len(taken)
+        emit, public = self.node.emit, peer.public
         for pending in taken:
             while refused and refused[0][1] < pending.sequence:
                 refused.popleft()
             if refused and refused[0][0] <= pending.sequence:
                 self._on_failed(peer, pending, clean(refused[0][2])[:200])
             else:
-                self.node.emit({"event": "delivered", "id": pending.message_id, "to": peer.public})
+                emit({"event": "delivered", "id": pending.message_id, "to": public})
         if content.get("refused"):
             link.send(MSG_CHAT_SETTLED, {"upto": content["upto"]})
         self.node.maybe_depart()
@@ -4758,6 +4828,7 @@ class PeerNode:
         self.peers: PeerList[Contact] = PeerList(self.me)
         self.news = News()
         self.targets = Targets()
+        self.backlog = Backlog(loop, MERGE_PORTION, MAX_MERGING)  # of records to merge
         self.files = FileServer(loop, "--join")
         self.undelivered = 0  # messages reported as failed
         self.leaving = False  # no new messages; what is under way may still arrive
@@ -5273,11 +5344,13 @@ class Receipts:
 
     def settle(self, peer_id: str, outcome: str) -> bool:
         """Note what became of it at one receiver; return whether there was no outcome yet."""
-        was_open = self.outcomes.get(peer_id, outcome) is None
+        is_first = self.outcomes.get(peer_id, outcome) is None
         self.outcomes[peer_id] = outcome
-        self.waiting -= was_open
-        self.failed += outcome != ""
-        return was_open
+        if is_first:
+            self.waiting -= 1
+        if outcome:
+            self.failed += 1
+        return is_first
 
     def forget_delivered(self) -> None:
         """Keep only the failures, which are shown for good."""
@@ -5332,7 +5405,8 @@ class Outgoing:
         receipts = self.under_way.get(message_id)
         if receipts is None:
             return None
-        self._deliveries -= receipts.settle(peer_id, outcome)
+        if receipts.settle(peer_id, outcome):
+            self._deliveries -= 1
         if not receipts.waiting:
             del self.under_way[message_id]
             self._size -= wire_size(receipts.text)
@@ -5647,12 +5721,12 @@ class Transcript:
 
     def add(self, now: float, kind: str, text: str, sender: str = "", to: str = "", own: bool = False) -> None:
         """Print a message or a notice; keep it if it is a message."""
-        start = head_text(kind, sender, to)
+        start, kept = head_text(kind, sender, to), self._kept
         if kind in CHAT_KINDS:
-            self._kept.append((now, start, text))
+            kept.append((now, start, text))
             self._size += len(text)
-            while len(self._kept) > MAX_ENTRIES or self._size > MAX_SCROLLBACK:
-                self._size -= len(self._kept.popleft()[2])
+            while len(kept) > MAX_ENTRIES or self._size > MAX_SCROLLBACK:
+                self._size -= len(kept.popleft()[2])
         if self._show is not None and (self._echo or not own):
             self._show(self._line(now, start, text))
 
@@ -5915,8 +5989,9 @@ class Narrator:
     def handle(self, events: List[Event]) -> None:
         """Take in the events of one turn."""
         self._labels.clear()
+        handlers = self._handlers
         for event in events:
-            handler = self._handlers.get(event["event"])
+            handler = handlers.get(event["event"])
             if handler is not None:
                 handler(event)
         if self._failures:
@@ -5971,21 +6046,24 @@ class Narrator:
         return label
 
     def on_delivered(self, event: Event) -> None:
-        self._settle(event, "")
+        """Note that a message was shown. There are so many of these that the usual case is all done here."""
+        receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], "")
+        if receipts is not None and receipts.failed:
+            self._on_settled(receipts)
 
     def on_failed(self, event: Event) -> None:
         """Say that a message was not delivered; on the screen that stands below the message itself."""
-        receipts = self._settle(event, event["reason"] or "it failed")
+        receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], event["reason"] or "it failed")
+        if receipts is not None:
+            self._on_settled(receipts)
         if receipts is None or not self.view.on_screen:
             name = self.view.node.label(event["to"]["id"])
             self.view.notice(f"✗ not delivered to {name} ({event['reason']}): {_shortened(event['text'])}", "error")
 
-    def _settle(self, event: Event, outcome: str) -> Optional[Receipts]:
-        """Note what became of a message at one receiver; return its receipts, if it was under way."""
-        receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], outcome)
-        if receipts is not None and receipts.failed and not receipts.waiting and self.view.on_screen:
+    def _on_settled(self, receipts: Receipts) -> None:
+        """A message that failed somewhere has one more outcome: report it when it has all."""
+        if not receipts.waiting and self.view.on_screen:
             self._failures.append(receipts)
-        return receipts
 
     def _report_failures(self) -> None:
         """Say again what stands below messages that are out of sight; keep it if the screen will soon be gone."""
@@ -6981,7 +7059,7 @@ WHEEL_ROWS = 3  # that a notch scrolls where the terminal tells of the mouse its
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
 PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
 SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
-INPUT_TIME = 0.01  # seconds of a turn for lines of input: the others wait for the next turn
+INPUT_TIME = 0.006  # seconds of a turn for lines of input: the others wait for the next turn
 INPUT_LINES = 64  # lines of input that are sent together
 INPUT_PORTION = 64 * 1024  # bytes of them, on the wire: a few of the longest texts
 INPUT_ROOM = 512 * 1024  # bytes of a turn: what a turn adds to MAX_SENDING still fits an outbox

@@ -3849,21 +3849,40 @@ def test_addresses_as_typed(text, address):
 
 
 def test_loop_a_turn_handles_no_more_sockets_than_there_is_time_for(monkeypatch):
-    """The others come first in the next turns, and what is due comes between."""
+    """The others come first in the next turns. What is due comes between, and a key that is pressed meanwhile."""
     monkeypatch.setattr(p2pchat, "TURN_TIME", 0.0)
     with LoopRig() as rig:
         pairs, log = [socket.socketpair() for _ in range(4)], []
-        for number, (here, there) in enumerate(pairs):
-            rig.loop.watch(here, functools.partial(log.append, number))
+        (keys, typing), *sockets = pairs
+        rig.loop.watch(keys, lambda: log.append(keys.recv(1)))
+        for number, (here, there) in enumerate(sockets):
+            rig.loop.set_interest(here, selectors.EVENT_READ, lambda events, number=number: log.append(number))
             there.send(b"x")
-        for _ in range(8):
+        for turn in range(7):
+            if turn == 2:
+                typing.send(b"k")
             rig.loop.call_later(0, log.append, "timer")
             rig.loop.turn(1)
-        assert log[1::2] == ["timer"] * 8 and sorted(log[0:8:2]) == sorted(log[8::2]) == [0, 1, 2, 3]
-        for here, there in pairs:
-            rig.loop.unwatch(here)
-            here.close()
-            there.close()
+        assert log[1::2] == ["timer"] * 7 and log[4] == b"k"
+        assert sorted([log[0], log[2], log[6]]) == sorted(log[8::2]) == [0, 1, 2]
+        for end in itertools.chain(*pairs):
+            rig.loop.set_interest(end, 0)
+            end.close()
+
+
+def test_loop_sends_to_no_more_connections_than_there_is_time_for(monkeypatch):
+    """The others come first in the next turns."""
+    monkeypatch.setattr(p2pchat, "FLUSH_TIME", 0.0)
+    with LoopRig() as rig:
+        log = []
+        for number in range(3):
+            connection = p2pchat.Connection(rig.loop, ("127.0.0.1", 1), p2pchat.OPEN)
+            connection.flush = functools.partial(log.append, number)
+            connection.send(b"x")
+        rig.loop.at_turn_end(lambda: log.append("end"))
+        for _ in range(2):
+            rig.loop.turn(1)
+        assert log == [0, "end", 1, 2]
 
 
 def test_loop_what_a_turn_sends_leaves_before_its_end(wire):
@@ -3887,6 +3906,26 @@ def test_loop_what_may_wait_travels_with_what_may_not(wire):
     wire.connection.send(b"ack\n", may_wait=True)
     wire.connection.close("over")  # nor when it closes
     assert wire.read_all(4) == b"ack\n"
+
+
+@pytest.mark.parametrize("lists, most, turns", [
+    ([""], 9, ["|"]),  # the items of each list; then what each turn does, "|" for the end of a list
+    (["abc"], 9, ["abc|"]), (["abcd"], 9, ["abc", "d|"]), (["abcdefgh"], 9, ["abc", "def", "gh|"]),
+    (["abcdef", "uvwxyz"], 12, ["abcuvw", "xyz|", "def|"]),  # a portion a turn, however many lists
+    (["abcdef", "uv"], 9, ["abcuv|", "def|"]),  # a short list need not wait
+    (["abcdef", "uvwxyz"], 8, ["abcuvw|", "def|"]),  # one that is too much ends with its first portion
+], ids=str)
+def test_loop_backlog(lists, most, turns):
+    loop = p2pchat.Loop()
+    backlog, seen, done = p2pchat.Backlog(loop, 3, most), [], []
+    for items in lists:
+        backlog.work_off(items, seen.append, lambda: seen.append("|"))
+    while seen:
+        done.append("".join(seen))
+        seen.clear()
+        loop.turn(0.001)
+    loop.close()
+    assert done == turns
 
 
 def loop_taker(accepted):
