@@ -4966,6 +4966,19 @@ def test_node_what_was_shown_is_never_told_as_refused(lost):
     assert [text[0] for text in rig.ann.texts("failed")] == ["b", "d"] and len(rig.ann.saw("delivered")) == 3
 
 
+@pytest.mark.parametrize("by, settled", [("server", True), ("first", False)])
+def test_node_long_lists_are_merged_in_portions(monkeypatch, by, settled):
+    """All of a list is merged, and what follows from it follows only then."""
+    monkeypatch.setattr(p2pchat, "MERGE_PORTION", 2)
+    world = World("Ann", "Bob", "Cy", "Di", "Eve", by=by)
+    late = world.add("Late")
+    world.until(lambda: len(late.node.peers) == 5, 5)
+    world.run(1)
+    kinds = [event["event"] for event in late.events if event["event"] in ("joined", "settled")]
+    assert kinds.count("joined") == 5 and (not settled or kinds == ["joined"] * 5 + ["settled"])
+    assert all(len(peer.node.peers) == 5 for peer in world.peers)
+
+
 def test_node_a_full_queue_is_reported(monkeypatch, rig):
     monkeypatch.setattr(p2pchat, "OUTBOX_MESSAGES", 3)
     rig.bob.loop.freeze()
