@@ -117,7 +117,7 @@ STALL_TIMEOUT = 10.0  # a connection is aborted when it takes none of its queued
 LINE_TIMEOUT = 10.0  # a message that was begun must be complete by then; every 64 KiB of it allow as much again
 NAME_TIME = 30.0  # an address that a name had is used for this long: longer than the wait between two dials of it
 DRAIN_TIMEOUT = 3.0  # a closing connection has this long to deliver what is queued
-TURN_TIME = 0.015  # for the ready sockets of one turn, and as much goes into telling of it: keys and timers wait no longer
+TURN_TIME = 0.015  # for the ready sockets of one turn, and as much goes into telling of it: keys and timers wait for it
 FLUSH_TIME = 0.008  # for sending, twice a turn: a list of 1,000 peers to as many newcomers is 100 MB
 ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes eight turns; more makes turns longer
 ACCEPT_PAUSE = 0.5  # accepting pauses for this long when the descriptors are used up
@@ -5330,13 +5330,19 @@ def _first_word(text: str) -> int:
     return at
 
 
+def wire_size(text: str) -> int:
+    """Return the most bytes that a text can have in a message: beyond ASCII a character is one escape, or two."""
+    return len(text) if text.isascii() else 12 * len(text)
+
+
 class Receipts:
     """What became of an own message at each of its receivers."""
 
-    __slots__ = ("text", "seq", "outcomes", "waiting", "failed")
+    __slots__ = ("text", "size", "seq", "outcomes", "waiting", "failed")
 
     def __init__(self, text: str, receivers: Iterable[str]) -> None:
         self.text = text
+        self.size = wire_size(text)
         self.seq = -1  # of its entry, if there is a scrollback
         self.outcomes: Dict[str, Optional[str]] = dict.fromkeys(receivers)  # None under way, "" delivered, else why not
         self.waiting = len(self.outcomes)  # receivers with no outcome yet
@@ -5370,11 +5376,6 @@ class Receipts:
         return [f"✗ not delivered to {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
 
 
-def wire_size(text: str) -> int:
-    """Return the most bytes that a text can have in a message: beyond ASCII a character is one escape, or two."""
-    return len(text) if text.isascii() else 12 * len(text)
-
-
 class Outgoing:
     """The user's own messages: those under way, and the last one."""
 
@@ -5397,7 +5398,7 @@ class Outgoing:
         if receipts.waiting:
             self.under_way[message_id] = receipts
             self._deliveries += receipts.waiting
-            self._size += wire_size(text)
+            self._size += receipts.size
         return receipts
 
     def settle(self, message_id: str, peer_id: str, outcome: str) -> Optional[Receipts]:
@@ -5409,7 +5410,7 @@ class Outgoing:
             self._deliveries -= 1
         if not receipts.waiting:
             del self.under_way[message_id]
-            self._size -= wire_size(receipts.text)
+            self._size -= receipts.size
             if receipts is not self.last:  # /info tells all about the last one
                 receipts.forget_delivered()
         return receipts
@@ -8022,8 +8023,8 @@ class PlainInterface(Interface):
         """Do what the input says, as far as this turn has time and not too much is under way."""
         until, room = self.loop.now() + INPUT_TIME, INPUT_ROOM
         while self._input and room > 0 and not self.view.outgoing.is_full and self.loop.now() < until:
-            lines = self._next_portion()
-            room -= sum(map(wire_size, lines))
+            lines, size = self._next_portion()
+            room -= size
             if len(lines) > 1:
                 self.view.commands.enter_texts(lines)
             else:
@@ -8038,15 +8039,17 @@ class PlainInterface(Interface):
             self.reader.resume()
         self._writer.flush()
 
-    def _next_portion(self) -> List[str]:
-        """Take the next line; if it surely is a text, so are more that follow, and they are sent together."""
+    def _next_portion(self) -> Tuple[List[str], int]:
+        """Take the next line; if it surely is a text, so are more that follow, and they are sent together.
+
+        Return them and their size on the wire."""
         lines = [self._input.popleft()]
-        room = INPUT_PORTION - wire_size(lines[0])
+        size = wire_size(lines[0])
         if is_surely_text(lines[0]):
-            while self._input and room > 0 and len(lines) < INPUT_LINES and is_surely_text(self._input[0]):
+            while self._input and size < INPUT_PORTION and len(lines) < INPUT_LINES and is_surely_text(self._input[0]):
                 lines.append(self._input.popleft())
-                room -= wire_size(lines[-1])
-        return lines
+                size += wire_size(lines[-1])
+        return lines, size
 
     def enter(self, line: str) -> None:
         """Do what a line of input says."""
