@@ -1,4 +1,4 @@
-"""Tests of p2pchat: python -m pytest. Also: python test_p2pchat.py bench|simulate|soak|hostile|fuzz."""
+"""Tests of p2pchat: python -m pytest. Also: python test_p2pchat.py bench|simulate|soak|hostile|fuzz|picture."""
 
 import argparse
 import ast
@@ -10430,6 +10430,114 @@ def test_readme_has_the_messages_and_events_of_the_program():
         assert {row[0].strip("`") for row in readme_table(heading)} == names
 
 
+def test_readme_has_no_long_sentences():
+    """Each sentence has at most 40 words, in a paragraph, in an item of a list, in a cell of a table."""
+    with open(os.path.join(os.path.dirname(PROGRAM_FILE), "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    text = re.sub(r"^```.*?^```$|^    .*?$", "\n", text, flags=re.DOTALL | re.MULTILINE)
+    pieces = re.split(r"\n\n+|\n- |\n#+ |\n\d\. | \| |\|\n|(?<=[.!?])[)*]*\s", re.sub("`[^`]*`", "code", text))
+    assert len(pieces) > 500 and [piece for piece in pieces if len(piece.split()) > 40] == []
+
+
+# -- the picture of the README -------------------------------------------------------------------------
+
+PICTURE_FILE = os.path.join(os.path.dirname(PROGRAM_FILE), ".github", "p2pchat.svg")
+PICTURE_TALK = (  # who, what; "Bob>" said it to Alice alone, "Bob<" was told it
+    ("Alice", "Good morning! It is exercise 3 today, in pairs."),
+    ("Bob", "Good morning 👋"), ("李雷", "大家早上好！"), ("Мария", "Доброе утро! Who pairs up with me?"), ("Bob", "/me raises a hand"),
+    ("Zoë>", "May I hand in mine on paper?"), ("Zoë<", "Of course."),
+    ("Ελένη", "Alice, does part b need a proof? Καλημέρα!"), ("Alice", "A sketch is enough. Who has part a?"),
+    ("李雷", "We do:\ndef fib(n):\n    a, b = 0, 1\n    while n:\n        n, a, b = n - 1, b, a + b\n    return a"),
+    ("Ελένη", "👍"), ("Alice", "That is it. Nine more minutes!"))
+
+
+def picture_styles():
+    """What the styles look like on a dark terminal of 256 colours, as CSS: told by the code that makes them."""
+    palette = {1: (224, 80, 80), 5: (200, 110, 200)}  # what terminals choose themselves
+    pairs, levels = {}, (0, 95, 135, 175, 215, 255)
+    curses = types.SimpleNamespace(A_BOLD=1, A_DIM=2, A_UNDERLINE=4, A_REVERSE=8, COLORS=256, error=OSError,
+                                   start_color=int, use_default_colors=int, color_pair=lambda pair: pair << 4,
+                                   init_pair=lambda pair, colour, _: pairs.update({pair: colour}))
+    terminal = types.SimpleNamespace(_curses=curses, _styles={})
+    p2pchat.Terminal._make_styles(terminal)
+    for style, value in terminal._styles.items():
+        colour = pairs.get(value >> 4)
+        rgb = palette.get(colour) or [levels[(colour - 16) // step % 6] for step in (36, 6, 1)] if colour else (220, 220, 220)
+        css = f"fill:#{bytes(rgb).hex()}" if not value & 8 else "fill:#1c1c1c"
+        yield style, (bool(value & 8), css + ";font-weight:bold" * (value & 1) + ";opacity:.6" * (value >> 1 & 1)
+                      + ";text-decoration:underline" * (value >> 2 & 1))
+
+
+def picture_view():
+    """A room in which people talk, always at the same time."""
+    view = view_make("Bob", "Zoë", "李雷", "Мария", "Ελένη", "Priya")
+    view.node.loop.seconds = start = 1_699_952_400.0  # nine o'clock
+    view.node.server_status = lambda: (True, "10.0.0.9:9999", start)
+    view.node.peers.get(view_peer(view, "Мария")["id"]).link = None
+    view.node.peers.get(view_peer(view, "Priya")["id"]).away = "back at ten"
+    names = [peer.id for peer in view.node.present()]
+    view_event(view, {"event": "ready", "id": view.node.me.id})
+    for peer in view.node.present():
+        view_event(view, {"event": "joined", "peer": peer.public})
+    view_event(view, {"event": "server", "online": True, "address": "10.0.0.9:9999", "reason": ""})
+    view.people.fresh.clear()
+    for number, (who, text) in enumerate(PICTURE_TALK):
+        view.node.loop.seconds += 25
+        if who == "Alice" or who.endswith("<"):
+            view.node.send_chat_message(view_peer(view, who[:-1])["id"] if who.endswith("<") else None, text)
+            for peer_id in names[number + 1 == len(PICTURE_TALK):]:  # somebody has not acknowledged the last one yet
+                view_event(view, {"event": "delivered", "id": f"me-{len(view.node.sent)}", "to": {"id": peer_id}})
+        else:
+            view_chat(view, who.rstrip(">"), text, private=who.endswith(">"))
+    view.keyboard.type("/msg Zoë See you af")
+    return view
+
+
+def draw_picture(rows=24, cols=80):
+    """The screen of that room as SVG: each piece of one style stands at its columns, and so does each wide character."""
+    x, y, parts, styles = 8, 16, [], dict(picture_styles())
+    view = picture_view()
+    view_screen(view, rows, cols)
+    screen = p2pchat.render(view, rows, cols)
+
+    def block(row, column, columns):
+        parts.append(f'<rect x="{column * x}" y="{row * y}" width="{columns * x}" height="{y}" fill="#dcdcdc"/>')
+
+    block(*screen.cursor, 1)
+    for row, line in enumerate(screen.lines):
+        column = 0
+        for text, style in line:
+            is_reverse, css = styles.get(style, (False, ""))
+            if is_reverse:
+                block(row, column, p2pchat.width(text))
+            for run in re.findall("[^\u1100-\U0010ffff]+|─+|.", text.replace(" ", "\xa0")):
+                columns = p2pchat.width(run)
+                if run.strip():
+                    parts.append(f'<text x="{column * x}" y="{row * y + 12}" textLength="{columns * x}" '
+                                 f'style="{css}">{run.replace("&", "&amp;").replace("<", "&lt;")}</text>')
+                column += columns
+    width, height = cols * x + 24, rows * y + 24
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="-12 -12 {width} {height}">',
+        f"<title>p2pchat in a terminal of {cols} columns and {rows} rows</title>",
+        "<style>text{font:13.3px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;fill:#dcdcdc}</style>",
+        f'<rect x="-12" y="-12" width="{width}" height="{height}" rx="8" fill="#1c1c1c"/>', *parts, "</svg>\n"])
+
+
+def picture(arguments):
+    """Write the picture at the top of README.md."""
+    os.makedirs(os.path.dirname(PICTURE_FILE), exist_ok=True)
+    with open(PICTURE_FILE, "w", encoding="utf-8") as file:
+        file.write(draw_picture())
+    print(PICTURE_FILE)
+
+
+def test_the_picture_of_the_readme_is_what_the_program_draws():
+    with open(PICTURE_FILE, encoding="utf-8") as file:
+        assert file.read() == draw_picture(), "draw it anew: python3 test_p2pchat.py picture"
+
+
+
 def test_help_has_a_sentence_and_examples_that_can_be_typed(capsys):
     for command in ("peer", "server"):
         with pytest.raises(SystemExit):
@@ -10841,6 +10949,7 @@ ON_DEMAND = """usage: python test_p2pchat.py COMMAND
   bench [NAME...]                            the figures, beside their references
   hostile [NAME...]                          the heavy part of hostile input, in full
   fuzz [--seeds N] [--minutes N] [--first N] mutated messages against codec, server and peer
+  picture                                    the picture of the README, drawn anew
 The suite itself: python -m pytest test_p2pchat.py"""
 
 
@@ -10856,7 +10965,8 @@ def fuzz_command(arguments):
 
 def on_demand(arguments):
     """Run what is too long for the suite; return the exit status."""
-    commands = {"simulate": simulate, "soak": soak, "bench": bench, "hostile": hostile, "fuzz": fuzz_command}
+    commands = {"simulate": simulate, "soak": soak, "bench": bench, "hostile": hostile, "fuzz": fuzz_command,
+                "picture": picture}
     if not arguments or arguments[0] not in commands:
         print(ON_DEMAND)
         return 2
