@@ -10484,7 +10484,7 @@ def picture_view():
     for number, (who, text) in enumerate(PICTURE_TALK):
         view.node.loop.seconds += 25
         if who == "Alice" or who.endswith("<"):
-            view.node.send_chat_message(view_peer(view, who[:-1])["id"] if who.endswith("<") else None, text)
+            view.node.send_chat_messages(view_peer(view, who[:-1])["id"] if who.endswith("<") else "*", [text])
             for peer_id in names[number + 1 == len(PICTURE_TALK):]:  # somebody has not acknowledged the last one yet
                 view_event(view, {"event": "delivered", "id": f"me-{len(view.node.sent)}", "to": {"id": peer_id}})
         else:
