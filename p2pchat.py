@@ -3519,10 +3519,6 @@ class Links:
                 may_dial = node.me.key < peer.key or now - peer.last_sign_at() > QUIET_AFTER - 1
                 if peer.link is None and may_dial and node.targets.is_due(peer.route, now):
                     self.dial(peer.route, PRESENT_PEER, peer)
-        else:  # too many to be linked to all: verify one that was only heard of
-            unheard = [peer for peer in node.peers.present() if not peer.heard_at]
-            for peer in node.peers.sample(node.loop.random, 1, unheard):
-                self.dial(peer.route, PRESENT_PEER, peer)
         for link in list(self.all):
             if link.peer is not None and now - link.used_at > IDLE_TIMEOUT and self._is_needless(link, link.peer):
                 link.connection.close("not needed")

@@ -4966,6 +4966,46 @@ def test_node_what_was_shown_is_never_told_as_refused(lost):
     assert [text[0] for text in rig.ann.texts("failed")] == ["b", "d"] and len(rig.ann.saw("delivered")) == 3
 
 
+def test_node_a_newcomer_s_first_list_is_no_news():
+    """It passes on who it has met, and not those that all others know longer than itself."""
+    world = World("Ann", "Bob", "Cy", "Di", "Eve")
+    late, told = world.add("Late"), []
+    add = late.node.news.add
+    late.node.news.add = lambda peer, status, size: told.append(peer.username) or add(peer, status, size)
+    world.until(lambda: len(late.node.peers) == 5, 5)
+    assert set(told) <= {"Late", "Ann"}
+
+
+@pytest.mark.parametrize("full, sent_back", [(False, 1), (True, 0)])
+def test_node_a_full_list_is_sent_nothing_that_it_lacks(monkeypatch, rig, full, sent_back):
+    """It has no room for more."""
+    rig.run(1)
+    monkeypatch.setattr(p2pchat, "MAX_PEERS", 8)
+    record = p2pchat.Peer("P", "10.7.0.1", 5000, "p", 1).wire(0.0)
+    records = [dict(record, id=f"P@10.7.0.{n}:5000", ip=f"10.7.0.{n}", instance=f"p{n}") for n in range(1, 9 if full else 8)]
+    eve = Client(rig.process_at(EVIL), answers={
+        "MSG_SYNC_PEERS_REQUEST": lambda content: ("MSG_SYNC_PEERS_RESPONSE", {"peer_list": records})}).dial(rig.ann.me.address)
+    eve.hello()
+    rig.run(1)
+    eve.heard.clear()
+    rig.ann.node.gossip.sync(rig.ann.record_of(eve.peer))
+    rig.run(0.1)
+    told = {each["username"] for content in eve.got("MSG_PEER_NEWS") for each in content["peers"]}
+    assert ("Bob" in told) == bool(sent_back)
+
+
+@pytest.mark.parametrize("after, lists", [(0.0, 1), (0.4, 1), (0.6, 2)])
+def test_node_whoever_asks_again_at_once_gets_one_list(rig, after, lists):
+    eve = Client(rig.process_at(EVIL)).dial(rig.ann.me.address)
+    eve.hello()
+    rig.run(1)
+    eve.heard.clear()
+    for wait in (after, 0.1):
+        eve.say("MSG_SYNC_PEERS_REQUEST", None)
+        rig.run(wait)
+    assert len(eve.got("MSG_SYNC_PEERS_RESPONSE")) == lists
+
+
 @pytest.mark.parametrize("by, settled", [("server", True), ("first", False)])
 def test_node_long_lists_are_merged_in_portions(monkeypatch, by, settled):
     """All of a list is merged, and what follows from it follows only then."""
