@@ -3650,9 +3650,6 @@ class Detector:
         for peer in ahead + behind:
             self.check_silence(peer)
         self._dial_a_lost_peer()
-        if self.is_isolated:
-            for peer in node.peers.sample(node.loop.random, MAX_DIALS // 2, node.peers.present()):
-                self.probe(peer)
 
     def probe(self, peer: Contact, status: str = ALIVE) -> None:
         """Ask a peer for a sign of life, and tell it what is said of it."""
@@ -4632,10 +4629,7 @@ class Finder:
             link.connection.close("a discovery server")
             return
         if link.peer is None and link.dialled:
-            before = node.me.ip
             node.whereabouts.on_seen(content.get("you", {}).get("ip"), link.connection.remote[0])
-            if node.me.ip != before:  # it did not believe our address, and was right
-                node.loop.call_later(DRAIN_TIMEOUT, node.links.dial, link.address, HEARSAY)
         link.failure = f"it says: {reason}"
 
     def on_server_failed(self) -> None:
