@@ -228,8 +228,9 @@ class Settings(NamedTuple):
 #
 # Cleaning, display width and wrapping. Every name and text from the network goes through clean() once, as
 # it comes in. After that it can be read and can do nothing else: it moves no cursor and hides nothing.
-# Terminals disagree about the width of some glyphs (joined emoji, skin tones, characters that this Python
-# does not know). Such a glyph is reduced to the part whose width is certain, so no line becomes too long.
+# Terminals disagree about the width of emoji that are joined, styled or newer than this Python. Each takes two
+# columns here, and steady() puts in its place what takes two everywhere; the screen draws the emoji over that.
+# Any other glyph is reduced to the part whose width is certain, so no line becomes too long.
 # Pure functions without state.
 # ======================================================================================================
 
@@ -243,6 +244,11 @@ _INVISIBLE = frozenset(map(chr, (
     *range(0xFE00, 0xFE0E), *range(0xFFF0, 0xFFF9))))
 _JOINING_SCRIPTS = ((0x0600, 0x0DFF), (0x1000, 0x109F), (0x1780, 0x18AF), (0xA840, 0xA87F), (0xFB50, 0xFDFF),
                     (0xFE70, 0xFEFE), (0x11000, 0x114DF))  # Arabic, Indic, Myanmar, Khmer, Mongolian
+_NEW_EMOJI = "\U0001f6d0-\U0001f6ff\U0001f7e0-\U0001f7ff\U0001f900-\U0001f9ff\U0001fa70-\U0001faff"  # where new ones go
+_PICTURE = "[\u2190-\u2bff\U0001f000-\U0001f1e5\U0001f200-\U0001faff]\ufe0f?[\U0001f3fb-\U0001f3ff]?"
+_SEQUENCE = re.compile(f"{_PICTURE}(\u200d{_PICTURE})*|[0-9#*]\ufe0f\u20e3|[©®]\ufe0f")
+_IS_NEW = re.compile(f"[{_NEW_EMOJI}]").match
+_MAY_BE_UNSTEADY = re.compile(f"[\u200d\ufe0f\U0001f3fb-\U0001f3ff{_NEW_EMOJI}]").search
 
 
 def clean(text: str, newlines: bool = False) -> str:
@@ -361,9 +367,11 @@ def wrap(text: str, cols: int, table: bool = False) -> List[str]:
 
 @functools.lru_cache(maxsize=8192)
 def glyph(cluster: str) -> Tuple[str, int]:
-    """Return what is drawn for a grapheme and how many columns it takes: the part whose width is certain."""
+    """Return what is drawn for a grapheme and how many columns it takes: an emoji, or the part that is certain."""
     base = cluster[0]
     category = unicodedata.category(base)
+    if is_unsteady(cluster):
+        return cluster, 2
     if category in ("Cn", "Co", "Cc", "Cs"):
         return _UNKNOWN, 1
     wide = unicodedata.east_asian_width(base) in "WF"
@@ -375,6 +383,30 @@ def glyph(cluster: str) -> Tuple[str, int]:
     rest = [character for character in cluster[1:] if character not in (_EMOJI_STYLE, _TEXT_STYLE)]
     spacing = sum(unicodedata.category(character) == "Mc" for character in rest)
     return base + "".join(rest), columns + spacing
+
+
+def is_unsteady(cluster: str) -> bool:
+    """Whether a grapheme is an emoji that takes one column, two or more, depending on the terminal."""
+    if len(cluster) == 1:
+        return unicodedata.category(cluster) == "Cn" and _IS_NEW(cluster) is not None
+    return _SEQUENCE.fullmatch(cluster) is not None
+
+
+def steady(text: str) -> str:
+    """Return a text of the same width, in which each emoji stands as the part that every terminal knows."""
+    if text.isascii() or not _MAY_BE_UNSTEADY(text):
+        return text
+    return "".join(_steady(cluster) if is_unsteady(cluster) else cluster for cluster in graphemes(text))
+
+
+def most_columns(cluster: str) -> int:
+    """Return how many columns an emoji takes where its parts are not joined."""
+    return sum(2 for character in cluster if character not in "\u200d\ufe0f\u20e3")
+
+
+def _steady(cluster: str) -> str:
+    base = _UNKNOWN if unicodedata.category(cluster[0]) == "Cn" else cluster[0]
+    return base + cluster[-1] * (cluster[-1] == "\u20e3") + " " * (unicodedata.east_asian_width(base) not in "WF")
 
 
 def _wrap_line(clusters: List[str], cols: int, indent: int) -> List[str]:
@@ -7353,6 +7385,34 @@ class Interface:
 _NO_TITLE = ("linux", "vt", "ansi", "cons", "sun")  # beginnings of TERM: terminals without a title
 
 
+def move_to(row: int, column: int) -> str:
+    """Return the sequence that moves the cursor."""
+    return f"\x1b[{row + 1};{column + 1}H"
+
+
+def emoji_over(line: Line, row: int, cols: int, sgr: Callable[[str], str]) -> str:
+    """Return what draws the unsteady emoji of a row over what stands for them.
+
+    A terminal that joins the parts needs two columns for an emoji. Another one draws the parts side by side, over what
+    stands behind them. So each is followed by a move of the cursor, and by what belongs there: then both show the
+    same row, the other terminal only the first part. Where the parts have no room in the row, they would go on in the
+    next one: the emoji is left as it is."""
+    pieces: List[str] = []
+    column = spoilt = 0  # columns up to `spoilt` may hold parts
+    for text, style in line:
+        for cluster in graphemes(text):
+            end = column + most_columns(cluster)
+            if is_unsteady(cluster) and end <= cols:
+                pieces.append(move_to(row, column) + sgr(style) + cluster)
+                spoilt = max(spoilt, end)
+            elif column < spoilt:
+                pieces.append(move_to(row, column) + sgr(style) + steady(cluster))
+            column += glyph(cluster)[1]
+    if column < spoilt:
+        pieces.append(f"{move_to(row, column)}\x1b[m" + " " * (spoilt - column))
+    return "".join(pieces)
+
+
 class Terminal:
     """The terminal while it shows our screen: a context manager that puts it back as it was."""
 
@@ -7380,6 +7440,7 @@ class Terminal:
         self._window: Any = None
         self._styles: Dict[str, int] = {}
         self._modes: Dict[str, bool] = {}  # those that this terminal can have; whether they are on
+        self._with_emoji: Dict[int, Line] = {}  # rows on screen over which emoji were drawn
         self._title = ""
 
     def __enter__(self) -> "Terminal":
@@ -7425,6 +7486,7 @@ class Terminal:
         if rows and cols:
             self._quietly(self._curses.resizeterm, rows, cols)
         self._window.clear()
+        self._with_emoji = {}
 
     def _quietly(self, call: Callable[..., Any], *args: Any) -> None:
         """Make a call that may fail: the terminal is a poor one, or gone, which is noticed elsewhere."""
@@ -7480,11 +7542,31 @@ class Terminal:
             self._quietly(self._draw_row, row, line)  # fails behind the last cell, but draws it
         self._quietly(self._window.move, *screen.cursor)  # the terminal may be smaller by now
         self._quietly(self._window.refresh)
+        if self._modes and self._utf8:
+            self._draw_emoji(screen)
+
+    def _draw_emoji(self, screen: Screen) -> None:
+        """Draw the emoji, past curses, over what it drew for them: in rows that have changed."""
+        rows = {row: line for row, line in enumerate(screen.lines) if any(_MAY_BE_UNSTEADY(text) for text, _ in line)}
+        before, self._with_emoji = self._with_emoji, rows
+        text = "".join(emoji_over(line, row, self.size()[1], self._sgr) for row, line in rows.items()
+                       if before.get(row) != line)
+        if text:
+            self._write(f"{text}\x1b[m{move_to(*screen.cursor)}")  # curses takes the cursor to be there
+
+    def _sgr(self, style: str) -> str:
+        """Return the sequence that switches a style on."""
+        curses, value = self._curses, self._styles.get(style, 0)
+        bits = ((curses.A_BOLD, 1), (curses.A_DIM, 2), (curses.A_UNDERLINE, 4), (curses.A_REVERSE, 7))
+        codes = "".join(f";{code}" for bit, code in bits if value & bit)
+        if value & curses.A_COLOR:
+            codes += f";38;5;{curses.pair_content(curses.pair_number(value))[0]}"
+        return f"\x1b[0{codes}m"
 
     def _draw_row(self, row: int, line: Line) -> None:
         self._window.move(row, 0)
         for text, style in line:
-            self._window.addstr(self._drawable(text), self._styles.get(style, 0))
+            self._window.addstr(self._drawable(steady(text)), self._styles.get(style, 0))
 
     def _drawable(self, text: str) -> str:
         """Return a text in characters that the locale has, at the same width."""
@@ -7844,7 +7926,7 @@ class Prompt:
         """Return what prints some lines above the line that is typed."""
         cols = max(2, shutil.get_terminal_size().columns - 1)
         rows, (row, column) = flow(PROMPT, self._line.left, self._line.right, cols)
-        shown = "" if is_over else rows[row] + "\b" * (width(rows[row]) - column)
+        shown = "" if is_over else steady(rows[row]) + "\b" * (width(rows[row]) - column)
         if not lines and shown == self._shown:
             return ""
         blanks = " " * width(self._shown.rstrip("\b"))

@@ -183,7 +183,7 @@ def view_screen(view, rows=24, cols=80):
     assert len(screen.lines) == rows
     texts = ["".join(span.text for span in line) for line in screen.lines]
     for text in texts:
-        assert view_columns(text) <= cols, (rows, cols, text)
+        assert view_columns(p2pchat.steady(text)) <= cols, (rows, cols, text)
         assert text.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
     assert 0 <= screen.cursor[0] < rows and 0 <= screen.cursor[1] < max(cols, 1), (screen.cursor, rows, cols)
     return texts
@@ -244,7 +244,7 @@ def test_clean_leaves_nothing_that_acts():
         assert not [c for c in cleaned if unicodedata.category(c) == "Cf" and c not in "\u200c\u200d"]
         assert p2pchat.clean(cleaned, newlines=True) == cleaned
         for cols in (1, 2, 7, 40):
-            assert all(view_columns(line) <= cols for line in p2pchat.wrap(cleaned, cols))
+            assert all(view_columns(p2pchat.steady(line)) <= cols for line in p2pchat.wrap(cleaned, cols))
 
 
 @pytest.mark.parametrize("name", ["Bob", "Bob Jones", "Zoë", "日本太郎", "محمد", "श्री", "x" * 32, "👩\u200d🚀", "a.b-c_d", "42"])
@@ -268,7 +268,7 @@ def test_usernames_are_composed():
 
 @pytest.mark.parametrize("text, clusters, columns", [
     ("abc", 3, 3), ("日本", 2, 4), ("e\u0301a", 2, 2), ("👨\u200d👩\u200d👧!", 2, 3), ("🇩🇪🇫🇷", 2, 4), ("👍🏽", 1, 2),
-    ("1\ufe0f\u20e3", 1, 1), ("한국", 2, 4), ("\u1112\u1161\u11ab", 1, 2), ("", 0, 0), ("का", 1, 2), ("नमस्ते", 4, 4), ("ｈａ", 2, 4)])
+    ("1\ufe0f\u20e3", 1, 2), ("한국", 2, 4), ("\u1112\u1161\u11ab", 1, 2), ("", 0, 0), ("का", 1, 2), ("नमस्ते", 4, 4), ("ｈａ", 2, 4)])
 def test_graphemes_and_width(text, clusters, columns):
     assert len(p2pchat.graphemes(text)) == clusters
     assert "".join(p2pchat.graphemes(text)) == text
@@ -281,6 +281,81 @@ def test_graphemes_are_short(text):
     """What is remembered of a cluster, and what it takes to build one, has a bound."""
     clusters = p2pchat.graphemes(p2pchat.clean(text))
     assert max(map(len, clusters)) <= p2pchat.MAX_CLUSTER and "".join(clusters) == p2pchat.clean(text)
+
+
+EMOJI = {  # what every terminal shows in two columns, for an emoji; the same under each Python
+    "👩\u200d🚀": "👩", "👨\u200d👩\u200d👧": "👨", "👍🏽": "👍", "👩🏽\u200d💻": "👩", "❤\ufe0f": "❤ ", "❤\ufe0f\u200d🔥": "❤ ",
+    "☝🏽": "☝ ", "1\ufe0f\u20e3": "1\u20e3 ", "©\ufe0f": "© ", "🏳\ufe0f\u200d🌈": "🏳 ", "\U0001faff": "� ", "\U0001f6ff": "� ",
+    "\U0001faff🏽": "� ", "\U0001faff\u200d💻": "� "}
+
+
+@pytest.mark.parametrize("emoji", EMOJI)
+def test_emoji_take_two_columns(emoji):
+    line = f"a{emoji}b"
+    assert p2pchat.clean(line) == line and p2pchat.graphemes(line) == ["a", emoji, "b"]
+    assert p2pchat.cut(line, 4) == line and p2pchat.cut(line, 2) == "a" and p2pchat.wrap(line, 3) == ["a" + emoji, "b"]
+    assert p2pchat.steady(line) == f"a{EMOJI[emoji]}b"
+    assert p2pchat.width(line) == p2pchat.width(p2pchat.steady(line)) == view_columns(p2pchat.steady(line)) == 4
+
+
+@pytest.mark.parametrize("text, drawn", [
+    ("\U0001f8ff", "�"), ("\U0001fa6f", "�"), ("🇩", "�"), ("🇩🇪", "🇩🇪"), ("e\u0301", ""), ("👩\u0301", "👩"),
+    ("😀", ""), ("❤", ""), ("1\u20e3", "")])
+def test_what_is_no_emoji_is_as_it_was(text, drawn):
+    drawn = drawn or text
+    assert p2pchat.cut(text, 9) == p2pchat.steady(drawn) == drawn
+
+
+class EmojiTerminal:
+    """One row of a terminal. It joins emoji, or shows their parts side by side, and those it does not know narrow."""
+
+    def __init__(self, cols, joins, text):
+        self.cells, self.joins, self.column = [" "] * cols, joins, 0
+        self.put(text)
+
+    def put(self, text):
+        for move, chunk in re.findall(r"\x1b\[1;(\d+)H|\x1b\[[\d;]*m|([^\x1b]+)", text):
+            self.column = int(move) - 1 if move else self.column
+            for cluster in p2pchat.graphemes(chunk):
+                if not p2pchat.is_unsteady(cluster):
+                    self._draw(cluster, p2pchat.glyph(cluster)[1])
+                elif self.joins:
+                    self._draw(cluster, 2)
+                else:
+                    for part in cluster.translate(dict.fromkeys((0x200d, 0xfe0f, 0x20e3))):
+                        self._draw(part, 2 if unicodedata.east_asian_width(part) in "WF" else 1)
+
+    def _draw(self, glyph, columns):
+        """What is half drawn over is gone."""
+        cells, end = self.cells, self.column + columns
+        assert end <= len(cells), "it goes on in the next row"
+        if cells[self.column] == "":
+            cells[self.column - 1] = " "
+        if cells[end:end + 1] == [""]:
+            cells[end] = " "
+        cells[self.column:end] = [glyph, ""][:columns]
+        self.column = end
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("emoji", EMOJI)
+def test_emoji_leave_the_rest_of_the_row_as_it_is(emoji, joins):
+    rights = ("", "y", " │ Bob", "日本", "y日", "👩\u200d🚀👍🏽z")
+    for left, right, more in itertools.product(("", "x", "日"), rights, range(12)):
+        text = left + emoji + right
+        cols, drawn = p2pchat.width(text) + more, p2pchat.steady(text)
+        line = [p2pchat.Span(left, "bar"), p2pchat.Span(emoji + right, "nick1")]
+        before, after = EmojiTerminal(cols, joins, drawn), EmojiTerminal(cols, joins, drawn)
+        after.put(p2pchat.emoji_over(line, 0, cols, lambda style: "\x1b[0;7m"))
+        column = 0
+        for cluster in p2pchat.graphemes(text):
+            end = column + p2pchat.glyph(cluster)[1]
+            if p2pchat.is_unsteady(cluster) and column + p2pchat.most_columns(cluster) <= cols:
+                assert after.cells[column] == (cluster if joins else cluster[0])
+            else:
+                assert after.cells[column:end] == before.cells[column:end]
+            column = end
+        assert after.cells[column:] == before.cells[column:]
 
 
 def test_cut_and_pad():
@@ -7464,6 +7539,25 @@ def test_resizing():
             alice.wait_for(lambda: len(alice.output) > 0, "a drawing")
         alice.type("/quit\r")
         alice.ends(0)
+
+
+def test_emoji_are_drawn_over_what_curses_drew_for_them_and_only_once():
+    """Only in rows that changed; curses believes that the cursor is where it left it."""
+    with PtyProgram(*pty_peer("Alice"), term="xterm-256color") as alice:
+        alice.wait_for(lambda: b"/help lists" in alice.output, "the screen")
+        alice.type("👩🏽\u200d💻x")
+        alice.wait_for(lambda: re.search("\x1b\\[24;3H\x1b\\[0m👩🏽\u200d💻\x1b\\[24;5H\x1b\\[0mx.*\x1b\\[m\x1b\\[24;6H$".encode(),
+                                         alice.output), "an emoji")
+        alice.output = b""
+        alice.type("\x1b[21~")  # F10 shows unbroken lines; a key comes back, and all is drawn anew
+        alice.wait_for(lambda: b"\r\n- " in alice.output, "unbroken lines")
+        alice.type("y")
+        alice.wait_for(lambda: "👩🏽\u200d💻".encode() in alice.output, "the emoji again")
+        alice.type("\x12")  # Ctrl-R: another row changes
+        alice.wait_for(lambda: b"Type a part" in alice.output, "the hint")
+        alice.type("\x15/quit\r")
+        alice.ends(0)
+        assert alice.output.count("👩🏽\u200d💻".encode()) == 1
 
 
 class FrameLoop(p2pchat.Loop):
