@@ -171,6 +171,7 @@ BEACON_INTERVAL_ALONE, BEACON_INTERVAL = 1.0, 10.0  # between two beacons, while
 BEACON_SIZE = 512  # every beacon is padded to this size, so that an answer is never longer than its question
 BEACON_ANSWERS = 20  # answers to beacons in one second, so that nobody can use us to flood others
 MAX_SERVERS = 8  # servers remembered; each one that is named or heard may be tried
+MAX_TYPED = 64  # addresses from /connect that are dialled again until they answer; the oldest makes room
 MAX_LOOKS = 16  # addresses dialled within QUIET_AFTER because others named them, so that nobody can make us scan
 
 # The program over HTTP.
@@ -3344,7 +3345,7 @@ class Links:
             target.wait, wait = back_off(target.wait, RETRY_MIN, RETRY_MAX, self.node.loop.random)
             target.retry_at = self.node.loop.now() + wait
             self._note_dial_failed(expected, target.result)
-            self.node.dialled(target.address, target.result)
+            self.node.dialled(target.address, target.result, True)
         else:
             target.result, target.wait, target.peer = "", 0.0, met
             if expected is not met:
@@ -4583,6 +4584,7 @@ class Finder:
         self._lan: Optional[Lan] = None
         self._timer = Timer()
         self._answers = RateLimit(BEACON_ANSWERS, 1.0)
+        self._typed: Dict[Address, None] = {}  # with /connect
         names = (address for address in node.settings.join if is_name(address[0]))
         self._asked = dict.fromkeys(names)  # addresses of which the user is told what came of the next dial
 
@@ -4605,11 +4607,13 @@ class Finder:
         if self._lan is not None and self.node.settings.server and self.node.discovery.has_registered:
             self._lan.close()  # it was opened because the server was missing
             self._lan = None
-        if self._lan is not None or self.node.settings.join:
+        if self._lan is not None or self.node.settings.join or self._typed:
             wait = BEACON_INTERVAL_ALONE if is_alone else BEACON_INTERVAL * (0.75 + self.node.loop.random.random() / 2)
             self._timer = self.node.loop.call_later(wait, self._look_around)  # first: an error must not end it
         known = {peer.address for peer in self.node.peers.present()}.union(self.node.discovery.candidates)
-        for address in self.node.settings.join:
+        now = self.node.loop.now()
+        typed = [address for address in self._typed if self.node.targets.is_due(address, now)]
+        for address in (*self.node.settings.join, *typed):
             if address not in known and not self._has_met(address):
                 self.node.links.dial(address, NAMED)
         if self._lan is not None:
@@ -4726,7 +4730,8 @@ class Finder:
         return f"No server on this {'network' if looked_outside else 'machine'}; none is needed."
 
     def connect(self, text: str) -> str:
-        """Dial what the user names, once; return the address. A notice will say what came of it. Raises ChatError."""
+        """Dial what the user names, until it answers; return the address. A notice will say what came of the first
+        dial. Raises ChatError."""
         node = self.node
         try:
             address = parse_address(text)
@@ -4735,15 +4740,20 @@ class Finder:
             raise ChatError(f"{error}.") from None
         if address == node.me.address or address in node.links.met_ourselves_at:
             raise ChatError("That is you.")
-        self._asked[address] = None
+        self._asked[address] = self._typed[address] = None
+        if len(self._typed) > MAX_TYPED:
+            del self._typed[next(iter(self._typed))]
         node.links.dial(address, NAMED)
+        if not self._timer.active:
+            self._timer = node.loop.call_later(BEACON_INTERVAL_ALONE, self._look_around)
         return format_address(address)
 
-    def on_dialled(self, address: Address, outcome: str) -> None:
+    def on_dialled(self, address: Address, outcome: str, has_failed: bool = False) -> None:
         """A dial has ended. If the user waits for it, say how."""
         if address in self._asked:
             del self._asked[address]
-            self.node.emit({"event": "notice", "text": f"{format_address(address)}: {outcome}."})
+            again = "; it is tried again" * (has_failed and address not in self.node.links.met_ourselves_at)
+            self.node.emit({"event": "notice", "text": f"{format_address(address)}: {outcome}{again}."})
 
     def _outcome(self, target: Target) -> str:
         """An address that was tried, and what came of it."""

@@ -5610,13 +5610,13 @@ def test_node_with_a_server_says_nothing_more_of_it():
 @pytest.mark.parametrize("typed, notice, sees", [
     ("10.7.7.7:5000", "10.7.7.7:5000: connected to Zoe.", ["Zoe"]),
     ("pc7:5000", "pc7:5000: connected to Zoe.", ["Zoe"]),
-    ("10.7.7.7:5001", "10.7.7.7:5001: refused.", []),
-    ("10.99.0.1:5000", "10.99.0.1:5000: no answer within 5 s.", []),
-    ("nowhere:5000", "nowhere:5000: its name is not known at the moment.", []),
+    ("10.7.7.7:5001", "10.7.7.7:5001: refused; it is tried again.", []),
+    ("10.99.0.1:5000", "10.99.0.1:5000: no answer within 5 s; it is tried again.", []),
+    ("nowhere:5000", "nowhere:5000: its name is not known at the moment; it is tried again.", []),
     (SERVER[0], f"{SERVER[0]}:9999: a discovery server", []),
 ])
 def test_node_connects_to_what_the_user_names(typed, notice, sees):
-    """Once, and says what came of it, also if both are linked already."""
+    """And says once what came of it, also if both are linked already."""
     rig = World()
     rig.start_server()
     rig.network.names["pc7"] = rig.add("Zoe", "10.7.7.7").me.ip
@@ -5626,6 +5626,32 @@ def test_node_connects_to_what_the_user_names(typed, notice, sees):
         rig.run(6)
         assert len(ann.texts("notice")) == said and ann.texts("notice")[-1].startswith(notice)
     assert ann.names() == sees and ann.online() == (typed == SERVER[0])
+
+
+@pytest.mark.parametrize("lan", [True, False])
+def test_node_dials_what_the_user_names_until_it_answers(lan):
+    """Less and less often; again, if the peer is lost; and the user is told once."""
+    rig = World()
+    host, ann = rig.network.host("Zoe", "10.7.7.7"), rig.add("Ann", join=(), lan=lan)
+    ann.loop.enter(ann.connect, "10.7.7.7:5000")
+    rig.run(120)
+    assert 5 <= ann.loop.dialled.count(("10.7.7.7", 5000)) <= 12
+    for crash in (True, False):
+        zoe = rig.add("Zoe", machine=host, lan=False, join=())
+        rig.until(lambda: ann.names() == ["Zoe"], 40)
+        dials = ann.loop.dialled.count(("10.7.7.7", 5000))
+        rig.run(60)
+        assert ann.loop.dialled.count(("10.7.7.7", 5000)) == dials
+        if crash:
+            zoe.loop.crash()
+            rig.until(lambda: ann.names() == [], 30)
+    assert ann.texts("notice") == ["10.7.7.7:5000: refused; it is tried again."]
+
+
+def test_node_dials_no_more_than_the_last_addresses_that_were_typed(solo):
+    for number in range(p2pchat.MAX_TYPED + 5):
+        solo.ann.loop.enter(solo.ann.connect, f"10.7.{number}.7:5000")
+    assert len(solo.ann.finder._typed) == p2pchat.MAX_TYPED
 
 
 def test_node_connects_neither_to_itself_nor_to_what_is_no_address(solo):
@@ -5679,7 +5705,7 @@ def test_node_a_name_that_is_not_known_yet_is_tried_again():
     assert ann.saw("ready") and ann.saw("settled") and ann.names() == []
     assert ann.saw("server", online=False, address="hub.lan:9999", reason="its name is not known at the moment")
     assert f"Tried pc7:{rig.zoe.me.port}: its name is not known at the moment." in ann.alone()
-    assert ann.texts("notice") == [f"pc7:{rig.zoe.me.port}: its name is not known at the moment."]
+    assert ann.texts("notice") == [f"pc7:{rig.zoe.me.port}: its name is not known at the moment; it is tried again."]
     rig.network.names.update({"pc7": rig.zoe.me.ip, "hub.lan": SERVER[0]})
     rig.until(lambda: ann.names() == ["Zoe"], 11)
     rig.until(lambda: ann.saw("server", online=True, address="hub.lan:9999"), 30)
