@@ -3191,6 +3191,7 @@ class Whereabouts:
 # What an address was dialled for.
 LOST_PEER, HEARSAY, PRESENT_PEER = "a lost peer's", "named by a peer", "a peer's"
 BEACON, SERVER, NAMED = "heard on the local network", "a server's", "named by hand"
+ONLINE = "online"  # the result of a server that has registered us
 
 
 class Target:
@@ -4183,7 +4184,7 @@ class Discovery(Endpoint):
         self._wait, self._reason, self.has_registered = 0.0, "", True
         self.peer_id = content["peer_id"]
         node.whereabouts.on_seen(parts[1], self.connection.remote[0])
-        node.targets.note(self.address, "online", SERVER)
+        node.targets.note(self.address, ONLINE, SERVER)
         if not self.is_online:
             log.info("[Discovery] registered as %s", content["peer_id"])
             self._set_online(True, "")
@@ -4686,7 +4687,7 @@ class Finder:
         if self._lan is None and not node.discovery.has_registered and not len(node.peers):
             self._open_lan()
             if self._lan is not None:
-                node.emit({"event": "notice", "text": "Looking on the local network as well."})
+                node.emit({"event": "notice", "text": f"Looking on {self._around} as well."})
                 node.loop.call_later(SETTLE_TIME, node.on_settled)
                 self._timer.cancel()
                 self._look_around()
@@ -4706,13 +4707,13 @@ class Finder:
         if len(node.peers):
             return []
         lines = ["Nobody else is here.", f"You are {node.me.id}."]
-        lines += [f"Tried {self._outcome(target)}." for target in node.targets.results()]
+        lines += [self._outcome(target) for target in node.targets.results()]
         has_network, is_local = node.whereabouts.has_network, is_loopback(node.me.ip)
         if not has_network:
             lines.append(NO_NETWORK)
         elif self._lan is not None and node.loop.now() - self._beacon_at > 2 * BEACON_INTERVAL:
             result = f", but {self._lan.problem}" if self._lan.problem else f" (UDP port {DEFAULT_PORT}): no answer"
-            lines.append(f"Looked on {'this machine only' if is_local else 'the local network'}{result}.")
+            lines.append(f"Looked on {self._around}{' only' * is_local}{result}.")
         if has_network or is_local:
             where = "in another terminal of this machine" if is_local else "on the other machine"
             lines += ["From here: /connect HOST:PORT, which /who says there.", f"To connect {where}, type there:",
@@ -4758,9 +4759,15 @@ class Finder:
     def _outcome(self, target: Target) -> str:
         """An address that was tried, and what came of it."""
         address = format_address(target.address)
-        if target.why == SERVER:
-            return f"server {address}: {target.result}"
-        return f"{address}: {'heard on the local network, but ' if target.why == BEACON else ''}{target.result}"
+        if target.why == SERVER and target.result == ONLINE:
+            return f"The server {address} is online, and knows nobody else."
+        heard = f"heard on {self._around}, but " * (target.why == BEACON)
+        return f"Tried {'server ' * (target.why == SERVER)}{address}: {heard}{target.result}."
+
+    @property
+    def _around(self) -> str:
+        """Where beacons go."""
+        return "this machine" if is_loopback(self.node.me.ip) else "the local network"
 
     def stop(self) -> None:
         """Look no longer."""
@@ -4909,7 +4916,8 @@ class PeerNode:
         self.discovery.connect_to_discovery()
         self.finder.start()
         is_named = self.settings.server is not None or self.settings.join
-        self.loop.call_later(self.settings.timeout if is_named else SETTLE_TIME, self.on_settled)
+        # What was named has answered or failed by then, and a look around that follows that is over.
+        self.loop.call_later(SETTLE_TIME + (self.settings.timeout if is_named else 0), self.on_settled)
 
     def start_p2p_listener(self) -> None:
         """Listen for other peers. Raises OSError when the port can't be had."""
@@ -8345,13 +8353,12 @@ _bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
 _username, _address = _option(check_username), _option(parse_address)
 
 
-def _find_local_ip(text: str) -> str:
-    """Return the address to listen on; a name is looked up at once, for without it nothing can start."""
-    host = text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
-    return find_ip(host) if is_name(host) else host
+def _parse_local_ip(text: str) -> str:
+    """Return the address to listen on. No name: a lookup could delay the start, and one machine has many names."""
+    return text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
 
 
-_local_ip = _option(_find_local_ip, "an IPv4 address or the name of this machine", bool)
+_local_ip = _option(_parse_local_ip, "an IPv4 address of this machine, for example 127.0.0.1", lambda ip: not is_name(ip))
 
 Row = Tuple[str, Callable[[str], Any], str, str]  # of an option that has a value: name, converter, value, help
 _HOST: Row = ("host", _local_ip, "IP", "address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")
@@ -8432,7 +8439,7 @@ def start_logging(options: argparse.Namespace) -> str:
     handlers: List[logging.Handler] = []
     if options.command == "server":
         handlers.append(logging.StreamHandler())
-    if options.log_file:
+    if options.log_file is not None:
         try:
             handlers.append(LogFile(options.log_file, encoding="utf-8"))
         except (OSError, ValueError) as error:

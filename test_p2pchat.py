@@ -5572,11 +5572,49 @@ def test_node_alone_says_what_was_tried(solo):
     report = zoe.alone()
     assert f"Tried {ip}:7000: refused." in report
     assert f"Tried {walled.addresses[0]}:5000: heard on the local network, but no answer within 5 s." in report
-    assert f"Tried server {SERVER[0]}:9999: online." in report
+    assert f"The server {SERVER[0]}:9999 is online, and knows nobody else." in report
     silent = "Looked on the local network (UDP port 9999): no answer."
     assert silent not in report
     solo.run(30)
     assert silent in zoe.alone()
+
+
+@pytest.mark.parametrize("host, at, is_up, lan, said", [
+    ("127.0.0.1", "127.0.0.1", False, True, ["No server at 127.0.0.1:9999 (refused). P2P mode: the chat goes on without it.",
+     "Looking on this machine as well.", "Nobody else is here.", "Tried server 127.0.0.1:9999: refused.",
+     "Looked on this machine only (UDP port 9999): no answer."]),
+    ("127.0.0.1", "127.0.0.1", False, False, ["No server at 127.0.0.1:9999 (refused). P2P mode: the chat goes on without it.",
+     "Nobody else is here.", "Tried server 127.0.0.1:9999: refused."]),
+    ("127.0.0.1", "127.0.0.1", True, True, ["Server 127.0.0.1:9999 is online.", "Nobody else is here.",
+     "The server 127.0.0.1:9999 is online, and knows nobody else."]),
+    ("127.0.0.1", None, True, True, ["Server 127.0.0.1:9999 is online.", "Nobody else is here.",
+     "The server 127.0.0.1:9999 is online, and knows nobody else.", "Looked on this machine only (UDP port 9999): no answer."]),
+    ("127.0.0.1", None, False, True, ["No server on this machine; none is needed.", "Nobody else is here.",
+     "Looked on this machine only (UDP port 9999): no answer."]),
+    ("127.0.0.1", None, False, False, ["No server on this machine; none is needed.", "Nobody else is here."]),
+    ("0.0.0.0", "10.9.9.9", False, True, ["No server at 10.9.9.9:9999 (no answer within 5 s). P2P mode: the chat goes on "
+     "without it.", "Looking on the local network as well.", "Nobody else is here.",
+     "Tried server 10.9.9.9:9999: no answer within 5 s.", "Looked on the local network (UDP port 9999): no answer."]),
+    ("0.0.0.0", "10.9.9.9", False, False, ["No server at 10.9.9.9:9999 (no answer within 5 s). P2P mode: the chat goes on "
+     "without it.", "Nobody else is here.", "Tried server 10.9.9.9:9999: no answer within 5 s."]),
+    ("0.0.0.0", None, False, True, ["No server on this network; none is needed.", "Nobody else is here.",
+     "Looked on the local network (UDP port 9999): no answer."]),
+    ("0.0.0.0", None, False, False, ["No server on this machine; none is needed.", "Nobody else is here."]),
+])
+def test_every_line_of_a_fresh_start(host, at, is_up, lan, said):
+    """All that one who is alone is told, in this order. With --host 127.0.0.1 nothing claims to know of a network."""
+    rig = World(by="none")
+    here = rig.network.host("here")
+    if is_up:
+        rig.start_server(here)
+    ann = rig.add("Ann", machine=here, host=host, lan=lan, server=(at, 9999) if at else None)
+    view = p2pchat.ChatView(ann.node, lambda when: "12:00")
+    ann.node.listeners.append(view.handle)
+    rig.run(10)
+    lines = "\n".join(entry.text for entry in view.window.scrollback.entries).split("\n")
+    assert lines[:-3] == said and lines[-3].startswith("From here: /connect")
+    assert ("this machine" in lines[-2]) == (host == "127.0.0.1") == ("--host 127.0.0.1" in lines[-1])
+    assert host != "127.0.0.1" or "network" not in " ".join(lines + ann.alone())
 
 
 @pytest.mark.parametrize("ip, settings, first_look, looked, others", [
@@ -5701,7 +5739,7 @@ def test_node_a_name_that_is_not_known_yet_is_tried_again():
     rig = World("Zoe")
     rig.start_server()
     ann = rig.add("Ann", server=("hub.lan", 9999), join=(("pc7", rig.zoe.me.port),), lan=False)
-    rig.run(6)
+    rig.run(8)
     assert ann.saw("ready") and ann.saw("settled") and ann.names() == []
     assert ann.saw("server", online=False, address="hub.lan:9999", reason="its name is not known at the moment")
     assert f"Tried pc7:{rig.zoe.me.port}: its name is not known at the moment." in ann.alone()
