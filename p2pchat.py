@@ -4840,13 +4840,21 @@ class Turn:
 
     def _end(self) -> None:
         """Hand over the events, then acknowledge the messages in them. So a listener's reply is sent before the
-        acknowledgement, and still reaches a peer that waits only for that before it leaves."""
+        acknowledgement, and still reaches a peer that waits only for that before it leaves.
+
+        An exception in one of them costs the others nothing: it is raised in the next turn, where the loop reports it."""
         self._is_end_scheduled = False
         events, self._events = self._events, []
-        if events:
-            for listener in self._node.listeners:
+        for listener in self._node.listeners if events else ():
+            try:
                 listener(events)
+            except Exception as error:
+                self._node.loop.call_later(0, self._raise, error)
         self.acknowledge()
+
+    @staticmethod
+    def _raise(error: Exception) -> None:
+        raise error
 
 
 def change_event(change: Change) -> Event:
@@ -8358,7 +8366,7 @@ def _parse_local_ip(text: str) -> str:
     return text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
 
 
-_local_ip = _option(_parse_local_ip, "an IPv4 address of this machine, for example 127.0.0.1", lambda ip: not is_name(ip))
+_local_ip = _option(_parse_local_ip, "an IPv4 address of this machine, such as 127.0.0.1", lambda ip: not is_name(ip))
 
 Row = Tuple[str, Callable[[str], Any], str, str]  # of an option that has a value: name, converter, value, help
 _HOST: Row = ("host", _local_ip, "IP", "address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")

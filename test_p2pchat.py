@@ -5692,6 +5692,24 @@ def test_node_dials_no_more_than_the_last_addresses_that_were_typed(solo):
     assert len(solo.ann.finder._typed) == p2pchat.MAX_TYPED
 
 
+def test_node_each_listener_gets_its_events_though_one_before_it_raises(rig):
+    """The exceptions reach the loop, each of them; what came is acknowledged, and the events after it come as well."""
+    heard = []
+    for name in ("first", "second"):
+        rig.ann.node.listeners.insert(0, lambda events, name=name: {}[name])
+    rig.ann.node.listeners.append(heard.extend)
+    rig.bob.chat("one")
+    raised = []
+    for _ in range(2):
+        with pytest.raises(KeyError) as error:
+            rig.run(1)
+        raised += error.value.args
+    assert raised == ["second", "first"]
+    assert [event["text"] for event in heard if event["event"] == "chat"] == ["one"] == rig.ann.texts()
+    rig.run(1)
+    assert rig.bob.saw("delivered")
+
+
 def test_node_connects_neither_to_itself_nor_to_what_is_no_address(solo):
     for typed, word in (("10.0.0.2:5000", "That is you"), ("a b", "name of a machine"), ("a:0", "port")):
         with pytest.raises(p2pchat.ChatError, match=word):
