@@ -5056,6 +5056,8 @@ class PeerNode:
             return
         if peer.link is not None:
             self.delivery.resume(peer, peer.link)
+            if peer.suspicion is not None:
+                self.detector.probe(peer, SUSPECT)  # this link may be as dead, which shows when something is sent
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, why)
             if not self.links.was_idle(link, peer):

@@ -5186,6 +5186,23 @@ def test_node_addresses_that_echo_our_instance_are_bounded(solo):
     assert 0 < len(solo.ann.links.met_ourselves_at) <= p2pchat.MAX_DIALS
 
 
+@pytest.mark.parametrize("seed, back_after", [(1, None), (12, 1), (3, 2), (11, 3)])
+def test_node_of_ten_that_crash_at_once_none_is_called_silent_if_its_machine_refuses(seed, back_after):
+    """The processes are killed; or the machines lose their power, and are there again, without them, seconds later."""
+    rig = World(*(f"P{number}" for number in range(20)), seed=seed, by="lan")
+    rig.run(5)
+    victims = rig.random.sample(rig.peers, 10)
+    others = [peer for peer in rig.peers if peer not in victims]
+    for victim in victims:
+        victim.crash(reset=back_after is None)
+    rig.run(back_after or 0)
+    for victim in victims:
+        rig.network.plug(victim.host)
+    rig.until(lambda: all(len(peer.names()) == 9 for peer in others), 15)
+    reasons = collections.Counter(event["reason"] for peer in others for event in peer.saw("left"))
+    assert reasons == {"connection refused": 100}
+
+
 def test_node_whose_place_is_taken_by_another_process_is_not_tried_again(trio):
     """Bob's machine crashed and he is back at the same address: nothing is lost there any more."""
     trio.bob.crash(reset=False)
