@@ -6569,15 +6569,16 @@ class Commands(CommandLine):
         peer = self._peer(rest)
         spoke_at = people.spoke_at.get(peer.id)
         spoke = f"last spoke at {self.view.clock(spoke_at)}" if spoke_at is not None else "has not spoken yet"
-        traits = [spoke] + [f"away ({peer.away})"] * bool(peer.away)
+        traits = [spoke] + ["away" if peer.away == AWAY else f"away ({peer.away})"] * bool(peer.away)
         traits += ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
         self.view.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
 
     @command("/away [TEXT]", "people")
     def _away(self, rest: str) -> None:
         """say that you are away, and why; until you talk again."""
-        self.node.set_away(rest or "away")
-        self.view.answer(f"You are away ({self.node.me.away}), until you talk again or say /back.")
+        self.node.set_away(rest or AWAY)
+        why = f" ({self.node.me.away})" if rest else ""
+        self.view.answer(f"You are away{why}, until you talk again or say /back.")
 
     @command("/back", "people")
     def _back(self, rest: str) -> None:
@@ -6598,6 +6599,8 @@ class Commands(CommandLine):
     @command("/nick NAME", "people")
     def _nick(self, rest: str) -> None:
         """take another name."""
+        if rest == self.node.me.username:
+            raise ChatError("That is your name already.")
         self.node.rename(rest)
 
     @command("/info", "talk")
@@ -6702,7 +6705,7 @@ class Commands(CommandLine):
     @command("/help [COMMAND]", "screen")
     def _help(self, rest: str) -> None:
         """list the commands; or explain one; /help keys lists the keys."""
-        wanted = "/" + rest.lower().lstrip("/")
+        wanted = "/" + "".join(rest.lower().split()[:1]).lstrip("/")
         topics = help_topics(wanted)
         if topics:
             self.view.answer(topic_list(topics, self.view.answer_cols()))
@@ -8329,7 +8332,8 @@ def with_command(parser: Parser, arguments: List[str]) -> List[str]:
     if first not in ("peer", "server", "-h", "--help", "--version"):
         import shlex
         is_peers = first[:1] not in ("", "-") or any(each.startswith("--user") for each in arguments)
-        rest = " ".join(map(shlex.quote, arguments)) if is_peers else "--user Alice"
+        meant = arguments[1:] if first.lower() == "peer" else arguments
+        rest = " ".join(map(shlex.quote, meant)) if is_peers else "--user Alice"
         parser.error(f"say peer (the chat) or server first, for example: python3 p2pchat.py peer {rest}")
     return arguments
 

@@ -668,10 +668,18 @@ def test_private_messages(line, name, text):
     ("/help /nothing", "There is no"), ("/unignore Bob", "Nobody is ignored."), ("/msg alice hi", "That is you."),
     ("/msg @Alice@10.0.0.1:10001: hi", "That is you."), ("/", "a slash and a word"), ("/ hello", "a slash and a word"),
     ("/search zzZ", "found for zzZ."), ("/bell maybe", "on or off"), ("/log zz", "a number"), ("/whois Bob x", "called Bob x."),
-    ("/ignore Bob x", "called Bob x."), ("/msg Nobody: hi", "called Nobody.")])
+    ("/ignore Bob x", "called Bob x."), ("/msg Nobody: hi", "called Nobody."), ("/whois", "Whom?"), ("/query Nobody", "called Nobody."),
+    ("/nick Alice", "your name already"), ("/reply", "Nobody has written"), ("/connect", "wants an address"), ("/quiet on", "nothing behind"),
+    ("/unignore", "Nobody is ignored."), ("/ignore alice", "That is you."), ("/help no such", "There is no /no."), ("/log -1", "a number"),
+    ('/msg "Bob" ', "nothing to send"), ('/msg "No One" hi', "called No One."), ("/notify 1", "on or off"), ("/me  ", "wants a text"),
+    ("//", "")])
 def test_commands_that_cannot_be_done(line, word):
     view = view_make("Bob")
-    assert word in view_answer(view, line) and view.node.sent == [] and view.refused == 1
+    answer = view_answer(view, line)
+    if line == "//":
+        assert view.node.sent == [("/", None)]
+    else:
+        assert word in answer and answer.count("\n") == 0 and view.node.sent == [] and view.refused == 1
 
 
 def test_whois_knows_oneself():
@@ -823,6 +831,49 @@ def test_who_has_one_row_a_peer(cols, head):
     assert summary == "3 here: 2 heard, 1 quiet; server 10.0.0.9:9999 online; you are Alice@10.0.0.1:10001."
     assert rows[0].split() == head.split() and len(rows) == 4
     assert all(view_columns(row) <= view.answer_cols() and "12 s" in row for row in rows[1:])
+
+
+BEHIND_COMMANDS = ("", "Bob", "Bob how are you?", "carol jones", "nobody else", "on", "off", "3", "keys", "10.0.0.99:5000")
+SILENT = {"/peers", "/clear", "/bare", "/quit"}  # what they do is seen
+
+
+def answers_of_all_commands(others):
+    """Each command with each of BEHIND_COMMANDS, at 80x24: the line, the answers to it, and the rows of the screen."""
+    for command in p2pchat.COMMANDS.values():
+        for behind in BEHIND_COMMANDS:
+            world = World("Alice", *others)
+            view = p2pchat.ChatView(world.alice.node, lambda when: time.strftime("%H:%M", time.gmtime(when)))
+            world.alice.node.listeners.append(view.handle)
+            world.run(5)
+            view.enter("/clear")
+            line, told = f"{command.name} {behind}".strip(), []
+            view.on_answer = lambda text, kind, told=told: told.append(text)
+            seen = len(view.window.scrollback.entries)
+            world.alice.loop.enter(view.enter, line)
+            world.run(1)
+            told += [each.text for each in list(view.window.scrollback.entries)[seen:] if each.text not in told]
+            yield line, told, view_screen(view) if not view.is_bare else p2pchat.render_bare(view, 24, 80)
+
+
+def answers(arguments):
+    """`answers`: print the answers of all commands, for one who is alone and with three others."""
+    for others in ((), ("Bob", "Carol Jones", "Dr. Ferdinand von Thun")):
+        for line, told, rows in answers_of_all_commands(others):
+            print(f"{len(others)} others, {line}")
+            print("".join(f"    {row.rstrip()}\n" for row in rows[1:-2] if row.partition("│")[0].strip()) if told else "")
+    return 0
+
+
+@pytest.mark.parametrize("others", [(), ("Bob", "Carol Jones", "W" * 32)], ids=["alone", "three others"])
+def test_answers_of_all_commands(others):
+    """No row is too wide, which view_screen checks; no word is broken that has room; no answer is empty or missing."""
+    for line, told, rows in answers_of_all_commands(others):
+        assert told or line.split()[0] in SILENT, line
+        assert all(text.strip() and "Traceback" not in text for text in told), (line, told)
+        if "PgDn" not in "".join(rows[-2:]):
+            shown = {word for row in rows for word in row.split()}
+            broken = [word for text in told for word in text.split() if word not in shown and len(word) < 40]
+            assert not broken, (line, broken, rows)
 
 
 def test_who_ends_with_what_to_type_on_the_other_machine():
@@ -6979,49 +7030,129 @@ def script_port_taken(cast):
             assert str(port) in program.errors[0] and "--port" in program.errors[0]
 
 
-WRONG_OPTIONS = {
-    "peer --user a@b": "@",
-    "peer --user ": "name",
-    f"peer --user {'x' * 33}": "32",
-    "peer --user A --port 70000": "70000",
-    "peer --user A --port http": "http",
-    "peer --user A --host 300.1.1.1": "300.1.1.1",
-    "peer --user A --server 127.0.0.1:0": "port",
-    "peer --user A --server :9999": "HOST",
-    "peer --user A --join no/where:1": "no/where",
-    "peer --user A --join -x:1": "expected one argument",
-    "peer --user A --server 10.0.0": "10.0.0",
-    "peer --user A --host nowhere.invalid": "nowhere.invalid",
-    "peer --user A --host 127.0.0.1 --server pc7": "pc7:9999",
-    "peer --user A --host 127.0.0.1 --join 10.0.0.1:1": "leave out --host",
-    "peer --user A --host 127.0.0.1 --server 10.0.0.1": "10.0.0.1:9999",
-    "peer --user A --timeout never": "never",
-    "peer --user A --gossip-interval 0": "seconds",
-    "peer --user A --heartbeat-interval -1": "seconds",
-    "peer --user A --budget many": "many",
-    "peer --user A --plain --json": "--json",
-    "peer --user A --nonsense": "--nonsense",
-    "peer --user A --log-file /nowhere/at/all": "/nowhere",
-    "server --port -5": "-5",
-    "server --heartbeat-timeout nan": "nan",
+WRONG_OPTIONS = {  # a command line, and a part of the answer
+    "peer --user a@b": "may not contain '@'",
+    "peer --user ": "A name is needed",
+    "peer --user": "expected one argument",
+    f"peer --user {'x' * 33}": "at most 32 characters; this one has 33",
+    "peer --user *": "may not contain '*'",
+    "peer --user /quit": "may not begin with '/'",
+    "peer a:b": "may not contain ':'",
+    "peer A\x1b[31m": "control or invisible",
+    "peer A --port 70000": "'70000' is not a port: 0 to 65535",
+    "peer A --port http": "'http' is not a port",
+    "peer A --port 1.5": "'1.5' is not a port",
+    "peer A --port ": "'' is not a port",
+    "peer A --port": "expected one argument",
+    "peer A --host 300.1.1.1": "'300.1.1.1' is not an IPv4 address of this machine",
+    "peer A --host ": "'' is not an IPv4 address of this machine",
+    "peer A --host pc7": "'pc7' is not an IPv4 address of this machine",
+    "peer A --host 127.0.0.1:5": "'127.0.0.1:5' is not an IPv4 address of this machine",
+    "peer A --host ::1": "'::1' is not an IPv4 address of this machine",
+    "peer A --host 224.0.0.1": "'224.0.0.1' is not an IPv4 address of this machine",
+    "peer A --server ": "'' is not HOST or HOST:PORT",
+    "peer A --server 127.0.0.1:0": "'0' is not a port: 1 to 65535",
+    "peer A --server 127.0.0.1:": "'' is not a port: 1 to 65535",
+    "peer A --server :9999": "':9999' is not HOST or HOST:PORT",
+    "peer A --server 10.0.0": "'10.0.0' is not the IPv4 address or the name of a machine",
+    "peer A --server 255.255.255.255": "'255.255.255.255' is not the IPv4 address",
+    "peer A --server [::1]:9999": "(IPv4 or a name)",
+    "peer A --server http://10.0.0.1:9999": "(IPv4 or a name)",
+    "peer A --join no/where:1": "'no/where' is not the IPv4 address or the name of a machine",
+    "peer A --join -x:1": "expected one argument",
+    "peer A --join 10.0.0.1:x": "'x' is not a port",
+    "peer A --join 10.0.0.1:1 10.0.0.2:1": "unrecognized arguments: 10.0.0.2:1",
+    "peer A --host 127.0.0.1 --server pc7": "pc7:9999 is not 127.0.0.1: leave out --host",
+    "peer A --host 127.0.0.1 --join 10.0.0.1:1": "leave out --host",
+    "peer A --host 127.0.0.1 --server 10.0.0.1": "10.0.0.1:9999",
+    "peer A --timeout never": "'never' is not a number of seconds from 0.1 to 86400",
+    "peer A --timeout 0": "'0' is not a number of seconds",
+    "peer A --timeout inf": "'inf' is not a number of seconds",
+    "peer A --gossip-interval 0": "seconds",
+    "peer A --heartbeat-interval -1": "seconds",
+    "peer A --budget many": "'many' is not a number of bytes",
+    "peer A --budget -1": "'-1' is not a number of bytes",
+    "peer A --plain --json": "--json",
+    "peer A --plain=yes": "ignored explicit argument 'yes'",
+    "peer A --nonsense": "unrecognized arguments: --nonsense",
+    "peer A --verbose": "unrecognized arguments: --verbose",
+    "peer A --log-file /nowhere/at/all": "--log-file /nowhere/at/all: no such file or directory; name a file",
+    "peer A --log-file /": "--log-file /: is a directory; name a file",
+    "peer A --log-file /dev/null/x": "not a directory; name a file",
+    "peer A --log-file ": "name a file",
     "peer A --user B": "two names, A and B",
-    "peer A B": "B",
+    "peer A B": "unrecognized arguments: B",
+    "server A": "unrecognized arguments: A",
+    "server --user A": "unrecognized arguments: --user A",
+    "server --server 10.0.0.1": "unrecognized arguments: --server 10.0.0.1",
+    "server --port -5": "'-5' is not a port",
+    "server --host hub": "'hub' is not an IPv4 address of this machine",
+    "server --heartbeat-timeout nan": "'nan' is not a number of seconds",
+    "server --check-interval soon": "'soon' is not a number of seconds",
+    "server --log-file /": "is a directory; name a file",
     "dance": "python3 p2pchat.py peer dance",
+    "Peer Alice": "python3 p2pchat.py peer Alice",
     "--user Alice": "python3 p2pchat.py peer --user Alice",
     "--port 7 --user A B": "python3 p2pchat.py peer --port 7 --user A B",
     "-v": "python3 p2pchat.py peer --user Alice",
-    "": "server",
+    "": "say peer (the chat) or server first",
 }
 
 
-def script_wrong_options(cast):
+@pytest.mark.parametrize("line", WRONG_OPTIONS)
+def test_wrong_options(line, capsys, monkeypatch):
     """A line that says what is wrong and what would be right, exit status 2, before anything else happens."""
-    programs = {line: cast.start(line, *(line.split(" ") if line else [])) for line in WRONG_OPTIONS}
+    monkeypatch.setattr(os, "isatty", lambda descriptor: False)
+    monkeypatch.setattr(p2pchat, "Loop", None)
+    try:
+        status = p2pchat.main(line.split(" ") if line else [])
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    assert status == 2 and said.out == "" and said.err.count("\n") == 1 and said.err.endswith("\n")
+    assert WRONG_OPTIONS[line] in said.err and said.err.startswith("p2pchat") and said.err[:-1].isprintable()
+
+
+def script_wrong_options(cast):
+    """The same of a process."""
+    programs = {line: cast.start(line, *line.split(" ")) for line in ("peer A B", "server --log-file /")}
     for line, program in programs.items():
         yield lambda: program.status() is not None and program.errors, 20, f"{line!r} refused"
-        assert program.status() == 2, (line, program.tail())
-        assert len(program.errors) == 1 and not program.lines, (line, program.tail())
+        assert program.status() == 2 and len(program.errors) == 1 and not program.lines, (line, program.tail())
         assert WRONG_OPTIONS[line] in program.errors[0], (line, program.errors)
+
+
+WRONG_PLACES = {  # what a shell does to the program: its exit status, and what it says
+    "{peer} --plain >&- </dev/null": (1, "p2pchat: the output can't be written: bad file descriptor"),
+    "{peer} --json >&- </dev/null": (1, "p2pchat: the output can't be written: bad file descriptor"),
+    "{peer} --plain >/dev/full </dev/null": (1, "p2pchat: the output can't be written: no space left on device"),
+    "{peer} --json >/dev/full </dev/null": (1, "p2pchat: the output can't be written: no space left on device"),
+    "{peer} --plain >&- 2>&- <&-": (1, ""),
+    "{peer} --plain <&-": (0, "No server on this machine; none is needed."),
+    "TERM=nonsense {peer} </dev/null": (0, "No server on this machine; none is needed."),
+    "LC_ALL=nonsense {peer} --plain </dev/null": (0, "No server on this machine; none is needed."),
+    "{peer} --plain --log-file /dev/full </dev/null": (0, "The log file can't be written: no space left on device."),
+    "ulimit -n 6; {peer} --plain </dev/null": (1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32"),
+    "ulimit -n 6; {server}": (1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32"),
+    "{peer} --host 192.0.2.77 </dev/null": (1, "p2pchat: can't listen on 192.0.2.77, port 0: cannot assign requested address"),
+    "echo hi | {peer} --plain": (1, "Not sent: nobody else is here. /who says why."),
+    "echo /dance | {peer} --json": (1, "There is no /dance. /help lists the commands."),
+    "echo '{{\"txet\": 1}}' | {peer} --json": (1, '"error": true'),
+    "printf '\\377\\376\\n' | {peer} --plain": (1, "Not sent: nobody else is here."),
+}
+
+
+@pytest.mark.parametrize("line", WRONG_PLACES)
+def test_wrong_places(line):
+    """However it is started, it ends by itself, says why, and shows no traceback."""
+    program = f"{sys.executable} {PROGRAM_FILE}"
+    peer = f"{program} peer --user A --host 127.0.0.1 --no-lan --timeout 0.5"
+    done = subprocess.run(["bash", "-c", line.format(peer=peer, server=f"{program} server --host 127.0.0.1 --no-lan")],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+    status, words = WRONG_PLACES[line]
+    said = done.stdout.decode("utf-8")
+    assert done.returncode == status and words in said and "Traceback" not in said, said
+    assert status == 0 or "|" in line or said.count("\n") == bool(words), said
 
 
 # -- the soak --------------------------------------------------------------------------------------------
@@ -11137,9 +11268,11 @@ def test_node_a_peer_that_dials_us_while_it_waits_to_be_dialled_waits_no_more(mo
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
+  answers                                    what each command says, at 80x24
   simulate [--seeds N] [--jobs N] [NAME...]  the scenarios on the simulated network, with many seeds
   soak [--seconds N]                         real processes that are killed and stopped while all talk
   bench [NAME...]                            the figures, beside their references
+  answers                                    what each command says, at 80x24
   hostile [NAME...]                          the heavy part of hostile input, in full
   fuzz [--seeds N] [--minutes N] [--first N] mutated messages against codec, server and peer
   picture                                    the picture of the README, drawn anew
@@ -11159,7 +11292,7 @@ def fuzz_command(arguments):
 def on_demand(arguments):
     """Run what is too long for the suite; return the exit status."""
     commands = {"simulate": simulate, "soak": soak, "bench": bench, "hostile": hostile, "fuzz": fuzz_command,
-                "picture": picture}
+                "answers": answers, "picture": picture}
     if not arguments or arguments[0] not in commands:
         print(ON_DEMAND)
         return 2
