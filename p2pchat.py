@@ -4842,7 +4842,7 @@ class Turn:
         """Hand over the events, then acknowledge the messages in them. So a listener's reply is sent before the
         acknowledgement, and still reaches a peer that waits only for that before it leaves.
 
-        An exception in one of them costs the others nothing: it is raised in the next turn, where the loop reports it."""
+        An exception in one of them costs the others nothing: it is raised in the next turn, and the loop reports it."""
         self._is_end_scheduled = False
         events, self._events = self._events, []
         for listener in self._node.listeners if events else ():
@@ -6361,6 +6361,8 @@ def topic_list(topics: Topics, cols: int) -> str:
         rows = {heading: [(each[short], each[2].partition(";")[0] if brief else each[2]) for each in rows]
                 for heading, rows in topics.items()}
         size = max(len(left) for table in rows.values() for left, _ in table)
+        if size + 2 > cols // 2 and not short:
+            continue  # wrap() would not indent what is explained
         forms.append("\n".join("\n".join([heading, *(f"{left.ljust(size)}  {right}" for left, right in table)])
                                for heading, table in rows.items()))
     return min(forms, key=lambda form: len(wrap(form, cols, table=True)))

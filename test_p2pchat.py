@@ -804,6 +804,7 @@ def test_help_fits_the_screen(line, cols, most):
     lines = view_answer(view, line).split("\n")
     rows = p2pchat.wrap("\n".join(lines), view.answer_cols(), table=True)
     assert len(rows) <= most * len(lines)
+    assert not [row for row in rows if row[:1].islower()], "what goes on below stands in the second column"
     if line == "/help":
         assert [each for each in lines if each.endswith(":")] == ["Talk:", "People:", "Screen:", "Connection:"]
         assert lines[1].startswith("/msg") and lines[lines.index("People:") + 1].startswith("/who ")
