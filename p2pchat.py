@@ -166,7 +166,7 @@ BAN_TIME = 60.0  # a sender that was cut off may not link again for this long
 # Discovery.
 UPDATE_GATHER_TIME = 0.01  # the server gathers joins and leaves for this long and sends them as one message
 RETRY_SERVER_MIN, RETRY_SERVER_MAX = 1.0, 20.0  # between two dials of the server; doubled each time
-SETTLE_TIME = 2.0  # after its start a peer waits this long for answers from the local network
+SETTLE_TIME = 2.0  # a peer that starts waits this long for the local network; before that, for what was named
 BEACON_INTERVAL_ALONE, BEACON_INTERVAL = 1.0, 10.0  # between two beacons, while nobody is known and later
 BEACON_SIZE = 512  # every beacon is padded to this size, so that an answer is never longer than its question
 BEACON_ANSWERS = 20  # answers to beacons in one second, so that nobody can use us to flood others
@@ -3715,6 +3715,11 @@ class Detector:
         peer.rtt = self.node.loop.now() - asked_at
         self.answer_askers(peer)
 
+    def on_link_replaced(self, peer: Contact) -> None:
+        """A link broke, and another one is left: it may be as dead, which shows only when something is sent."""
+        if peer.suspicion is not None:
+            self.probe(peer, SUSPECT)
+
     def check_silence(self, peer: Contact) -> None:
         """Suspect a peer that should be heard and is not."""
         is_silent = self.node.loop.now() - peer.last_sign_at() > QUIET_AFTER - 1
@@ -4923,9 +4928,8 @@ class PeerNode:
                          Ticker(self.loop, self.settings.gossip_interval, self.gossip.sync_with_random_peer)]
         self.discovery.connect_to_discovery()
         self.finder.start()
-        is_named = self.settings.server is not None or self.settings.join
-        # What was named has answered or failed by then, and a look around that follows that is over.
-        self.loop.call_later(SETTLE_TIME + (self.settings.timeout if is_named else 0), self.on_settled)
+        named = bool(self.settings.server or self.settings.join)
+        self.loop.call_later(SETTLE_TIME + named * self.settings.timeout, self.on_settled)
 
     def start_p2p_listener(self) -> None:
         """Listen for other peers. Raises OSError when the port can't be had."""
@@ -5056,13 +5060,11 @@ class PeerNode:
             return
         if peer.link is not None:
             self.delivery.resume(peer, peer.link)
-            if peer.suspicion is not None:
-                self.detector.probe(peer, SUSPECT)  # this link may be as dead, which shows when something is sent
+            self.detector.on_link_replaced(peer)
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, why)
-            if not self.links.was_idle(link, peer):
-                wait = self.targets.pause(peer.route, self.loop.now())
-                self.loop.call_later(wait, self.links.ensure_link, peer)  # a link may break while both peers live
+            if not self.links.was_idle(link, peer):  # a link may break while both peers live
+                self.loop.call_later(self.targets.pause(peer.route, self.loop.now()), self.links.ensure_link, peer)
 
     def dial_failed(self, peer: Contact, why: str) -> None:
         """A peer could not be reached at its address."""

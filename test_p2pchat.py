@@ -11269,7 +11269,6 @@ def test_node_a_peer_that_dials_us_while_it_waits_to_be_dialled_waits_no_more(mo
 # -- on demand -----------------------------------------------------------------------------------------
 
 ON_DEMAND = """usage: python test_p2pchat.py COMMAND
-  answers                                    what each command says, at 80x24
   simulate [--seeds N] [--jobs N] [NAME...]  the scenarios on the simulated network, with many seeds
   soak [--seconds N]                         real processes that are killed and stopped while all talk
   bench [NAME...]                            the figures, beside their references
