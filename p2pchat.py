@@ -166,11 +166,12 @@ BAN_TIME = 60.0  # a sender that was cut off may not link again for this long
 # Discovery.
 UPDATE_GATHER_TIME = 0.01  # the server gathers joins and leaves for this long and sends them as one message
 RETRY_SERVER_MIN, RETRY_SERVER_MAX = 1.0, 20.0  # between two dials of the server; doubled each time
-SETTLE_TIME = 2.0  # after its start a peer waits this long for answers from the local network
+SETTLE_TIME = 2.0  # a peer that starts waits this long for the local network; before that, for what was named
 BEACON_INTERVAL_ALONE, BEACON_INTERVAL = 1.0, 10.0  # between two beacons, while nobody is known and later
 BEACON_SIZE = 512  # every beacon is padded to this size, so that an answer is never longer than its question
 BEACON_ANSWERS = 20  # answers to beacons in one second, so that nobody can use us to flood others
 MAX_SERVERS = 8  # servers remembered; each one that is named or heard may be tried
+MAX_TYPED = 64  # addresses from /connect that are dialled again until they answer; the oldest makes room
 MAX_LOOKS = 16  # addresses dialled within QUIET_AFTER because others named them, so that nobody can make us scan
 
 # The program over HTTP.
@@ -228,8 +229,9 @@ class Settings(NamedTuple):
 #
 # Cleaning, display width and wrapping. Every name and text from the network goes through clean() once, as
 # it comes in. After that it can be read and can do nothing else: it moves no cursor and hides nothing.
-# Terminals disagree about the width of some glyphs (joined emoji, skin tones, characters that this Python
-# does not know). Such a glyph is reduced to the part whose width is certain, so no line becomes too long.
+# Terminals disagree about the width of emoji that are joined, styled or newer than this Python. Each takes two
+# columns here, and steady() puts in its place what takes two everywhere; the screen draws the emoji over that.
+# Any other glyph is reduced to the part whose width is certain, so no line becomes too long.
 # Pure functions without state.
 # ======================================================================================================
 
@@ -243,6 +245,11 @@ _INVISIBLE = frozenset(map(chr, (
     *range(0xFE00, 0xFE0E), *range(0xFFF0, 0xFFF9))))
 _JOINING_SCRIPTS = ((0x0600, 0x0DFF), (0x1000, 0x109F), (0x1780, 0x18AF), (0xA840, 0xA87F), (0xFB50, 0xFDFF),
                     (0xFE70, 0xFEFE), (0x11000, 0x114DF))  # Arabic, Indic, Myanmar, Khmer, Mongolian
+_NEW_EMOJI = "\U0001f6d0-\U0001f6ff\U0001f7e0-\U0001f7ff\U0001f900-\U0001f9ff\U0001fa70-\U0001faff"  # where new ones go
+_PICTURE = "[\u2190-\u2bff\U0001f000-\U0001f1e5\U0001f200-\U0001faff]\ufe0f?[\U0001f3fb-\U0001f3ff]?"
+_SEQUENCE = re.compile(f"{_PICTURE}(\u200d{_PICTURE})*|[0-9#*]\ufe0f\u20e3|[©®]\ufe0f")
+_IS_NEW = re.compile(f"[{_NEW_EMOJI}]").match
+_MAY_BE_UNSTEADY = re.compile(f"[\u200d\ufe0f\U0001f3fb-\U0001f3ff{_NEW_EMOJI}]").search
 
 
 def clean(text: str, newlines: bool = False) -> str:
@@ -361,9 +368,11 @@ def wrap(text: str, cols: int, table: bool = False) -> List[str]:
 
 @functools.lru_cache(maxsize=8192)
 def glyph(cluster: str) -> Tuple[str, int]:
-    """Return what is drawn for a grapheme and how many columns it takes: the part whose width is certain."""
+    """Return what is drawn for a grapheme and how many columns it takes: an emoji, or the part that is certain."""
     base = cluster[0]
     category = unicodedata.category(base)
+    if is_unsteady(cluster):
+        return cluster, 2
     if category in ("Cn", "Co", "Cc", "Cs"):
         return _UNKNOWN, 1
     wide = unicodedata.east_asian_width(base) in "WF"
@@ -375,6 +384,30 @@ def glyph(cluster: str) -> Tuple[str, int]:
     rest = [character for character in cluster[1:] if character not in (_EMOJI_STYLE, _TEXT_STYLE)]
     spacing = sum(unicodedata.category(character) == "Mc" for character in rest)
     return base + "".join(rest), columns + spacing
+
+
+def is_unsteady(cluster: str) -> bool:
+    """Whether a grapheme is an emoji that takes one column, two or more, depending on the terminal."""
+    if len(cluster) == 1:
+        return unicodedata.category(cluster) == "Cn" and _IS_NEW(cluster) is not None
+    return _SEQUENCE.fullmatch(cluster) is not None
+
+
+def steady(text: str) -> str:
+    """Return a text of the same width, in which each emoji stands as the part that every terminal knows."""
+    if text.isascii() or not _MAY_BE_UNSTEADY(text):
+        return text
+    return "".join(_steady(cluster) if is_unsteady(cluster) else cluster for cluster in graphemes(text))
+
+
+def most_columns(cluster: str) -> int:
+    """Return how many columns an emoji takes where its parts are not joined."""
+    return sum(2 for character in cluster if character not in "\u200d\ufe0f\u20e3")
+
+
+def _steady(cluster: str) -> str:
+    base = _UNKNOWN if unicodedata.category(cluster[0]) == "Cn" else cluster[0]
+    return base + cluster[-1] * (cluster[-1] == "\u20e3") + " " * (unicodedata.east_asian_width(base) not in "WF")
 
 
 def _wrap_line(clusters: List[str], cols: int, indent: int) -> List[str]:
@@ -3158,6 +3191,7 @@ class Whereabouts:
 # What an address was dialled for.
 LOST_PEER, HEARSAY, PRESENT_PEER = "a lost peer's", "named by a peer", "a peer's"
 BEACON, SERVER, NAMED = "heard on the local network", "a server's", "named by hand"
+ONLINE = "online"  # the result of a server that has registered us
 
 
 class Target:
@@ -3312,7 +3346,7 @@ class Links:
             target.wait, wait = back_off(target.wait, RETRY_MIN, RETRY_MAX, self.node.loop.random)
             target.retry_at = self.node.loop.now() + wait
             self._note_dial_failed(expected, target.result)
-            self.node.dialled(target.address, target.result)
+            self.node.dialled(target.address, target.result, True)
         else:
             target.result, target.wait, target.peer = "", 0.0, met
             if expected is not met:
@@ -3673,6 +3707,11 @@ class Detector:
     def _on_probe_answered(self, peer: Contact, asked_at: float, message: Message) -> None:
         peer.rtt = self.node.loop.now() - asked_at
         self.answer_askers(peer)
+
+    def on_link_replaced(self, peer: Contact) -> None:
+        """A link broke, and another one is left: it may be as dead, which shows only when something is sent."""
+        if peer.suspicion is not None:
+            self.probe(peer, SUSPECT)
 
     def check_silence(self, peer: Contact) -> None:
         """Suspect a peer that should be heard and is not."""
@@ -4143,7 +4182,7 @@ class Discovery(Endpoint):
         self._wait, self._reason, self.has_registered = 0.0, "", True
         self.peer_id = content["peer_id"]
         node.whereabouts.on_seen(parts[1], self.connection.remote[0])
-        node.targets.note(self.address, "online", SERVER)
+        node.targets.note(self.address, ONLINE, SERVER)
         if not self.is_online:
             log.info("[Discovery] registered as %s", content["peer_id"])
             self._set_online(True, "")
@@ -4544,6 +4583,7 @@ class Finder:
         self._lan: Optional[Lan] = None
         self._timer = Timer()
         self._answers = RateLimit(BEACON_ANSWERS, 1.0)
+        self._typed: Dict[Address, None] = {}  # with /connect
         names = (address for address in node.settings.join if is_name(address[0]))
         self._asked = dict.fromkeys(names)  # addresses of which the user is told what came of the next dial
 
@@ -4566,11 +4606,13 @@ class Finder:
         if self._lan is not None and self.node.settings.server and self.node.discovery.has_registered:
             self._lan.close()  # it was opened because the server was missing
             self._lan = None
-        if self._lan is not None or self.node.settings.join:
+        if self._lan is not None or self.node.settings.join or self._typed:
             wait = BEACON_INTERVAL_ALONE if is_alone else BEACON_INTERVAL * (0.75 + self.node.loop.random.random() / 2)
             self._timer = self.node.loop.call_later(wait, self._look_around)  # first: an error must not end it
         known = {peer.address for peer in self.node.peers.present()}.union(self.node.discovery.candidates)
-        for address in self.node.settings.join:
+        now = self.node.loop.now()
+        typed = [address for address in self._typed if self.node.targets.is_due(address, now)]
+        for address in (*self.node.settings.join, *typed):
             if address not in known and not self._has_met(address):
                 self.node.links.dial(address, NAMED)
         if self._lan is not None:
@@ -4640,7 +4682,7 @@ class Finder:
         if self._lan is None and not node.discovery.has_registered and not len(node.peers):
             self._open_lan()
             if self._lan is not None:
-                node.emit({"event": "notice", "text": "Looking on the local network as well."})
+                node.emit({"event": "notice", "text": f"Looking on {self._around} as well."})
                 node.loop.call_later(SETTLE_TIME, node.on_settled)
                 self._timer.cancel()
                 self._look_around()
@@ -4660,13 +4702,13 @@ class Finder:
         if len(node.peers):
             return []
         lines = ["Nobody else is here.", f"You are {node.me.id}."]
-        lines += [f"Tried {self._outcome(target)}." for target in node.targets.results()]
+        lines += [self._outcome(target) for target in node.targets.results()]
         has_network, is_local = node.whereabouts.has_network, is_loopback(node.me.ip)
         if not has_network:
             lines.append(NO_NETWORK)
         elif self._lan is not None and node.loop.now() - self._beacon_at > 2 * BEACON_INTERVAL:
             result = f", but {self._lan.problem}" if self._lan.problem else f" (UDP port {DEFAULT_PORT}): no answer"
-            lines.append(f"Looked on {'this machine only' if is_local else 'the local network'}{result}.")
+            lines.append(f"Looked on {self._around}{' only' * is_local}{result}.")
         if has_network or is_local:
             where = "in another terminal of this machine" if is_local else "on the other machine"
             lines += ["From here: /connect HOST:PORT, which /who says there.", f"To connect {where}, type there:",
@@ -4684,7 +4726,8 @@ class Finder:
         return f"No server on this {'network' if looked_outside else 'machine'}; none is needed."
 
     def connect(self, text: str) -> str:
-        """Dial what the user names, once; return the address. A notice will say what came of it. Raises ChatError."""
+        """Dial what the user names, until it answers; return the address. A notice will say what came of the first
+        dial. Raises ChatError."""
         node = self.node
         try:
             address = parse_address(text)
@@ -4693,22 +4736,33 @@ class Finder:
             raise ChatError(f"{error}.") from None
         if address == node.me.address or address in node.links.met_ourselves_at:
             raise ChatError("That is you.")
-        self._asked[address] = None
+        self._asked[address] = self._typed[address] = None
+        if len(self._typed) > MAX_TYPED:
+            del self._typed[next(iter(self._typed))]
         node.links.dial(address, NAMED)
+        if not self._timer.active:
+            self._timer = node.loop.call_later(BEACON_INTERVAL_ALONE, self._look_around)
         return format_address(address)
 
-    def on_dialled(self, address: Address, outcome: str) -> None:
+    def on_dialled(self, address: Address, outcome: str, has_failed: bool = False) -> None:
         """A dial has ended. If the user waits for it, say how."""
         if address in self._asked:
             del self._asked[address]
-            self.node.emit({"event": "notice", "text": f"{format_address(address)}: {outcome}."})
+            again = "; it is tried again" * (has_failed and address not in self.node.links.met_ourselves_at)
+            self.node.emit({"event": "notice", "text": f"{format_address(address)}: {outcome}{again}."})
 
     def _outcome(self, target: Target) -> str:
         """An address that was tried, and what came of it."""
         address = format_address(target.address)
-        if target.why == SERVER:
-            return f"server {address}: {target.result}"
-        return f"{address}: {'heard on the local network, but ' if target.why == BEACON else ''}{target.result}"
+        if target.why == SERVER and target.result == ONLINE:
+            return f"The server {address} is online, and knows nobody else."
+        heard = f"heard on {self._around}, but " * (target.why == BEACON)
+        return f"Tried {'server ' * (target.why == SERVER)}{address}: {heard}{target.result}."
+
+    @property
+    def _around(self) -> str:
+        """Where beacons go."""
+        return "this machine" if is_loopback(self.node.me.ip) else "the local network"
 
     def stop(self) -> None:
         """Look no longer."""
@@ -4781,13 +4835,21 @@ class Turn:
 
     def _end(self) -> None:
         """Hand over the events, then acknowledge the messages in them. So a listener's reply is sent before the
-        acknowledgement, and still reaches a peer that waits only for that before it leaves."""
+        acknowledgement, and still reaches a peer that waits only for that before it leaves.
+
+        An exception in one of them costs the others nothing: it is raised in the next turn, and the loop reports it."""
         self._is_end_scheduled = False
         events, self._events = self._events, []
-        if events:
-            for listener in self._node.listeners:
+        for listener in self._node.listeners if events else ():
+            try:
                 listener(events)
+            except Exception as error:
+                self._node.loop.call_later(0, self._raise, error)
         self.acknowledge()
+
+    @staticmethod
+    def _raise(error: Exception) -> None:
+        raise error
 
 
 def change_event(change: Change) -> Event:
@@ -4856,8 +4918,8 @@ class PeerNode:
                          Ticker(self.loop, self.settings.gossip_interval, self.gossip.sync_with_random_peer)]
         self.discovery.connect_to_discovery()
         self.finder.start()
-        is_named = self.settings.server is not None or self.settings.join
-        self.loop.call_later(self.settings.timeout if is_named else SETTLE_TIME, self.on_settled)
+        named = bool(self.settings.server or self.settings.join)
+        self.loop.call_later(SETTLE_TIME + named * self.settings.timeout, self.on_settled)
 
     def start_p2p_listener(self) -> None:
         """Listen for other peers. Raises OSError when the port can't be had."""
@@ -4988,11 +5050,11 @@ class PeerNode:
             return
         if peer.link is not None:
             self.delivery.resume(peer, peer.link)
+            self.detector.on_link_replaced(peer)
         elif not peer.gone:
             log.debug("[P2P] link to %s lost: %s", peer.id, why)
-            if not self.links.was_idle(link, peer):
-                wait = self.targets.pause(peer.route, self.loop.now())
-                self.loop.call_later(wait, self.links.ensure_link, peer)  # a link may break while both peers live
+            if not self.links.was_idle(link, peer):  # a link may break while both peers live
+                self.loop.call_later(self.targets.pause(peer.route, self.loop.now()), self.links.ensure_link, peer)
 
     def dial_failed(self, peer: Contact, why: str) -> None:
         """A peer could not be reached at its address."""
@@ -6291,6 +6353,8 @@ def topic_list(topics: Topics, cols: int) -> str:
         rows = {heading: [(each[short], each[2].partition(";")[0] if brief else each[2]) for each in rows]
                 for heading, rows in topics.items()}
         size = max(len(left) for table in rows.values() for left, _ in table)
+        if size + 2 > cols // 2 and not short:
+            continue  # wrap() would not indent what is explained
         forms.append("\n".join("\n".join([heading, *(f"{left.ljust(size)}  {right}" for left, right in table)])
                                for heading, table in rows.items()))
     return min(forms, key=lambda form: len(wrap(form, cols, table=True)))
@@ -6499,15 +6563,16 @@ class Commands(CommandLine):
         peer = self._peer(rest)
         spoke_at = people.spoke_at.get(peer.id)
         spoke = f"last spoke at {self.view.clock(spoke_at)}" if spoke_at is not None else "has not spoken yet"
-        traits = [spoke] + [f"away ({peer.away})"] * bool(peer.away)
+        traits = [spoke] + ["away" if peer.away == AWAY else f"away ({peer.away})"] * bool(peer.away)
         traits += ["silent at the moment"] * peer.quiet + ["ignored"] * (peer.id in people.ignored)
         self.view.answer(f"{peer.username} is {peer.id}: {', '.join(traits)}.")
 
     @command("/away [TEXT]", "people")
     def _away(self, rest: str) -> None:
         """say that you are away, and why; until you talk again."""
-        self.node.set_away(rest or "away")
-        self.view.answer(f"You are away ({self.node.me.away}), until you talk again or say /back.")
+        self.node.set_away(rest or AWAY)
+        why = f" ({self.node.me.away})" if rest else ""
+        self.view.answer(f"You are away{why}, until you talk again or say /back.")
 
     @command("/back", "people")
     def _back(self, rest: str) -> None:
@@ -6528,6 +6593,8 @@ class Commands(CommandLine):
     @command("/nick NAME", "people")
     def _nick(self, rest: str) -> None:
         """take another name."""
+        if rest == self.node.me.username:
+            raise ChatError("That is your name already.")
         self.node.rename(rest)
 
     @command("/info", "talk")
@@ -6632,7 +6699,7 @@ class Commands(CommandLine):
     @command("/help [COMMAND]", "screen")
     def _help(self, rest: str) -> None:
         """list the commands; or explain one; /help keys lists the keys."""
-        wanted = "/" + rest.lower().lstrip("/")
+        wanted = "/" + "".join(rest.lower().split()[:1]).lstrip("/")
         topics = help_topics(wanted)
         if topics:
             self.view.answer(topic_list(topics, self.view.answer_cols()))
@@ -7343,6 +7410,34 @@ class Interface:
 _NO_TITLE = ("linux", "vt", "ansi", "cons", "sun")  # beginnings of TERM: terminals without a title
 
 
+def move_to(row: int, column: int) -> str:
+    """Return the sequence that moves the cursor."""
+    return f"\x1b[{row + 1};{column + 1}H"
+
+
+def emoji_over(line: Line, row: int, cols: int, sgr: Callable[[str], str]) -> str:
+    """Return what draws the unsteady emoji of a row over what stands for them.
+
+    A terminal that joins the parts needs two columns for an emoji. Another one draws the parts side by side, over what
+    stands behind them. So each is followed by a move of the cursor, and by what belongs there: then both show the
+    same row, the other terminal only the first part. Where the parts have no room in the row, they would go on in the
+    next one: the emoji is left as it is."""
+    pieces: List[str] = []
+    column = spoilt = 0  # columns up to `spoilt` may hold parts
+    for text, style in line:
+        for cluster in graphemes(text):
+            end = column + most_columns(cluster)
+            if is_unsteady(cluster) and end <= cols:
+                pieces.append(move_to(row, column) + sgr(style) + cluster)
+                spoilt = max(spoilt, end)
+            elif column < spoilt:
+                pieces.append(move_to(row, column) + sgr(style) + steady(cluster))
+            column += glyph(cluster)[1]
+    if column < spoilt:
+        pieces.append(f"{move_to(row, column)}\x1b[m" + " " * (spoilt - column))
+    return "".join(pieces)
+
+
 class Terminal:
     """The terminal while it shows our screen: a context manager that puts it back as it was."""
 
@@ -7370,6 +7465,7 @@ class Terminal:
         self._window: Any = None
         self._styles: Dict[str, int] = {}
         self._modes: Dict[str, bool] = {}  # those that this terminal can have; whether they are on
+        self._with_emoji: Dict[int, Line] = {}  # rows on screen over which emoji were drawn
         self._title = ""
 
     def __enter__(self) -> "Terminal":
@@ -7415,6 +7511,7 @@ class Terminal:
         if rows and cols:
             self._quietly(self._curses.resizeterm, rows, cols)
         self._window.clear()
+        self._with_emoji = {}
 
     def _quietly(self, call: Callable[..., Any], *args: Any) -> None:
         """Make a call that may fail: the terminal is a poor one, or gone, which is noticed elsewhere."""
@@ -7470,11 +7567,31 @@ class Terminal:
             self._quietly(self._draw_row, row, line)  # fails behind the last cell, but draws it
         self._quietly(self._window.move, *screen.cursor)  # the terminal may be smaller by now
         self._quietly(self._window.refresh)
+        if self._modes and self._utf8:
+            self._draw_emoji(screen)
+
+    def _draw_emoji(self, screen: Screen) -> None:
+        """Draw the emoji, past curses, over what it drew for them: in rows that have changed."""
+        rows = {row: line for row, line in enumerate(screen.lines) if any(_MAY_BE_UNSTEADY(text) for text, _ in line)}
+        before, self._with_emoji = self._with_emoji, rows
+        text = "".join(emoji_over(line, row, self.size()[1], self._sgr) for row, line in rows.items()
+                       if before.get(row) != line)
+        if text:
+            self._write(f"{text}\x1b[m{move_to(*screen.cursor)}")  # curses takes the cursor to be there
+
+    def _sgr(self, style: str) -> str:
+        """Return the sequence that switches a style on."""
+        curses, value = self._curses, self._styles.get(style, 0)
+        bits = ((curses.A_BOLD, 1), (curses.A_DIM, 2), (curses.A_UNDERLINE, 4), (curses.A_REVERSE, 7))
+        codes = "".join(f";{code}" for bit, code in bits if value & bit)
+        if value & curses.A_COLOR:
+            codes += f";38;5;{curses.pair_content(curses.pair_number(value))[0]}"
+        return f"\x1b[0{codes}m"
 
     def _draw_row(self, row: int, line: Line) -> None:
         self._window.move(row, 0)
         for text, style in line:
-            self._window.addstr(self._drawable(text), self._styles.get(style, 0))
+            self._window.addstr(self._drawable(steady(text)), self._styles.get(style, 0))
 
     def _drawable(self, text: str) -> str:
         """Return a text in characters that the locale has, at the same width."""
@@ -7834,7 +7951,7 @@ class Prompt:
         """Return what prints some lines above the line that is typed."""
         cols = max(2, shutil.get_terminal_size().columns - 1)
         rows, (row, column) = flow(PROMPT, self._line.left, self._line.right, cols)
-        shown = "" if is_over else rows[row] + "\b" * (width(rows[row]) - column)
+        shown = "" if is_over else steady(rows[row]) + "\b" * (width(rows[row]) - column)
         if not lines and shown == self._shown:
             return ""
         blanks = " " * width(self._shown.rstrip("\b"))
@@ -8209,7 +8326,8 @@ def with_command(parser: Parser, arguments: List[str]) -> List[str]:
     if first not in ("peer", "server", "-h", "--help", "--version"):
         import shlex
         is_peers = first[:1] not in ("", "-") or any(each.startswith("--user") for each in arguments)
-        rest = " ".join(map(shlex.quote, arguments)) if is_peers else "--user Alice"
+        meant = arguments[1:] if first.lower() == "peer" else arguments
+        rest = " ".join(map(shlex.quote, meant)) if is_peers else "--user Alice"
         parser.error(f"say peer (the chat) or server first, for example: python3 p2pchat.py peer {rest}")
     return arguments
 
@@ -8243,13 +8361,12 @@ _bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
 _username, _address = _option(check_username), _option(parse_address)
 
 
-def _find_local_ip(text: str) -> str:
-    """Return the address to listen on; a name is looked up at once, for without it nothing can start."""
-    host = text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
-    return find_ip(host) if is_name(host) else host
+def _parse_local_ip(text: str) -> str:
+    """Return the address to listen on. No name: a lookup could delay the start, and one machine has many names."""
+    return text if text == "0.0.0.0" else parse_address(f"{text}:1")[0]
 
 
-_local_ip = _option(_find_local_ip, "an IPv4 address or the name of this machine", bool)
+_local_ip = _option(_parse_local_ip, "an IPv4 address of this machine, such as 127.0.0.1", lambda ip: not is_name(ip))
 
 Row = Tuple[str, Callable[[str], Any], str, str]  # of an option that has a value: name, converter, value, help
 _HOST: Row = ("host", _local_ip, "IP", "address to listen on (0.0.0.0: all; 127.0.0.1: this machine only)")
@@ -8330,7 +8447,7 @@ def start_logging(options: argparse.Namespace) -> str:
     handlers: List[logging.Handler] = []
     if options.command == "server":
         handlers.append(logging.StreamHandler())
-    if options.log_file:
+    if options.log_file is not None:
         try:
             handlers.append(LogFile(options.log_file, encoding="utf-8"))
         except (OSError, ValueError) as error:

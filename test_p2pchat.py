@@ -183,7 +183,7 @@ def view_screen(view, rows=24, cols=80):
     assert len(screen.lines) == rows
     texts = ["".join(span.text for span in line) for line in screen.lines]
     for text in texts:
-        assert view_columns(text) <= cols, (rows, cols, text)
+        assert view_columns(p2pchat.steady(text)) <= cols, (rows, cols, text)
         assert text.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
     assert 0 <= screen.cursor[0] < rows and 0 <= screen.cursor[1] < max(cols, 1), (screen.cursor, rows, cols)
     return texts
@@ -244,7 +244,7 @@ def test_clean_leaves_nothing_that_acts():
         assert not [c for c in cleaned if unicodedata.category(c) == "Cf" and c not in "\u200c\u200d"]
         assert p2pchat.clean(cleaned, newlines=True) == cleaned
         for cols in (1, 2, 7, 40):
-            assert all(view_columns(line) <= cols for line in p2pchat.wrap(cleaned, cols))
+            assert all(view_columns(p2pchat.steady(line)) <= cols for line in p2pchat.wrap(cleaned, cols))
 
 
 @pytest.mark.parametrize("name", ["Bob", "Bob Jones", "Zoë", "日本太郎", "محمد", "श्री", "x" * 32, "👩\u200d🚀", "a.b-c_d", "42"])
@@ -268,7 +268,7 @@ def test_usernames_are_composed():
 
 @pytest.mark.parametrize("text, clusters, columns", [
     ("abc", 3, 3), ("日本", 2, 4), ("e\u0301a", 2, 2), ("👨\u200d👩\u200d👧!", 2, 3), ("🇩🇪🇫🇷", 2, 4), ("👍🏽", 1, 2),
-    ("1\ufe0f\u20e3", 1, 1), ("한국", 2, 4), ("\u1112\u1161\u11ab", 1, 2), ("", 0, 0), ("का", 1, 2), ("नमस्ते", 4, 4), ("ｈａ", 2, 4)])
+    ("1\ufe0f\u20e3", 1, 2), ("한국", 2, 4), ("\u1112\u1161\u11ab", 1, 2), ("", 0, 0), ("का", 1, 2), ("नमस्ते", 4, 4), ("ｈａ", 2, 4)])
 def test_graphemes_and_width(text, clusters, columns):
     assert len(p2pchat.graphemes(text)) == clusters
     assert "".join(p2pchat.graphemes(text)) == text
@@ -281,6 +281,81 @@ def test_graphemes_are_short(text):
     """What is remembered of a cluster, and what it takes to build one, has a bound."""
     clusters = p2pchat.graphemes(p2pchat.clean(text))
     assert max(map(len, clusters)) <= p2pchat.MAX_CLUSTER and "".join(clusters) == p2pchat.clean(text)
+
+
+EMOJI = {  # what every terminal shows in two columns, for an emoji; the same under each Python
+    "👩\u200d🚀": "👩", "👨\u200d👩\u200d👧": "👨", "👍🏽": "👍", "👩🏽\u200d💻": "👩", "❤\ufe0f": "❤ ", "❤\ufe0f\u200d🔥": "❤ ",
+    "☝🏽": "☝ ", "1\ufe0f\u20e3": "1\u20e3 ", "©\ufe0f": "© ", "🏳\ufe0f\u200d🌈": "🏳 ", "\U0001faff": "� ", "\U0001f6ff": "� ",
+    "\U0001faff🏽": "� ", "\U0001faff\u200d💻": "� "}
+
+
+@pytest.mark.parametrize("emoji", EMOJI)
+def test_emoji_take_two_columns(emoji):
+    line = f"a{emoji}b"
+    assert p2pchat.clean(line) == line and p2pchat.graphemes(line) == ["a", emoji, "b"]
+    assert p2pchat.cut(line, 4) == line and p2pchat.cut(line, 2) == "a" and p2pchat.wrap(line, 3) == ["a" + emoji, "b"]
+    assert p2pchat.steady(line) == f"a{EMOJI[emoji]}b"
+    assert p2pchat.width(line) == p2pchat.width(p2pchat.steady(line)) == view_columns(p2pchat.steady(line)) == 4
+
+
+@pytest.mark.parametrize("text, drawn", [
+    ("\U0001f8ff", "�"), ("\U0001fa6f", "�"), ("🇩", "�"), ("🇩🇪", "🇩🇪"), ("e\u0301", ""), ("👩\u0301", "👩"),
+    ("😀", ""), ("❤", ""), ("1\u20e3", "")])
+def test_what_is_no_emoji_is_as_it_was(text, drawn):
+    drawn = drawn or text
+    assert p2pchat.cut(text, 9) == p2pchat.steady(drawn) == drawn
+
+
+class EmojiTerminal:
+    """One row of a terminal. It joins emoji, or shows their parts side by side, and those it does not know narrow."""
+
+    def __init__(self, cols, joins, text):
+        self.cells, self.joins, self.column = [" "] * cols, joins, 0
+        self.put(text)
+
+    def put(self, text):
+        for move, chunk in re.findall(r"\x1b\[1;(\d+)H|\x1b\[[\d;]*m|([^\x1b]+)", text):
+            self.column = int(move) - 1 if move else self.column
+            for cluster in p2pchat.graphemes(chunk):
+                if not p2pchat.is_unsteady(cluster):
+                    self._draw(cluster, p2pchat.glyph(cluster)[1])
+                elif self.joins:
+                    self._draw(cluster, 2)
+                else:
+                    for part in cluster.translate(dict.fromkeys((0x200d, 0xfe0f, 0x20e3))):
+                        self._draw(part, 2 if unicodedata.east_asian_width(part) in "WF" else 1)
+
+    def _draw(self, glyph, columns):
+        """What is half drawn over is gone."""
+        cells, end = self.cells, self.column + columns
+        assert end <= len(cells), "it goes on in the next row"
+        if cells[self.column] == "":
+            cells[self.column - 1] = " "
+        if cells[end:end + 1] == [""]:
+            cells[end] = " "
+        cells[self.column:end] = [glyph, ""][:columns]
+        self.column = end
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("emoji", EMOJI)
+def test_emoji_leave_the_rest_of_the_row_as_it_is(emoji, joins):
+    rights = ("", "y", " │ Bob", "日本", "y日", "👩\u200d🚀👍🏽z")
+    for left, right, more in itertools.product(("", "x", "日"), rights, range(12)):
+        text = left + emoji + right
+        cols, drawn = p2pchat.width(text) + more, p2pchat.steady(text)
+        line = [p2pchat.Span(left, "bar"), p2pchat.Span(emoji + right, "nick1")]
+        before, after = EmojiTerminal(cols, joins, drawn), EmojiTerminal(cols, joins, drawn)
+        after.put(p2pchat.emoji_over(line, 0, cols, lambda style: "\x1b[0;7m"))
+        column = 0
+        for cluster in p2pchat.graphemes(text):
+            end = column + p2pchat.glyph(cluster)[1]
+            if p2pchat.is_unsteady(cluster) and column + p2pchat.most_columns(cluster) <= cols:
+                assert after.cells[column] == (cluster if joins else cluster[0])
+            else:
+                assert after.cells[column:end] == before.cells[column:end]
+            column = end
+        assert after.cells[column:] == before.cells[column:]
 
 
 def test_cut_and_pad():
@@ -593,10 +668,18 @@ def test_private_messages(line, name, text):
     ("/help /nothing", "There is no"), ("/unignore Bob", "Nobody is ignored."), ("/msg alice hi", "That is you."),
     ("/msg @Alice@10.0.0.1:10001: hi", "That is you."), ("/", "a slash and a word"), ("/ hello", "a slash and a word"),
     ("/search zzZ", "found for zzZ."), ("/bell maybe", "on or off"), ("/log zz", "a number"), ("/whois Bob x", "called Bob x."),
-    ("/ignore Bob x", "called Bob x."), ("/msg Nobody: hi", "called Nobody.")])
+    ("/ignore Bob x", "called Bob x."), ("/msg Nobody: hi", "called Nobody."), ("/whois", "Whom?"), ("/query Nobody", "called Nobody."),
+    ("/nick Alice", "your name already"), ("/reply", "Nobody has written"), ("/connect", "wants an address"), ("/quiet on", "nothing behind"),
+    ("/unignore", "Nobody is ignored."), ("/ignore alice", "That is you."), ("/help no such", "There is no /no."), ("/log -1", "a number"),
+    ('/msg "Bob" ', "nothing to send"), ('/msg "No One" hi', "called No One."), ("/notify 1", "on or off"), ("/me  ", "wants a text"),
+    ("//", "")])
 def test_commands_that_cannot_be_done(line, word):
     view = view_make("Bob")
-    assert word in view_answer(view, line) and view.node.sent == [] and view.refused == 1
+    answer = view_answer(view, line)
+    if line == "//":
+        assert view.node.sent == [("/", None)]
+    else:
+        assert word in answer and answer.count("\n") == 0 and view.node.sent == [] and view.refused == 1
 
 
 def test_whois_knows_oneself():
@@ -721,6 +804,7 @@ def test_help_fits_the_screen(line, cols, most):
     lines = view_answer(view, line).split("\n")
     rows = p2pchat.wrap("\n".join(lines), view.answer_cols(), table=True)
     assert len(rows) <= most * len(lines)
+    assert not [row for row in rows if row[:1].islower()], "what goes on below stands in the second column"
     if line == "/help":
         assert [each for each in lines if each.endswith(":")] == ["Talk:", "People:", "Screen:", "Connection:"]
         assert lines[1].startswith("/msg") and lines[lines.index("People:") + 1].startswith("/who ")
@@ -748,6 +832,49 @@ def test_who_has_one_row_a_peer(cols, head):
     assert summary == "3 here: 2 heard, 1 quiet; server 10.0.0.9:9999 online; you are Alice@10.0.0.1:10001."
     assert rows[0].split() == head.split() and len(rows) == 4
     assert all(view_columns(row) <= view.answer_cols() and "12 s" in row for row in rows[1:])
+
+
+BEHIND_COMMANDS = ("", "Bob", "Bob how are you?", "carol jones", "nobody else", "on", "off", "3", "keys", "10.0.0.99:5000")
+SILENT = {"/peers", "/clear", "/bare", "/quit"}  # what they do is seen
+
+
+def answers_of_all_commands(others):
+    """Each command with each of BEHIND_COMMANDS, at 80x24: the line, the answers to it, and the rows of the screen."""
+    for command in p2pchat.COMMANDS.values():
+        for behind in BEHIND_COMMANDS:
+            world = World("Alice", *others)
+            view = p2pchat.ChatView(world.alice.node, lambda when: time.strftime("%H:%M", time.gmtime(when)))
+            world.alice.node.listeners.append(view.handle)
+            world.run(5)
+            view.enter("/clear")
+            line, told = f"{command.name} {behind}".strip(), []
+            view.on_answer = lambda text, kind, told=told: told.append(text)
+            seen = len(view.window.scrollback.entries)
+            world.alice.loop.enter(view.enter, line)
+            world.run(1)
+            told += [each.text for each in list(view.window.scrollback.entries)[seen:] if each.text not in told]
+            yield line, told, view_screen(view) if not view.is_bare else p2pchat.render_bare(view, 24, 80)
+
+
+def answers(arguments):
+    """`answers`: print the answers of all commands, for one who is alone and with three others."""
+    for others in ((), ("Bob", "Carol Jones", "Dr. Ferdinand von Thun")):
+        for line, told, rows in answers_of_all_commands(others):
+            print(f"{len(others)} others, {line}")
+            print("".join(f"    {row.rstrip()}\n" for row in rows[1:-2] if row.partition("│")[0].strip()) if told else "")
+    return 0
+
+
+@pytest.mark.parametrize("others", [(), ("Bob", "Carol Jones", "W" * 32)], ids=["alone", "three others"])
+def test_answers_of_all_commands(others):
+    """No row is too wide, which view_screen checks; no word is broken that has room; no answer is empty or missing."""
+    for line, told, rows in answers_of_all_commands(others):
+        assert told or line.split()[0] in SILENT, line
+        assert all(text.strip() and "Traceback" not in text for text in told), (line, told)
+        if "PgDn" not in "".join(rows[-2:]):
+            shown = {word for row in rows for word in row.split()}
+            broken = [word for text in told for word in text.split() if word not in shown and len(word) < 40]
+            assert not broken, (line, broken, rows)
 
 
 def test_who_ends_with_what_to_type_on_the_other_machine():
@@ -5151,6 +5278,23 @@ def test_node_addresses_that_echo_our_instance_are_bounded(solo):
     assert 0 < len(solo.ann.links.met_ourselves_at) <= p2pchat.MAX_DIALS
 
 
+@pytest.mark.parametrize("seed, back_after", [(1, None), (12, 1), (3, 2), (11, 3)])
+def test_node_of_ten_that_crash_at_once_none_is_called_silent_if_its_machine_refuses(seed, back_after):
+    """The processes are killed; or the machines lose their power, and are there again, without them, seconds later."""
+    rig = World(*(f"P{number}" for number in range(20)), seed=seed, by="lan")
+    rig.run(5)
+    victims = rig.random.sample(rig.peers, 10)
+    others = [peer for peer in rig.peers if peer not in victims]
+    for victim in victims:
+        victim.crash(reset=back_after is None)
+    rig.run(back_after or 0)
+    for victim in victims:
+        rig.network.plug(victim.host)
+    rig.until(lambda: all(len(peer.names()) == 9 for peer in others), 15)
+    reasons = collections.Counter(event["reason"] for peer in others for event in peer.saw("left"))
+    assert reasons == {"connection refused": 100}
+
+
 def test_node_whose_place_is_taken_by_another_process_is_not_tried_again(trio):
     """Bob's machine crashed and he is back at the same address: nothing is lost there any more."""
     trio.bob.crash(reset=False)
@@ -5537,11 +5681,49 @@ def test_node_alone_says_what_was_tried(solo):
     report = zoe.alone()
     assert f"Tried {ip}:7000: refused." in report
     assert f"Tried {walled.addresses[0]}:5000: heard on the local network, but no answer within 5 s." in report
-    assert f"Tried server {SERVER[0]}:9999: online." in report
+    assert f"The server {SERVER[0]}:9999 is online, and knows nobody else." in report
     silent = "Looked on the local network (UDP port 9999): no answer."
     assert silent not in report
     solo.run(30)
     assert silent in zoe.alone()
+
+
+@pytest.mark.parametrize("host, at, is_up, lan, said", [
+    ("127.0.0.1", "127.0.0.1", False, True, ["No server at 127.0.0.1:9999 (refused). P2P mode: the chat goes on without it.",
+     "Looking on this machine as well.", "Nobody else is here.", "Tried server 127.0.0.1:9999: refused.",
+     "Looked on this machine only (UDP port 9999): no answer."]),
+    ("127.0.0.1", "127.0.0.1", False, False, ["No server at 127.0.0.1:9999 (refused). P2P mode: the chat goes on without it.",
+     "Nobody else is here.", "Tried server 127.0.0.1:9999: refused."]),
+    ("127.0.0.1", "127.0.0.1", True, True, ["Server 127.0.0.1:9999 is online.", "Nobody else is here.",
+     "The server 127.0.0.1:9999 is online, and knows nobody else."]),
+    ("127.0.0.1", None, True, True, ["Server 127.0.0.1:9999 is online.", "Nobody else is here.",
+     "The server 127.0.0.1:9999 is online, and knows nobody else.", "Looked on this machine only (UDP port 9999): no answer."]),
+    ("127.0.0.1", None, False, True, ["No server on this machine; none is needed.", "Nobody else is here.",
+     "Looked on this machine only (UDP port 9999): no answer."]),
+    ("127.0.0.1", None, False, False, ["No server on this machine; none is needed.", "Nobody else is here."]),
+    ("0.0.0.0", "10.9.9.9", False, True, ["No server at 10.9.9.9:9999 (no answer within 5 s). P2P mode: the chat goes on "
+     "without it.", "Looking on the local network as well.", "Nobody else is here.",
+     "Tried server 10.9.9.9:9999: no answer within 5 s.", "Looked on the local network (UDP port 9999): no answer."]),
+    ("0.0.0.0", "10.9.9.9", False, False, ["No server at 10.9.9.9:9999 (no answer within 5 s). P2P mode: the chat goes on "
+     "without it.", "Nobody else is here.", "Tried server 10.9.9.9:9999: no answer within 5 s."]),
+    ("0.0.0.0", None, False, True, ["No server on this network; none is needed.", "Nobody else is here.",
+     "Looked on the local network (UDP port 9999): no answer."]),
+    ("0.0.0.0", None, False, False, ["No server on this machine; none is needed.", "Nobody else is here."]),
+])
+def test_every_line_of_a_fresh_start(host, at, is_up, lan, said):
+    """All that one who is alone is told, in this order. With --host 127.0.0.1 nothing claims to know of a network."""
+    rig = World(by="none")
+    here = rig.network.host("here")
+    if is_up:
+        rig.start_server(here)
+    ann = rig.add("Ann", machine=here, host=host, lan=lan, server=(at, 9999) if at else None)
+    view = p2pchat.ChatView(ann.node, lambda when: "12:00")
+    ann.node.listeners.append(view.handle)
+    rig.run(10)
+    lines = "\n".join(entry.text for entry in view.window.scrollback.entries).split("\n")
+    assert lines[:-3] == said and lines[-3].startswith("From here: /connect")
+    assert ("this machine" in lines[-2]) == (host == "127.0.0.1") == ("--host 127.0.0.1" in lines[-1])
+    assert host != "127.0.0.1" or "network" not in " ".join(lines + ann.alone())
 
 
 @pytest.mark.parametrize("ip, settings, first_look, looked, others", [
@@ -5575,13 +5757,13 @@ def test_node_with_a_server_says_nothing_more_of_it():
 @pytest.mark.parametrize("typed, notice, sees", [
     ("10.7.7.7:5000", "10.7.7.7:5000: connected to Zoe.", ["Zoe"]),
     ("pc7:5000", "pc7:5000: connected to Zoe.", ["Zoe"]),
-    ("10.7.7.7:5001", "10.7.7.7:5001: refused.", []),
-    ("10.99.0.1:5000", "10.99.0.1:5000: no answer within 5 s.", []),
-    ("nowhere:5000", "nowhere:5000: its name is not known at the moment.", []),
+    ("10.7.7.7:5001", "10.7.7.7:5001: refused; it is tried again.", []),
+    ("10.99.0.1:5000", "10.99.0.1:5000: no answer within 5 s; it is tried again.", []),
+    ("nowhere:5000", "nowhere:5000: its name is not known at the moment; it is tried again.", []),
     (SERVER[0], f"{SERVER[0]}:9999: a discovery server", []),
 ])
 def test_node_connects_to_what_the_user_names(typed, notice, sees):
-    """Once, and says what came of it, also if both are linked already."""
+    """And says once what came of it, also if both are linked already."""
     rig = World()
     rig.start_server()
     rig.network.names["pc7"] = rig.add("Zoe", "10.7.7.7").me.ip
@@ -5591,6 +5773,50 @@ def test_node_connects_to_what_the_user_names(typed, notice, sees):
         rig.run(6)
         assert len(ann.texts("notice")) == said and ann.texts("notice")[-1].startswith(notice)
     assert ann.names() == sees and ann.online() == (typed == SERVER[0])
+
+
+@pytest.mark.parametrize("lan", [True, False])
+def test_node_dials_what_the_user_names_until_it_answers(lan):
+    """Less and less often; again, if the peer is lost; and the user is told once."""
+    rig = World()
+    host, ann = rig.network.host("Zoe", "10.7.7.7"), rig.add("Ann", join=(), lan=lan)
+    ann.loop.enter(ann.connect, "10.7.7.7:5000")
+    rig.run(120)
+    assert 5 <= ann.loop.dialled.count(("10.7.7.7", 5000)) <= 12
+    for crash in (True, False):
+        zoe = rig.add("Zoe", machine=host, lan=False, join=())
+        rig.until(lambda: ann.names() == ["Zoe"], 40)
+        dials = ann.loop.dialled.count(("10.7.7.7", 5000))
+        rig.run(60)
+        assert ann.loop.dialled.count(("10.7.7.7", 5000)) == dials
+        if crash:
+            zoe.loop.crash()
+            rig.until(lambda: ann.names() == [], 30)
+    assert ann.texts("notice") == ["10.7.7.7:5000: refused; it is tried again."]
+
+
+def test_node_dials_no_more_than_the_last_addresses_that_were_typed(solo):
+    for number in range(p2pchat.MAX_TYPED + 5):
+        solo.ann.loop.enter(solo.ann.connect, f"10.7.{number}.7:5000")
+    assert len(solo.ann.finder._typed) == p2pchat.MAX_TYPED
+
+
+def test_node_each_listener_gets_its_events_though_one_before_it_raises(rig):
+    """The exceptions reach the loop, each of them; what came is acknowledged, and the events after it come as well."""
+    heard = []
+    for name in ("first", "second"):
+        rig.ann.node.listeners.insert(0, lambda events, name=name: {}[name])
+    rig.ann.node.listeners.append(heard.extend)
+    rig.bob.chat("one")
+    raised = []
+    for _ in range(2):
+        with pytest.raises(KeyError) as error:
+            rig.run(1)
+        raised += error.value.args
+    assert raised == ["second", "first"]
+    assert [event["text"] for event in heard if event["event"] == "chat"] == ["one"] == rig.ann.texts()
+    rig.run(1)
+    assert rig.bob.saw("delivered")
 
 
 def test_node_connects_neither_to_itself_nor_to_what_is_no_address(solo):
@@ -5640,11 +5866,11 @@ def test_node_a_name_that_is_not_known_yet_is_tried_again():
     rig = World("Zoe")
     rig.start_server()
     ann = rig.add("Ann", server=("hub.lan", 9999), join=(("pc7", rig.zoe.me.port),), lan=False)
-    rig.run(6)
+    rig.run(8)
     assert ann.saw("ready") and ann.saw("settled") and ann.names() == []
     assert ann.saw("server", online=False, address="hub.lan:9999", reason="its name is not known at the moment")
     assert f"Tried pc7:{rig.zoe.me.port}: its name is not known at the moment." in ann.alone()
-    assert ann.texts("notice") == [f"pc7:{rig.zoe.me.port}: its name is not known at the moment."]
+    assert ann.texts("notice") == [f"pc7:{rig.zoe.me.port}: its name is not known at the moment; it is tried again."]
     rig.network.names.update({"pc7": rig.zoe.me.ip, "hub.lan": SERVER[0]})
     rig.until(lambda: ann.names() == ["Zoe"], 11)
     rig.until(lambda: ann.saw("server", online=True, address="hub.lan:9999"), 30)
@@ -6845,49 +7071,129 @@ def script_port_taken(cast):
             assert str(port) in program.errors[0] and "--port" in program.errors[0]
 
 
-WRONG_OPTIONS = {
-    "peer --user a@b": "@",
-    "peer --user ": "name",
-    f"peer --user {'x' * 33}": "32",
-    "peer --user A --port 70000": "70000",
-    "peer --user A --port http": "http",
-    "peer --user A --host 300.1.1.1": "300.1.1.1",
-    "peer --user A --server 127.0.0.1:0": "port",
-    "peer --user A --server :9999": "HOST",
-    "peer --user A --join no/where:1": "no/where",
-    "peer --user A --join -x:1": "expected one argument",
-    "peer --user A --server 10.0.0": "10.0.0",
-    "peer --user A --host nowhere.invalid": "nowhere.invalid",
-    "peer --user A --host 127.0.0.1 --server pc7": "pc7:9999",
-    "peer --user A --host 127.0.0.1 --join 10.0.0.1:1": "leave out --host",
-    "peer --user A --host 127.0.0.1 --server 10.0.0.1": "10.0.0.1:9999",
-    "peer --user A --timeout never": "never",
-    "peer --user A --gossip-interval 0": "seconds",
-    "peer --user A --heartbeat-interval -1": "seconds",
-    "peer --user A --budget many": "many",
-    "peer --user A --plain --json": "--json",
-    "peer --user A --nonsense": "--nonsense",
-    "peer --user A --log-file /nowhere/at/all": "/nowhere",
-    "server --port -5": "-5",
-    "server --heartbeat-timeout nan": "nan",
+WRONG_OPTIONS = {  # a command line, and a part of the answer
+    "peer --user a@b": "may not contain '@'",
+    "peer --user ": "A name is needed",
+    "peer --user": "expected one argument",
+    f"peer --user {'x' * 33}": "at most 32 characters; this one has 33",
+    "peer --user *": "may not contain '*'",
+    "peer --user /quit": "may not begin with '/'",
+    "peer a:b": "may not contain ':'",
+    "peer A\x1b[31m": "control or invisible",
+    "peer A --port 70000": "'70000' is not a port: 0 to 65535",
+    "peer A --port http": "'http' is not a port",
+    "peer A --port 1.5": "'1.5' is not a port",
+    "peer A --port ": "'' is not a port",
+    "peer A --port": "expected one argument",
+    "peer A --host 300.1.1.1": "'300.1.1.1' is not an IPv4 address of this machine",
+    "peer A --host ": "'' is not an IPv4 address of this machine",
+    "peer A --host pc7": "'pc7' is not an IPv4 address of this machine",
+    "peer A --host 127.0.0.1:5": "'127.0.0.1:5' is not an IPv4 address of this machine",
+    "peer A --host ::1": "'::1' is not an IPv4 address of this machine",
+    "peer A --host 224.0.0.1": "'224.0.0.1' is not an IPv4 address of this machine",
+    "peer A --server ": "'' is not HOST or HOST:PORT",
+    "peer A --server 127.0.0.1:0": "'0' is not a port: 1 to 65535",
+    "peer A --server 127.0.0.1:": "'' is not a port: 1 to 65535",
+    "peer A --server :9999": "':9999' is not HOST or HOST:PORT",
+    "peer A --server 10.0.0": "'10.0.0' is not the IPv4 address or the name of a machine",
+    "peer A --server 255.255.255.255": "'255.255.255.255' is not the IPv4 address",
+    "peer A --server [::1]:9999": "(IPv4 or a name)",
+    "peer A --server http://10.0.0.1:9999": "(IPv4 or a name)",
+    "peer A --join no/where:1": "'no/where' is not the IPv4 address or the name of a machine",
+    "peer A --join -x:1": "expected one argument",
+    "peer A --join 10.0.0.1:x": "'x' is not a port",
+    "peer A --join 10.0.0.1:1 10.0.0.2:1": "unrecognized arguments: 10.0.0.2:1",
+    "peer A --host 127.0.0.1 --server pc7": "pc7:9999 is not 127.0.0.1: leave out --host",
+    "peer A --host 127.0.0.1 --join 10.0.0.1:1": "leave out --host",
+    "peer A --host 127.0.0.1 --server 10.0.0.1": "10.0.0.1:9999",
+    "peer A --timeout never": "'never' is not a number of seconds from 0.1 to 86400",
+    "peer A --timeout 0": "'0' is not a number of seconds",
+    "peer A --timeout inf": "'inf' is not a number of seconds",
+    "peer A --gossip-interval 0": "seconds",
+    "peer A --heartbeat-interval -1": "seconds",
+    "peer A --budget many": "'many' is not a number of bytes",
+    "peer A --budget -1": "'-1' is not a number of bytes",
+    "peer A --plain --json": "--json",
+    "peer A --plain=yes": "ignored explicit argument 'yes'",
+    "peer A --nonsense": "unrecognized arguments: --nonsense",
+    "peer A --verbose": "unrecognized arguments: --verbose",
+    "peer A --log-file /nowhere/at/all": "--log-file /nowhere/at/all: no such file or directory; name a file",
+    "peer A --log-file /": "--log-file /: is a directory; name a file",
+    "peer A --log-file /dev/null/x": "not a directory; name a file",
+    "peer A --log-file ": "name a file",
     "peer A --user B": "two names, A and B",
-    "peer A B": "B",
+    "peer A B": "unrecognized arguments: B",
+    "server A": "unrecognized arguments: A",
+    "server --user A": "unrecognized arguments: --user A",
+    "server --server 10.0.0.1": "unrecognized arguments: --server 10.0.0.1",
+    "server --port -5": "'-5' is not a port",
+    "server --host hub": "'hub' is not an IPv4 address of this machine",
+    "server --heartbeat-timeout nan": "'nan' is not a number of seconds",
+    "server --check-interval soon": "'soon' is not a number of seconds",
+    "server --log-file /": "is a directory; name a file",
     "dance": "python3 p2pchat.py peer dance",
+    "Peer Alice": "python3 p2pchat.py peer Alice",
     "--user Alice": "python3 p2pchat.py peer --user Alice",
     "--port 7 --user A B": "python3 p2pchat.py peer --port 7 --user A B",
     "-v": "python3 p2pchat.py peer --user Alice",
-    "": "server",
+    "": "say peer (the chat) or server first",
 }
 
 
-def script_wrong_options(cast):
+@pytest.mark.parametrize("line", WRONG_OPTIONS)
+def test_wrong_options(line, capsys, monkeypatch):
     """A line that says what is wrong and what would be right, exit status 2, before anything else happens."""
-    programs = {line: cast.start(line, *(line.split(" ") if line else [])) for line in WRONG_OPTIONS}
+    monkeypatch.setattr(os, "isatty", lambda descriptor: False)
+    monkeypatch.setattr(p2pchat, "Loop", None)
+    try:
+        status = p2pchat.main(line.split(" ") if line else [])
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    assert status == 2 and said.out == "" and said.err.count("\n") == 1 and said.err.endswith("\n")
+    assert WRONG_OPTIONS[line] in said.err and said.err.startswith("p2pchat") and said.err[:-1].isprintable()
+
+
+def script_wrong_options(cast):
+    """The same of a process."""
+    programs = {line: cast.start(line, *line.split(" ")) for line in ("peer A B", "server --log-file /")}
     for line, program in programs.items():
         yield lambda: program.status() is not None and program.errors, 20, f"{line!r} refused"
-        assert program.status() == 2, (line, program.tail())
-        assert len(program.errors) == 1 and not program.lines, (line, program.tail())
+        assert program.status() == 2 and len(program.errors) == 1 and not program.lines, (line, program.tail())
         assert WRONG_OPTIONS[line] in program.errors[0], (line, program.errors)
+
+
+WRONG_PLACES = {  # what a shell does to the program: its exit status, and what it says
+    "{peer} --plain >&- </dev/null": (1, "p2pchat: the output can't be written: bad file descriptor"),
+    "{peer} --json >&- </dev/null": (1, "p2pchat: the output can't be written: bad file descriptor"),
+    "{peer} --plain >/dev/full </dev/null": (1, "p2pchat: the output can't be written: no space left on device"),
+    "{peer} --json >/dev/full </dev/null": (1, "p2pchat: the output can't be written: no space left on device"),
+    "{peer} --plain >&- 2>&- <&-": (1, ""),
+    "{peer} --plain <&-": (0, "No server on this machine; none is needed."),
+    "TERM=nonsense {peer} </dev/null": (0, "No server on this machine; none is needed."),
+    "LC_ALL=nonsense {peer} --plain </dev/null": (0, "No server on this machine; none is needed."),
+    "{peer} --plain --log-file /dev/full </dev/null": (0, "The log file can't be written: no space left on device."),
+    "ulimit -n 6; {peer} --plain </dev/null": (1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32"),
+    "ulimit -n 6; {server}": (1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32"),
+    "{peer} --host 192.0.2.77 </dev/null": (1, "p2pchat: can't listen on 192.0.2.77, port 0: cannot assign requested address"),
+    "echo hi | {peer} --plain": (1, "Not sent: nobody else is here. /who says why."),
+    "echo /dance | {peer} --json": (1, "There is no /dance. /help lists the commands."),
+    "echo '{{\"txet\": 1}}' | {peer} --json": (1, '"error": true'),
+    "printf '\\377\\376\\n' | {peer} --plain": (1, "Not sent: nobody else is here."),
+}
+
+
+@pytest.mark.parametrize("line", WRONG_PLACES)
+def test_wrong_places(line):
+    """However it is started, it ends by itself, says why, and shows no traceback."""
+    program = f"{sys.executable} {PROGRAM_FILE}"
+    peer = f"{program} peer --user A --host 127.0.0.1 --no-lan --timeout 0.5"
+    done = subprocess.run(["bash", "-c", line.format(peer=peer, server=f"{program} server --host 127.0.0.1 --no-lan")],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+    status, words = WRONG_PLACES[line]
+    said = done.stdout.decode("utf-8")
+    assert done.returncode == status and words in said and "Traceback" not in said, said
+    assert status == 0 or "|" in line or said.count("\n") == bool(words), said
 
 
 # -- the soak --------------------------------------------------------------------------------------------
@@ -7504,6 +7810,25 @@ def test_resizing():
             alice.wait_for(lambda: len(alice.output) > 0, "a drawing")
         alice.type("/quit\r")
         alice.ends(0)
+
+
+def test_emoji_are_drawn_over_what_curses_drew_for_them_and_only_once():
+    """Only in rows that changed; curses believes that the cursor is where it left it."""
+    with PtyProgram(*pty_peer("Alice"), term="xterm-256color") as alice:
+        alice.wait_for(lambda: b"/help lists" in alice.output, "the screen")
+        alice.type("👩🏽\u200d💻x")
+        alice.wait_for(lambda: re.search("\x1b\\[24;3H\x1b\\[0m👩🏽\u200d💻\x1b\\[24;5H\x1b\\[0mx.*\x1b\\[m\x1b\\[24;6H$".encode(),
+                                         alice.output), "an emoji")
+        alice.output = b""
+        alice.type("\x1b[21~")  # F10 shows unbroken lines; a key comes back, and all is drawn anew
+        alice.wait_for(lambda: b"\r\n- " in alice.output, "unbroken lines")
+        alice.type("y")
+        alice.wait_for(lambda: "👩🏽\u200d💻".encode() in alice.output, "the emoji again")
+        alice.type("\x12")  # Ctrl-R: another row changes
+        alice.wait_for(lambda: b"Type a part" in alice.output, "the hint")
+        alice.type("\x15/quit\r")
+        alice.ends(0)
+        assert alice.output.count("👩🏽\u200d💻".encode()) == 1
 
 
 class FrameLoop(p2pchat.Loop):
@@ -10987,6 +11312,7 @@ ON_DEMAND = """usage: python test_p2pchat.py COMMAND
   simulate [--seeds N] [--jobs N] [NAME...]  the scenarios on the simulated network, with many seeds
   soak [--seconds N]                         real processes that are killed and stopped while all talk
   bench [NAME...]                            the figures, beside their references
+  answers                                    what each command says, at 80x24
   hostile [NAME...]                          the heavy part of hostile input, in full
   fuzz [--seeds N] [--minutes N] [--first N] mutated messages against codec, server and peer
   picture                                    the picture of the README, drawn anew
@@ -11006,7 +11332,7 @@ def fuzz_command(arguments):
 def on_demand(arguments):
     """Run what is too long for the suite; return the exit status."""
     commands = {"simulate": simulate, "soak": soak, "bench": bench, "hostile": hostile, "fuzz": fuzz_command,
-                "picture": picture}
+                "answers": answers, "picture": picture}
     if not arguments or arguments[0] not in commands:
         print(ON_DEMAND)
         return 2
