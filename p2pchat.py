@@ -8056,6 +8056,7 @@ class PlainInterface(Interface):
         self._input: Deque[str] = collections.deque()  # lines that came and wait
         self._has_ended = False  # the input has
         self._next_lines = Timer()
+        self._own_lines = Timer()  # of writing them
         self._keys = KeyReader()
         self._is_broken = False  # the output is
 
@@ -8089,7 +8090,10 @@ class PlainInterface(Interface):
             self.reader.resume()
         if self._input and not self._next_lines.active:
             self._enter_lines()
-        self._writer.flush()
+        if kinds != {"sent"}:
+            self._writer.flush()
+        elif not self._own_lines.active:  # what the user said can wait for what others say: that saves a call
+            self._own_lines = self.loop.call_later(ACK_DELAY, self._writer.flush)
         if "stopped" in kinds:
             self.loop.call_later(self.settings.timeout, self.loop.stop)
             self._writer.when_empty(self.loop.stop)
