@@ -8131,9 +8131,13 @@ class PlainInterface(Interface):
         self._enter_lines()
 
     def _enter_lines(self) -> None:
-        """Do what the input says, as far as this turn has time and not too much is under way."""
+        """Do what the input says, as far as this turn has time and not too much is under way.
+
+        A command is the first in its turn: its answer stands behind the texts that came before, and counts them."""
         until, room = self.loop.now() + INPUT_TIME, INPUT_ROOM
         while self._input and room > 0 and not self.view.outgoing.is_full and self.loop.now() < until:
+            if room < INPUT_ROOM and self.may_be_command(self._input[0]):
+                break
             lines, size = self._next_portion()
             room -= size
             if len(lines) > 1:
@@ -8142,13 +8146,21 @@ class PlainInterface(Interface):
                 self.enter(lines[0])
         if self._input:
             self.reader.pause()
-            if not self.view.outgoing.is_full:  # else the next deliveries go on with it
-                self._next_lines = self.loop.call_later(0, self.guard, self._enter_lines)
+            self.loop.at_turn_end(self._go_on_later)
         elif self._has_ended:
             self.leave()
         else:
             self.reader.resume()
         self._writer.flush()
+
+    def _go_on_later(self) -> None:
+        """Enter more lines in the next turn, unless too much is under way: then the next deliveries go on with it."""
+        if self._input and not self.view.outgoing.is_full and not self._next_lines.active:
+            self._next_lines = self.loop.call_later(0, self.guard, self._enter_lines)
+
+    def may_be_command(self, line: str) -> bool:
+        """Whether a line of input asks for more than to send a text."""
+        return not is_surely_text(line) and clean(line).lstrip().startswith("/")
 
     def _next_portion(self) -> Tuple[List[str], int]:
         """Take the next line; if it surely is a text, so are more that follow, and they are sent together.
@@ -8222,6 +8234,9 @@ class JsonInterface(PlainInterface):
         except BadMessage as error:
             self.view.refuse(f"Not done: {error}.")
         self._about = {}
+
+    def may_be_command(self, line: str) -> bool:
+        return '"command"' in line or super().may_be_command(line)
 
     def _do(self, request: Dict[str, Any]) -> None:
         """Do what an object says, and remember which message came of it."""

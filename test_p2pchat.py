@@ -8205,6 +8205,21 @@ def test_events_are_encoded_as_json_has_it(texts):
         assert lines == [json.dumps({"event": each["event"], "time": 1234.5, **each}) for each in some]
 
 
+def test_json_a_command_is_done_behind_the_texts_that_came_with_it():
+    """All comes in one piece; each answer is about the text before it."""
+    with PtyPipe("Bob", "--json") as bob:
+        with PtyPipe("Ann", "--json", "--join", f"127.0.0.1:{bob.event('ready')['port']}") as ann:
+            ann.event("joined")
+            ann.say('one\ntwo\n/info\nthree\n{"command": "/info", "id": 1}\n{"text": "four"}\n \u200b/info')
+            told = []
+            while len(told) < 7:
+                event = json.loads(ann.expect())
+                if event["event"] in ("sent", "notice"):
+                    told.append((event["event"], event["text"].split("\n")[0]))
+            assert told == [("sent", "one"), ("sent", "two"), ("notice", "two"), ("sent", "three"), ("notice", "three"),
+                            ("sent", "four"), ("notice", "four")]
+
+
 def test_json_is_ascii():
     with PtyPipe("日本", "--json") as peer:
         line = peer.expect()
