@@ -8055,7 +8055,7 @@ class PlainInterface(Interface):
         self.transcript = self.make_transcript()
         self._input: Deque[str] = collections.deque()  # lines that came and wait
         self._has_ended = False  # the input has
-        self._next_lines = Timer()
+        self._goes_on = False  # more of them will be entered at the end of this turn
         self._own_lines = Timer()  # of writing them
         self._keys = KeyReader()
         self._is_broken = False  # the output is
@@ -8088,7 +8088,7 @@ class PlainInterface(Interface):
         kinds = {event["event"] for event in events}
         if "settled" in kinds and self._writer.prompt is None:  # before, what is piped in would go to nobody
             self.reader.resume()
-        if self._input and not self._next_lines.active:
+        if self._input and not self._goes_on:
             self._enter_lines()
         if kinds != {"sent"}:
             self._writer.flush()
@@ -8146,17 +8146,19 @@ class PlainInterface(Interface):
                 self.enter(lines[0])
         if self._input:
             self.reader.pause()
-            self.loop.at_turn_end(self._go_on_later)
+            if not self.view.outgoing.is_full and not self._goes_on:  # if it is, the next deliveries go on with it
+                self._goes_on = True
+                self.loop.at_turn_end(functools.partial(self.guard, self._go_on))
         elif self._has_ended:
             self.leave()
         else:
             self.reader.resume()
         self._writer.flush()
 
-    def _go_on_later(self) -> None:
-        """Enter more lines in the next turn, unless too much is under way: then the next deliveries go on with it."""
-        if self._input and not self.view.outgoing.is_full and not self._next_lines.active:
-            self._next_lines = self.loop.call_later(0, self.guard, self._enter_lines)
+    def _go_on(self) -> None:
+        """Enter more lines, now that the events of those before were handed over."""
+        self._goes_on = False
+        self._enter_lines()
 
     def may_be_command(self, line: str) -> bool:
         """Whether a line of input asks for more than to send a text."""

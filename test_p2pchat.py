@@ -8208,7 +8208,8 @@ def test_events_are_encoded_as_json_has_it(texts):
 def test_json_a_command_is_done_behind_the_texts_that_came_with_it():
     """All comes in one piece; each answer is about the text before it."""
     with PtyPipe("Bob", "--json") as bob:
-        with PtyPipe("Ann", "--json", "--join", f"127.0.0.1:{bob.event('ready')['port']}") as ann:
+        port = bob.event("ready")["port"]
+        with PtyPipe("Ann", "--json", "--join", f"127.0.0.1:{port}") as ann:
             ann.event("joined")
             ann.say('one\ntwo\n/info\nthree\n{"command": "/info", "id": 1}\n{"text": "four"}\n \u200b/info')
             told = []
