@@ -129,6 +129,7 @@ MIN_DESCRIPTORS = 32  # the program itself has twelve open; each link takes one
 PROBE_INTERVAL = 2.0  # between two probes of a neighbour; two may be lost before the neighbour counts as quiet
 NEIGHBOURS = 2  # peers that each peer probes, and that probe it; each more costs two messages an interval
 QUIET_AFTER = 5.0  # a neighbour silent for this long is suspected, and others are asked to probe it
+BUSY_PATIENCE = 2  # times as long a peer may be silent while we have no time to read all that comes
 QUIET_SHOWN = 1.5  # a suspect is shown as quiet, and called suspect to all, if nobody heard it for this long
 WARN_INTERVAL = 0.25  # between two probes that tell a peer of an accusation, because others can cause them at will
 PROBE_HELPERS = 3  # peers asked to probe one that we cannot reach
@@ -2140,6 +2141,11 @@ class Loop:
                 put = self._ready.appendleft if ready[0].data[1] is self else self._ready.append
                 put(ready)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether something has come that there was no time to read in this turn."""
+        return bool(self._ready)
+
     def at_turn_end(self, callback: Callable[[], None]) -> None:
         """Call back once, after this turn has handled everything; then what was queued by that is sent, too."""
         self._turn_ends.append(callback)
@@ -3715,12 +3721,18 @@ class Detector:
 
     def check_silence(self, peer: Contact) -> None:
         """Suspect a peer that should be heard and is not."""
-        is_silent = self.node.loop.now() - peer.last_sign_at() > QUIET_AFTER - 1
+        is_silent = self.node.loop.now() - peer.last_sign_at() > (QUIET_AFTER - 1) * self._patience()
         if is_silent and peer.suspicion is None and not self.is_isolated:
             self.node.links.drop(peer, "silent")  # perhaps only this connection is dead: another is tried
             self.suspect(peer, SILENT)
             self.node.check_server()  # is it the network?
             self.node.loop.call_later(QUIET_SHOWN, self._check_still_silent, peer, peer.suspicion)
+
+    def _patience(self) -> int:
+        """By how much to wait longer than usual: a sign of life may have come that we are too busy to read.
+
+        That is Lifeguard's local health: who is late doubts itself before it doubts others."""
+        return BUSY_PATIENCE if self.node.loop.is_behind else 1
 
     def _check_still_silent(self, peer: Contact, suspicion: Suspicion) -> None:
         """Nobody else heard it either: say so, which reaches the peer itself if anything does."""
@@ -3802,8 +3814,10 @@ class Detector:
         is_local = peer.ip == self.node.me.ip  # which a pulled cable does not hide
         is_hello_due = (suspicion.is_hearsay and now - suspicion.since < TIME_TO_REFUTE[frozenset((SAID_DEAD,))]
                         and self.node.links.is_awaiting_hello(peer, suspicion.since + CONTEST_TIME / 2))
-        if is_hello_due or (self.is_isolated and not is_local and now - self.contact_at < TOMBSTONE_TIME):
-            wait = WARN_INTERVAL if is_hello_due else QUIET_AFTER
+        is_early = is_hello_due or (
+            now - suspicion.since < time_to_refute(suspicion.evidence) * self._patience() - 0.001)  # it is rounded
+        if is_early or (self.is_isolated and not is_local and now - self.contact_at < TOMBSTONE_TIME):
+            wait = WARN_INTERVAL if is_early else QUIET_AFTER
             suspicion.timer = self.node.loop.call_later(wait, self._on_suspicion_expired, peer)
         else:
             self.node.remove_dead_peer(peer, LEFT if suspicion.reason == "left" else DEAD, suspicion.reason)

@@ -2410,6 +2410,7 @@ class SimLoop:
         self.wall_skew = 0.0
         self.dead = False
         self.frozen = False
+        self.is_behind = False  # it has no time to read all that comes
         self.connections = {}  # those not closed
         self.dialled = []  # the addresses that it has dialled
         self._turning = False
@@ -3990,6 +3991,7 @@ def test_loop_a_turn_handles_no_more_sockets_than_there_is_time_for(monkeypatch)
                 typing.send(b"k")
             rig.loop.call_later(0, log.append, "timer")
             rig.loop.turn(1)
+            assert rig.loop.is_behind
         assert log[1::2] == ["timer"] * 7 and log[4] == b"k"
         assert sorted([log[0], log[2], log[6]]) == sorted(log[8::2]) == [0, 1, 2]
         for end in itertools.chain(*pairs):
@@ -5091,6 +5093,15 @@ def test_node_what_was_shown_is_never_told_as_refused(lost):
     rig.run(20)
     assert rig.bob.texts() == ["a" * 1500, "c", "e"]
     assert [text[0] for text in rig.ann.texts("failed")] == ["b", "d"] and len(rig.ann.saw("delivered")) == 3
+
+
+@pytest.mark.parametrize("behind, least, most", [(False, 7, 11), (True, 14, 22)])
+def test_node_who_is_too_busy_to_read_waits_longer_for_a_sign_of_life(trio, behind, least, most):
+    trio.run(5)
+    trio.ann.loop.is_behind = trio.cy.loop.is_behind = behind
+    trio.bob.loop.freeze()
+    taken = trio.until(lambda: len(trio.ann.node.peers) == 1, 30)
+    assert least < taken < most
 
 
 def test_node_a_newcomer_s_first_list_is_no_news():
