@@ -2787,16 +2787,15 @@ class DiscoveryServer:
         if self.settings.lan:
             self._lan = self.loop.lan(self.settings.host, DEFAULT_PORT, self._on_beacon)
         log.info("[Server] listening on %s:%d", *self.address)
-        for line in self.how_to_join():
-            log.info("[Server] %s", line)
 
     def how_to_join(self) -> List[str]:
         """Return the lines that the user needs now."""
         host, port = self.address
         here = (self.loop.local_addresses()[0] if host == "0.0.0.0" else host, port)
-        return [f"to get the program: curl -O http://{format_address(here)}/p2pchat.py",
-                f"its SHA-256: {self.files.digest}",
-                f"to chat, type on each machine: {start_line('--server', here, self.settings.host)}"]
+        return ["On each machine, to get the program and to chat:",
+                f"    curl -O http://{format_address(here)}/p2pchat.py",
+                f"    {start_line('--server', here, self.settings.host)}",
+                "SHA-256 of the program:", f"    {self.files.digest}"]
 
     def stop(self) -> None:
         """Say goodbye to everybody and close. The last messages need some more turns of the loop."""
@@ -8530,6 +8529,7 @@ def run_server(options: argparse.Namespace) -> int:
     except OSError as error:
         sys.stderr.write(f"p2pchat: {port_problem(options.host, options.port, error)}\n")
         return 1
+    sys.stderr.write("\n".join([*server.how_to_join(), ""]))
     for number in _ENDING:
         loop.on_signal(number, stop)
     loop.run()
