@@ -3760,8 +3760,15 @@ class Detector:
             return
         if status == SUSPECT and peer.suspicion is None:
             self.node.spread(peer, SUSPECT)
+        if peer.suspicion is None:
+            self.node.loop.call_later(QUIET_SHOWN, self._show_if_silent, peer)
         self.suspect(peer, {SUSPECT: SAID_SUSPECT, LEFT: SAID_LEFT}.get(status, SAID_DEAD), words)
         self.probe(peer, status)
+
+    def _show_if_silent(self, peer: Contact) -> None:
+        """It has not answered an accusation so far."""
+        if peer.suspicion is not None:
+            self._set_quiet(peer, True)
 
     def suspect(self, peer: Contact, evidence: str, words: str = "silent") -> bool:
         """Add evidence against a peer. If that leaves it less time, ask others to probe it and return True."""
@@ -8230,6 +8237,7 @@ class JsonInterface(PlainInterface):
         super().start_node(settings)
         self.view.on_answer = self._on_answer
         self._about: Dict[str, Any] = {}  # what answers repeat of the object that is being done
+        self._is_answered = False  # something was said of that object
         self._sent_about: Dict[str, Dict[str, Any]] = {}  # the same by id of a message, until its event "sent"
 
     def enter(self, line: str) -> None:
@@ -8256,16 +8264,19 @@ class JsonInterface(PlainInterface):
     def _do(self, request: Dict[str, Any]) -> None:
         """Do what an object says, and remember which message came of it."""
         commands = self.view.commands
-        commands.sent_id = ""
+        commands.sent_id, self._is_answered = "", False
         if "command" in request:
             commands.enter(request["command"])
         else:
             commands.say(request["text"], request.get("to", ""))
         if commands.sent_id and self._about:
             self._sent_about[commands.sent_id] = self._about
+        elif self._about and not self._is_answered:
+            self._on_answer("Done.", "answer")
 
     def _on_answer(self, text: str, kind: str) -> None:
         """Print the answer to a command; "error" tells bots that it, or a text, could not be done."""
+        self._is_answered = True
         self.show([{"event": "notice", "text": text, **({"error": True} if kind == "error" else {}), **self._about}])
 
     def show(self, events: List[Event]) -> None:

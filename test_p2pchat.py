@@ -5104,6 +5104,17 @@ def test_node_who_is_too_busy_to_read_waits_longer_for_a_sign_of_life(trio, behi
     assert least < taken < most
 
 
+def test_node_a_silent_peer_is_shown_as_quiet_by_all_before_it_is_removed():
+    """Also by those that only hear of it."""
+    world = World(*"ABCDEFGH")
+    world.run(5)
+    world["A"].loop.freeze()
+    world.until(lambda: all(len(peer.node.peers) == 6 for peer in world.peers[1:]), 30)
+    for peer in world.peers[1:]:
+        seen = [event["event"] for event in peer.events if event["event"] in ("quiet", "left")]
+        assert seen == ["quiet", "left"], peer.me.username
+
+
 def test_node_a_newcomer_s_first_list_is_no_news():
     """It passes on who it has met, and not those that all others know longer than itself."""
     world = World("Ann", "Bob", "Cy", "Di", "Eve")
@@ -8140,6 +8151,7 @@ JSON_INPUT = [  # a line, and what is sent, with its receiver; or what the answe
     ('{"command": "/query Bob", "id": 5}', "goes to Bob only"),
     ('{"text": "for Bob"}', ("for Bob", "Bob")),
     ('{"text": "for all", "to": "*"}', ("for all", "*")),
+    ('{"command": "/nick Other", "id": 19}', "Done."), ('{"command": "/clear", "id": 20}', "Done."),
     ('{"command": "/hlep", "id": 6}', "! Did you mean /help?"),
     ('{"text": " ", "id": 7}', "! nothing to send"),
     ('{"text": "x", "to": "Nobody", "id": 8}', "! called Nobody"),
