@@ -942,7 +942,7 @@ class Peer:
         self.unconfirmed_since: Optional[float] = None  # nobody has confirmed it since then: our network was down
         self.removed_at = 0.0  # when it became a tombstone
         self.quiet = False  # shown as quiet: nobody has heard it for a while
-        self.rtt: Optional[float] = None  # round trip time of the last probe, seconds
+        self.rtt: Optional[float] = None  # round trip time of the last probe, or of the hellos, seconds
         self.away = ""  # why its user is away, by the peer's own word; empty: the user is here
         self.set_identity(username, ip, port)
 
@@ -3060,6 +3060,7 @@ class Link(Endpoint):
         self.dialled = dialled  # by us
         self.peer: Optional[Contact] = None
         self.ids: Tuple[str, ...] = ()  # that it may send as: its id, and up to seven older ones
+        self.greeted_at = 0.0  # when we said hello
         self.announced_id = ""  # the id under which the far end knows us; empty until we said hello
         self.inbox: Optional[Inbox] = None  # of a program that chats without a hello
         self.is_resumed = False  # the messages that waited were sent over it, so new ones may follow
@@ -3383,7 +3384,7 @@ class Links:
     def say_hello(self, link: Link) -> None:
         """Send our hello; in answer to another, also the address at which we see its sender."""
         node = self.node
-        link.announced_id = node.me.id
+        link.announced_id, link.greeted_at = node.me.id, node.loop.now()
         content = {"peer": node.me.wire(node.loop.now()), "digest": node.peers.digest()}
         if not link.dialled:
             content["you"] = {"ip": link.connection.remote[0]}
@@ -3712,6 +3713,13 @@ class Detector:
     def _on_probe_answered(self, peer: Contact, asked_at: float, message: Message) -> None:
         peer.rtt = self.node.loop.now() - asked_at
         self.answer_askers(peer)
+
+    def measure_trip(self, link: Link, peer: Contact) -> None:
+        """Learn the round trip time to a new peer, for /who: by the hellos if we dialled, else by a probe."""
+        if link.dialled:
+            peer.rtt = peer.rtt or self.node.loop.now() - link.greeted_at
+        elif peer.rtt is None:
+            self.probe(peer)
 
     def on_link_replaced(self, peer: Contact) -> None:
         """A link broke, and another one is left: it may be as dead, which shows only when something is sent."""
@@ -5057,8 +5065,7 @@ class PeerNode:
         self.detector.answer_askers(peer)
         self.publish(changes)
         self.gossip.on_linked(link, peer, verdict, digest, was_lost)
-        if peer.rtt is None:
-            self.detector.probe(peer)  # for /who: on the ring only neighbours are probed
+        self.detector.measure_trip(link, peer)
         if not peer.gone and not link.is_resumed:
             self.delivery.resume(peer, link)
         self.dialled(link.address, f"connected to {self.peers.label(peer)}")
