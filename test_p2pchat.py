@@ -6538,7 +6538,7 @@ def test_node_after_a_sleep_all_who_are_gone_are_missed_at_once():
     world.network.plug(sleeper.host)
     sleeper.loop.thaw()
     assert len(sleeper.sees()) == 11
-    world.settle(CRASH_KNOWN)
+    world.settle(CRASH_KNOWN + p2pchat.QUIET_AFTER)  # so much later if it takes the silence for its own at first
 
 
 # -- peer node: its own address, and an address that refuses ----------------------------------------------
