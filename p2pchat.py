@@ -21,6 +21,7 @@ One thread, one loop, and no call that blocks. Each section uses only the sectio
     Messages           the codec: bytes in, checked messages out
     Membership         who is present: records, merging, tombstones, digests
     Loop               selectors, timers, connections, datagrams, rate limits
+    Closed room        certificates, the proof of the passphrase, guesses
     Discovery server   DiscoveryServer, and this file over HTTP
     Peer node          PeerNode: links, delivery, failure detection, gossip; reports by events
     Chat view          the model behind the interfaces: messages, input line, commands, rendering
@@ -183,6 +184,13 @@ HTTP_WAITING = 1000  # requests that wait for their turn; further ones are refus
 HTTP_TIMEOUT = 60.0  # a download must be over by then: 7 KB/s are enough
 MAX_REQUEST = 8 * 1024  # of one HTTP request: browsers send 1 KiB
 
+# Closed rooms.
+MAX_ROOM = 64  # bytes of a room's name in UTF-8: it stands in every beacon
+GUESSES = 3  # wrong passphrases that an address may try in a minute; then one each 20 s
+MEMBER_GUESSES = 10  # the same for an address that proved itself lately: members mistype, and share addresses
+MEMBER_TIME = 3600.0  # for this long after its proof
+MAX_GUESSERS = 4096  # addresses whose guesses are counted; each takes about 600 bytes
+
 # Rates.
 MAX_MESSAGES = 100_000  # messages, and records in lists, over one link in a minute: some 5 s of work
 MAX_RENAMES = 20  # changes of name over one connection in a minute, because each is told to everybody
@@ -285,6 +293,14 @@ def check_username(name: str) -> str:
         raise ValueError("A name may contain only characters that can be shown, no control or invisible ones.")
     if not any(unicodedata.category(character)[0] in "LNPSC" and character != "\u2800" for character in name):
         raise ValueError("A name needs a letter, digit or symbol that can be seen.")
+    return name
+
+
+def check_room(name: str) -> str:
+    """Return the name of a closed room in NFC. Raises ValueError with a sentence that says what is allowed."""
+    name = check_username(name)
+    if len(name.encode("utf-8")) > MAX_ROOM:
+        raise ValueError(f"The name of a room may have at most {MAX_ROOM} bytes in UTF-8; this one has more.")
     return name
 
 
@@ -550,6 +566,8 @@ MSG_PROBE_ACK = "MSG_PROBE_ACK"
 MSG_PROBE_REQUEST = "MSG_PROBE_REQUEST"
 MSG_PROBE_RESULT = "MSG_PROBE_RESULT"
 MSG_BEACON = "MSG_BEACON"
+MSG_ROOM = "MSG_ROOM"
+MSG_PAKE = "MSG_PAKE"
 MSG_ERROR = "MSG_ERROR"
 
 Fields = Dict[str, Tuple[Callable[[Any], bool], str]]  # name -> check of the value, and in words what is allowed
@@ -771,6 +789,11 @@ def is_username(name: str) -> bool:
         return False
 
 
+def is_room(name: str) -> bool:
+    """Whether the name of a room is allowed, and is in NFC already."""
+    return is_username(name) and len(name.encode("utf-8")) <= MAX_ROOM
+
+
 @functools.lru_cache(maxsize=MAX_PEERS)
 def is_peer_ip(ip: str) -> bool:
     """Whether a text is an IPv4 address that one machine can have."""
@@ -808,6 +831,12 @@ def check_peer(peer: Any) -> bool:
 def _is_text(most: int, check: Callable[[str], Any] = lambda text: True) -> Callable[[Any], bool]:
     """Return a check: a text of at most `most` characters that passes `check`, whose cache sees no longer one."""
     return lambda value: type(value) is str and len(value) <= most and bool(check(value))
+
+
+def _hex(size: int) -> Tuple[Callable[[Any], bool], str]:
+    """Return the check of a field that holds `size` bytes, and what is allowed."""
+    allowed = re.compile(f"[0-9a-f]{{{2 * size}}}")
+    return _is_text(2 * size, allowed.fullmatch), f"{2 * size} hexadecimal digits in lower case"
 
 
 def _is_list(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -896,6 +925,8 @@ _CONTENTS: Dict[str, Fields] = {
     MSG_PROBE_REQUEST: {"peer": _ONE},
     MSG_PROBE_RESULT: {"peer": _ONE},
     MSG_BEACON: {"role": (lambda role: role in ("peer", "server"), "peer or server"), "port": _PORT, **_IDENTITY},
+    MSG_ROOM: {"room": (_is_text(MAX_NAME, is_room), f"a name of at most {MAX_ROOM} bytes"), "nonce": _hex(32)},
+    MSG_PAKE: {"y?": _hex(32), "confirm?": _hex(64)},
     MSG_ERROR: {"reason": _WORDS, "you?": _YOU},
 }
 _CHECKS: Dict[str, Callable[[Message, Any], None]] = {**dict.fromkeys(_CONTENTS, _check_content), MSG_CHAT: _check_chat}
@@ -1429,6 +1460,12 @@ class RateLimit:
             return True
         self.excess += cost
         return False
+
+    def wait(self, now: float, cost: float = 1) -> float:
+        """Return in how many seconds `cost` fits, 0.0 if it does now. It must not be more than the bucket holds."""
+        self.take(now, 0)  # leaks
+        missing = self.level + cost - self._amount
+        return missing * self._per / self._amount if missing > self._amount * 1e-9 else 0.0
 
 
 class Handler:
@@ -2530,6 +2567,346 @@ class Endpoint(Handler):
     def _on_no_answer(self, number: int, otherwise: Callable[[], None]) -> None:
         del self._questions[number]
         otherwise()
+
+
+# ======================================================================================================
+# Closed room
+#
+# Encrypted, and only for those who know the passphrase. Every process makes a key and a certificate for
+# itself; that hides a conversation from listeners, but proves nothing to anybody. So both ends then prove that
+# they know the passphrase, by CPACE-X25519-SHA512 as draft-irtf-cfrg-cpace has it. Its messages are of no use
+# to anybody who does not know the passphrase: whoever takes part learns whether one guess was right, and
+# nothing to try others with at home. The proof is bound to the certificate, so a man in the middle, who must
+# show one of his own, is refused at both ends. Guesses are counted by address. Pure: randomness and time are
+# arguments. One corner is cut: Python's integers take more or less time with their values. All secrets of
+# the exchange are drawn anew for each run, so nobody can measure the same one twice.
+# ======================================================================================================
+
+_P = 2**255 - 19  # the prime of Curve25519
+
+
+def x25519(scalar: bytes, u: bytes) -> bytes:
+    """Return `scalar` times the point with the coordinate `u`: X25519 of RFC 7748, a Montgomery ladder."""
+    number = int.from_bytes(scalar, "little") & (2**255 - 8) | 2**254
+    x1 = int.from_bytes(u, "little") % 2**255 % _P
+    x2, z2, x3, z3, swapped = 1, 0, x1, 1, 0
+    for position in range(254, -1, -1):  # the letters are the RFC's
+        bit = number >> position & 1
+        if bit != swapped:
+            x2, z2, x3, z3, swapped = x3, z3, x2, z2, bit
+        a, b = x2 + z2, x2 - z2
+        aa, bb = a * a % _P, b * b % _P
+        da, cb, e = (x3 - z3) * a % _P, (x3 + z3) * b % _P, aa - bb
+        plus, minus = da + cb, da - cb
+        x3, z3 = plus * plus % _P, x1 * (minus * minus % _P) % _P
+        x2, z2 = aa * bb % _P, e * (aa + 121665 * e) % _P
+    if swapped:
+        x2, z2 = x3, z3
+    return (x2 * pow(z2, _P - 2, _P) % _P).to_bytes(32, "little")
+
+
+def lv_cat(*parts: bytes) -> bytes:
+    """Join byte strings, each behind its length in LEB128, so that nothing can pass from one to the next."""
+    joined = bytearray()
+    for part in parts:
+        length = len(part)
+        while length > 127:
+            joined.append(length & 127 | 128)
+            length >>= 7
+        joined.append(length)
+        joined += part
+    return bytes(joined)
+
+
+def cpace_generator(passphrase: bytes, channel: bytes, sid: bytes) -> bytes:
+    """Return the point that passphrase, channel identifier and session are mapped to, by Elligator 2."""
+    start = lv_cat(b"CPace255", passphrase)
+    padding = bytes(max(0, 127 - len(start)))  # so the hash's first block holds nothing but domain and passphrase
+    digest = hashlib.sha512(start + lv_cat(padding, channel, sid)).digest()[:32]
+    r = int.from_bytes(digest, "little") % 2**255
+    v = -486662 * pow(1 + 2 * r * r, -1, _P) % _P
+    is_on_curve = pow(v * (v * v + 486662 * v + 1), (_P - 1) // 2, _P) == 1
+    return (v if is_on_curve else (-v - 486662) % _P).to_bytes(32, "little")
+
+
+def cpace_key(sid: bytes, shared: bytes, transcript: bytes) -> bytes:
+    """Return ISK, the key that both ends have in common if they began with the same passphrase."""
+    return hashlib.sha512(lv_cat(b"CPace255_ISK", sid, shared) + transcript).digest()
+
+
+# P-256: the prime, the order of the generator, and the generator.
+_P256 = 2**256 - 2**224 + 2**192 + 2**96 - 1
+_P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+_P256_POINT = (0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
+               0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5)
+
+
+def make_certificate(rng: Callable[[int], bytes] = os.urandom) -> Tuple[bytes, bytes]:
+    """Return a new self-signed certificate and its key, both as PEM. It names nobody and never expires.
+
+    Nobody checks it: the proof of the passphrase vouches for its hash. Clocks in a lab are wrong, so its dates
+    are as far apart as can be."""
+    key, nonce = (int.from_bytes(rng(40), "big") % (_P256_ORDER - 1) + 1 for _ in range(2))
+    serial = int.from_bytes(rng(16), "big") | 1
+    curve, signing = bytes.fromhex("06082A8648CE3D030107"), _der(0x30, bytes.fromhex("06082A8648CE3D040302"))
+    public = _der(0x03, b"\0\4", *(each.to_bytes(32, "big") for each in _p256_multiply(key)))
+    name = _der(0x30, _der(0x31, _der(0x30, bytes.fromhex("0603550403"), _der(0x0C, b"p2pchat"))))
+    dates = _der(0x30, _der(0x17, b"700101000000Z"), _der(0x18, b"99991231235959Z"))
+    body = _der(0x30, _der(0xA0, _der_integer(2)), _der_integer(serial), signing, name, dates, name,
+                _der(0x30, _der(0x30, bytes.fromhex("06072A8648CE3D0201"), curve), public))
+    r = _p256_multiply(nonce)[0] % _P256_ORDER
+    digest = int.from_bytes(hashlib.sha256(body).digest(), "big")
+    s = pow(nonce, -1, _P256_ORDER) * (digest + r * key) % _P256_ORDER
+    signature = _der(0x03, b"\0", _der(0x30, _der_integer(r), _der_integer(s)))
+    private = _der(0x30, _der_integer(1), _der(0x04, key.to_bytes(32, "big")), _der(0xA0, curve), _der(0xA1, public))
+    return _pem("CERTIFICATE", _der(0x30, body, signing, signature)), _pem("EC PRIVATE KEY", private)
+
+
+def _p256_multiply(number: int) -> Tuple[int, int]:
+    """Return `number`, from 1 to the order less 1, times the generator: double and add, from the highest bit on."""
+    x, y = x0, y0 = _P256_POINT
+    for bit in bin(number)[3:]:
+        slope = 3 * (x * x - 1) * pow(2 * y, -1, _P256) % _P256
+        x, before = (slope * slope - 2 * x) % _P256, x
+        y = (slope * (before - x) - y) % _P256
+        if bit == "1":
+            slope = (y - y0) * pow(x - x0, -1, _P256) % _P256
+            x = (slope * slope - x - x0) % _P256
+            y = (slope * (x0 - x) - y0) % _P256
+    return x, y
+
+
+def _der(tag: int, *parts: bytes) -> bytes:
+    """Return an ASN.1 value in DER."""
+    value = b"".join(parts)
+    size = len(value).to_bytes(2, "big").lstrip(b"\0") or b"\0"
+    return bytes([tag]) + (size if len(value) < 128 else bytes([128 + len(size)]) + size) + value
+
+
+def _der_integer(number: int) -> bytes:
+    return _der(0x02, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def _pem(label: str, data: bytes) -> bytes:
+    import binascii
+
+    text = binascii.b2a_base64(data, newline=False).decode()
+    lines = [text[start:start + 64] for start in range(0, len(text), 64)]
+    return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""]).encode()
+
+
+class Room(NamedTuple):
+    """A closed room: its name, which is public, and its passphrase, which no text of ours shows."""
+
+    name: str
+    passphrase: bytes
+
+    def __repr__(self) -> str:
+        return f"Room({self.name!r}, ...)"
+
+
+def normalise_passphrase(text: str) -> bytes:
+    """Return a passphrase as the bytes that are proved: NFC, UTF-8, without the line end of a file's last line.
+
+    Raises ValueError, whose text does not show it, if that is not possible."""
+    text = text[:-2] if text.endswith("\r\n") else text[:-1] if text.endswith("\n") else text
+    try:
+        return unicodedata.normalize("NFC", text).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("The passphrase is not UTF-8.") from None
+
+
+_CONSONANTS, _VOWELS = "bdfghjklmnprstvz", "aeiou"  # none of them sounds like another, in most languages
+
+
+def make_passphrase(rng: Callable[[int], bytes] = os.urandom) -> str:
+    """Return four words that can be read out, as in "bako-lumi-tefo-rida".
+
+    Each is two of 16 * 5 = 80 syllables; 80**8 possibilities are 50.6 bits."""
+    number = int.from_bytes(rng(16), "big")  # 77 bits more than needed, so all are equally likely
+    words = ["", "", "", ""]
+    for position in range(8):
+        number, vowel = divmod(number, len(_VOWELS))
+        number, consonant = divmod(number, len(_CONSONANTS))
+        words[position // 2] += _CONSONANTS[consonant] + _VOWELS[vowel]
+    return "-".join(words)
+
+
+class ProofError(Exception):
+    """A run of the proof failed. The text says why, in words that either end may see; it shows no passphrase."""
+
+    def __init__(self, about: str, reason: str) -> None:
+        super().__init__(reason)
+        self.about = about  # what differs, "room" or "passphrase"; or "protocol": the far end does not keep to it
+
+
+_PROOF_STEPS = ((MSG_ROOM, "room"), (MSG_PAKE, "y"), (MSG_PAKE, "confirm"))  # what each end receives, in this order
+
+
+def _proof_message(kind: str, **content: str) -> Message:
+    return {"type": kind, "sender_id": "", "to": EVERYONE, "content": content}
+
+
+class Proof:
+    """One run of the proof, at one end of a connection. Each end sends and receives three messages:
+
+        dialler                                          acceptor
+           MSG_ROOM {room, nonce}  -->  <--  MSG_ROOM {room, nonce}      both at once
+                     MSG_PAKE {y}  -->
+                                        <--  MSG_PAKE {y}
+               MSG_PAKE {confirm}  -->                                   the dialler is exposed
+                                        <--  MSG_PAKE {confirm}          only if the dialler's was right
+
+    Whoever gets a right `confirm` first knows that its guess was right, and may hang up. So a run that ends while
+    `exposed` is True counts as a guess of the far end, however it ends. A run that failed takes no more messages.
+    Messages of the run name no sender: names are for members, and whether the far end is one is not known yet."""
+
+    __slots__ = ("room", "dialled", "proved", "exposed", "_certificate", "_nonce", "_scalar", "_sid", "_y",
+                 "_confirm", "_expected", "_step")
+
+    def __init__(self, room: Room, dialled: bool, certificate: bytes,
+                 random_bytes: Callable[[int], bytes] = os.urandom) -> None:
+        """`certificate` is the SHA-256 of the certificate that the accepting end has shown."""
+        self.room = room
+        self.dialled = dialled
+        self.proved = False  # both ends know the passphrase
+        self.exposed = False  # the far end may know by now whether it guessed right, and we do not
+        self._certificate = certificate
+        self._nonce, self._scalar = random_bytes(32), random_bytes(32)
+        self._sid = self._y = self._confirm = self._expected = b""
+        self._step = 0  # which of _PROOF_STEPS comes next
+
+    @property
+    def is_next_exposing(self) -> bool:
+        """Whether to handle the next message is to answer a guess: Guesses.may_start() must allow it first."""
+        return self._step == (1 if self.dialled else 2)
+
+    def start(self) -> List[Message]:
+        """Return the messages to send at once."""
+        return [_proof_message(MSG_ROOM, room=self.room.name, nonce=self._nonce.hex())]
+
+    def handle(self, message: Message) -> List[Message]:
+        """Handle a message of the far end, and return what to send. Raises ProofError; then the run is over."""
+        step, self._step = self._step, len(_PROOF_STEPS)
+        kind, key = _PROOF_STEPS[step] if step < len(_PROOF_STEPS) else ("", "")
+        if message["type"] != kind or (kind == MSG_PAKE and {"y", "confirm"} & message["content"].keys() != {key}):
+            raise ProofError("protocol", f"not the time for {clean(message['type'])}: the passphrase is proved first")
+        answer = (self._handle_room, self._handle_y, self._handle_confirm)[step](message["content"])
+        self._step = step + 1
+        return answer
+
+    def _handle_room(self, content: Message) -> List[Message]:
+        if content["room"] != self.room.name:
+            raise ProofError("room", f"this is the closed room {self.room.name}, not {content['room']}")
+        theirs = bytes.fromhex(content["nonce"])
+        nonces = self._nonce + theirs if self.dialled else theirs + self._nonce
+        self._sid = hashlib.sha512(b"p2pchat closed room 1" + self._certificate + nonces).digest()
+        if not self.dialled:
+            return []
+        self._make_y()
+        return [_proof_message(MSG_PAKE, y=self._y.hex())]
+
+    def _make_y(self) -> None:
+        generator = cpace_generator(self.room.passphrase, self.room.name.encode("utf-8"), self._sid)
+        self._y = x25519(self._scalar, generator)
+
+    def _handle_y(self, content: Message) -> List[Message]:
+        import hmac
+
+        theirs = bytes.fromhex(content["y"])
+        if not self.dialled:
+            self._make_y()
+        shared = x25519(self._scalar, theirs)
+        if theirs == self._y or int.from_bytes(theirs, "little") >= _P or shared == bytes(32):
+            raise ProofError("protocol", "that y is not allowed")
+        dialler, acceptor = (self._y, theirs) if self.dialled else (theirs, self._y)
+        sent, sent_back = lv_cat(dialler, b"dialler"), lv_cat(acceptor, b"acceptor")  # what sets the roles apart
+        key = hashlib.sha512(b"CPaceMac" + self._sid + cpace_key(self._sid, shared, sent + sent_back)).digest()
+        confirms = [hmac.new(key, each, hashlib.sha512).digest() for each in (sent, sent_back)]
+        self._confirm, self._expected = confirms if self.dialled else confirms[::-1]
+        self._scalar = b""
+        if not self.dialled:
+            return [_proof_message(MSG_PAKE, y=self._y.hex())]
+        self.exposed = True
+        return [_proof_message(MSG_PAKE, confirm=self._confirm.hex())]
+
+    def _handle_confirm(self, content: Message) -> List[Message]:
+        import hmac
+
+        self.exposed = True  # to refuse it is an answer, too
+        if not hmac.compare_digest(self._expected, bytes.fromhex(content["confirm"])):
+            raise ProofError("passphrase", f"the passphrases for the closed room {self.room.name} differ")
+        self.exposed = False
+        self.proved = True
+        return [] if self.dialled else [_proof_message(MSG_PAKE, confirm=self._confirm.hex())]
+
+
+class Guesser:
+    """What Guesses keeps about one address."""
+
+    __slots__ = ("guessed_at", "proved_at", "_limit", "_amount")
+
+    def __init__(self) -> None:
+        self.guessed_at: List[float] = []  # the latest guesses, at most MEMBER_GUESSES
+        self.proved_at = float("-inf")
+        self._amount = GUESSES
+        self._limit = RateLimit(GUESSES)
+
+    def limit(self, now: float) -> RateLimit:
+        """Return the limit that holds now, with what was guessed so far."""
+        amount = MEMBER_GUESSES if now - self.proved_at < MEMBER_TIME else GUESSES
+        self._limit.take(now, 0)  # leaks
+        if amount != self._amount:
+            level = min(self._limit.level, amount)
+            self._amount, self._limit = amount, RateLimit(amount)
+            self._limit.take(now, level)
+        return self._limit
+
+
+class Guesses:
+    """How many passphrases each address has tried lately, and when it may try the next.
+
+    Before a run handles a message that exposes it (Proof.is_next_exposing), may_start() must return 0.0; else the
+    run waits for so long, or for the next proved(), and asks again. As soon as it is exposed, count() is called, so
+    that a hundred runs at once do not get a hundred answers; proved() takes that back.
+
+    Only a guess or a proof makes an entry, and those with the fewest guesses make room. So to have a count of three
+    cleared takes some 3,600 addresses that guess three times each in the same minute: it costs more than it wins."""
+
+    def __init__(self) -> None:
+        self._guessers: Dict[str, Guesser] = {}
+
+    def may_start(self, ip: str, now: float) -> float:
+        """Return in how many seconds an address may guess again; 0.0: now."""
+        guesser = self._guessers.get(ip)
+        return guesser.limit(now).wait(now) if guesser is not None else 0.0
+
+    def count(self, ip: str, now: float) -> None:
+        """Count a guess of an address: a run with it is exposed."""
+        guesser = self._find(ip, now)
+        guesser.limit(now).take(now)
+        guesser.guessed_at = [*guesser.guessed_at[1 - MEMBER_GUESSES:], now]
+
+    def proved(self, ip: str, now: float, counted: bool = False) -> None:
+        """An address has proved that it knows the passphrase. If the run was counted as a guess, it was none."""
+        guesser = self._find(ip, now)
+        guesser.proved_at = now
+        if counted and guesser.guessed_at:
+            guesser.guessed_at.pop()
+            limit = guesser.limit(now)
+            limit.level = max(0.0, limit.level - 1)
+
+    def wrong_in_last_minute(self, ip: str, now: float) -> int:
+        """Return how many guesses of an address in the last minute were wrong, or are not answered yet."""
+        guesser = self._guessers.get(ip)
+        return sum(now - at < 60.0 for at in guesser.guessed_at) if guesser is not None else 0
+
+    def _find(self, ip: str, now: float) -> Guesser:
+        if ip not in self._guessers and len(self._guessers) >= MAX_GUESSERS:
+            by_guesses = sorted(self._guessers, key=lambda each: self._guessers[each].limit(now).level)
+            for each in by_guesses[:MAX_GUESSERS // 8]:  # many at once, because sorting takes some 5 ms
+                del self._guessers[each]
+        return self._guessers.setdefault(ip, Guesser())
 
 
 # ======================================================================================================

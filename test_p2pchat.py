@@ -12,6 +12,7 @@ import functools
 import gc
 import hashlib
 import heapq
+import hmac
 import itertools
 import json
 import logging
@@ -1660,6 +1661,8 @@ VALID = {
     "MSG_PROBE_REQUEST": {"peer": wire_record()},
     "MSG_PROBE_RESULT": {"peer": wire_record()},
     "MSG_BEACON": {"role": "peer", "port": 7, "instance": "b", "answer": False, "alone": True, "server_wanted": True},
+    "MSG_ROOM": {"room": "class-3b", "nonce": "0f" * 32},
+    "MSG_PAKE": {"y": "0f" * 32, "confirm": "a1" * 64},
     "MSG_ERROR": {"reason": "because", "role": "server"},
     "MSG_UNHEARD_OF": {"a": [1, None]},
 }
@@ -2120,6 +2123,559 @@ def test_pure_sections_use_neither_sockets_nor_clocks():
                  and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
                  and node.func.value.id == "random"}
         assert not used & banned and not calls, (section, used & banned, calls)
+
+
+# -- closed room: the proof of the passphrase, pure ----------------------------------------------------
+
+RFC7748 = [  # scalar, u, result
+    ("a546e36bf0527c9d3b16154b82465edd62144c0ac1fc5a18506a2244ba449ac4",
+     "e6db6867583030db3594c1a424b15f7c726624ec26b3353b10a903a6d0ab1c4c",
+     "c3da55379de9c6908e94ea4df28d084f32eccf03491c71f754b4075577a28552"),
+    ("4b66e9d4d1b4673c5ad22691957d6af5c11b6421e0ea01d42ca4169e7918ba0d",
+     "e5210f12786811d3f4b7959d0538ae2c31dbe7106fc03c3efc4cd549c715a493",
+     "95cbde9476e8907d7aade45cb4b873f88b595a68799fa152e6f8f7647aac7957"),
+]
+RFC7748_LOOP = {1: "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079",
+                1000: "684cf59ba83309552800ef566f2f4d3c1c3887c49360e3875f2eb94d99532c51"}
+
+CPACE = {key: bytes.fromhex(value) for key, value in {  # of draft-irtf-cfrg-cpace, for CPACE-X25519-SHA512
+    "PRS": "50617373776F7264", "CI": "0B415F696E69746961746F720B425F726573706F6E646572",
+    "sid": "7E4B4791D6A8EF019B936C79FB7F2C57", "ADa": "414461", "ADb": "414462",
+    "g": "D04BF6D41F6A289632A2E929FA29BEBD51092512A7829FDDE7D314B62F05A73F",
+    "ya": "21B4F4BD9E64ED355C3EB676A28EBEDAF6D8F17BDC365995B319097153044080",
+    "Ya": "1D13C89278CDADD826F6D8D7F887701430F8380DDC17611CDD6DC989CE0C9F32",
+    "yb": "848B0779FF415F0AF4EA14DF9DD1D3C29AC41D836C7808896C4EBA19C51AC40A",
+    "Yb": "248CCCF6D5CDC3646F0AD593F9E6CEF4E69D4945F8372E623512ECEA32185623",
+    "K": "5B067EFFBDC0B2A0E1D907B21EBB25CFEDB96A852179A847C37E43EE71322C6B",
+    "ISK": "6E19B875F7A561D6B3CA3DBB9EF42AC55DE3E717881018204B8922B4D5E53BB2"
+           "AA82C300BEA7B65D2B671DA71922DDF6472301B79BC270ADFA8BF413285F2263"}.items()}
+
+REFUSED_POINTS = [  # low-order and non-canonical ones, and what the draft's scalar makes of each
+    ("0000000000000000000000000000000000000000000000000000000000000000", ""),
+    ("0100000000000000000000000000000000000000000000000000000000000000", ""),
+    ("ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f", ""),
+    ("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800", ""),
+    ("5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157", ""),
+    ("edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f", ""),
+    ("daffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+     "d8e2c776bbacd510d09fd9278b7edcd25fc5ae9adfba3b6e040e8d3b71b21806"),
+    ("eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f", ""),
+    ("dbffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+     "c85c655ebe8be44ba9c0ffde69f2fe10194458d137f09bbff725ce58803cdb38"),
+    ("d9ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+     "db64dafa9b8fdd136914e61461935fe92aa372cb056314e1231bc4ec12417456"),
+    ("cdeb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b880",
+     "e062dcd5376d58297be2618c7498f55baa07d7e03184e8aada20bca28888bf7a"),
+    ("4c9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f11d7",
+     "993c6ad11c4c29da9a56f7691fd0ff8d732e49de6250b6c2e80003ff4629a175"),
+]
+
+
+def test_room_x25519_is_that_of_the_rfc():
+    for scalar, u, result in RFC7748:
+        assert p2pchat.x25519(bytes.fromhex(scalar), bytes.fromhex(u)).hex() == result
+    scalar = u = bytes([9]) + bytes(31)
+    for count in range(1, 1001):
+        scalar, u = p2pchat.x25519(scalar, u), scalar
+        assert scalar.hex() == RFC7748_LOOP.get(count, scalar.hex())
+
+
+@pytest.mark.parametrize("parts, joined", [
+    ([], ""), ([b""], "00"), ([b"1234"], "0431323334"), ([b"1234", b"5", b"", b"678"], "043132333401350003363738"),
+    ([bytes(range(127))], "7f" + bytes(range(127)).hex()), ([bytes(range(128))], "8001" + bytes(range(128)).hex()),
+    ([bytes(70000)], "f0a204" + bytes(70000).hex()),
+], ids=lambda value: str(value)[:20])
+def test_room_lengths_are_written_as_the_draft_has_it(parts, joined):
+    assert p2pchat.lv_cat(*parts).hex() == joined
+
+
+def test_room_cpace_is_that_of_the_draft():
+    v = CPACE
+    assert p2pchat.cpace_generator(v["PRS"], v["CI"], v["sid"]) == v["g"]
+    assert (p2pchat.x25519(v["ya"], v["g"]), p2pchat.x25519(v["yb"], v["g"])) == (v["Ya"], v["Yb"])
+    assert p2pchat.x25519(v["ya"], v["Yb"]) == p2pchat.x25519(v["yb"], v["Ya"]) == v["K"]
+    transcript = p2pchat.lv_cat(v["Ya"], v["ADa"]) + p2pchat.lv_cat(v["Yb"], v["ADb"])
+    assert p2pchat.cpace_key(v["sid"], v["K"], transcript) == v["ISK"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 117, 118, 119, 200, 5000])
+def test_room_a_passphrase_of_any_length_has_a_generator(size):
+    """The padding fills the first block of the hash if there is room for it."""
+    points = {p2pchat.cpace_generator(b"x" * size, name, bytes(64)) for name in (b"", b"class-3b")}
+    assert len(points) == 2 and all(len(point) == 32 for point in points)
+
+
+@pytest.mark.parametrize("point, result", REFUSED_POINTS)
+def test_room_scalar_times_a_point_to_be_refused(point, result):
+    scalar = bytes.fromhex("af46e36bf0527c9d3b16154b82465edd62144c0ac1fc5a18506a2244ba449aff")
+    assert p2pchat.x25519(scalar, bytes.fromhex(point)).hex() == (result or "00" * 32)
+
+
+CERTIFICATE = hashlib.sha256(b"a certificate").digest()
+LAB = p2pchat.Room("class-3b", b"correct horse")
+
+
+class ProofRig:
+    """Two ends of runs of the proof, and what each sent. `alter` may change a message on its way."""
+
+    def __init__(self, dialler=LAB, acceptor=LAB, certificates=(CERTIFICATE, CERTIFICATE), seed=1):
+        random_bytes = random.Random(seed)
+        self.ends = [p2pchat.Proof(room, dialled, certificate, lambda size: random_bytes.getrandbits(8 * size).to_bytes(size, "big"))
+                     for room, dialled, certificate in zip((dialler, acceptor), (True, False), certificates)]
+        self.sent = [[], []]  # by the dialler, by the acceptor
+        self.errors = [None, None]
+
+    @property
+    def exposed(self):
+        return tuple(end.exposed for end in self.ends)
+
+    @property
+    def proved(self):
+        return tuple(end.proved for end in self.ends)
+
+    def steps(self, alter=lambda sender, step, message: message):
+        """Play the run, one message a step. The generator yields after each, with its sender."""
+        ways = [collections.deque(end.start()) for end in self.ends]
+        while ways[0] or ways[1]:
+            sender = 0 if ways[0] else 1
+            message = wire_copy(alter(sender, len(self.sent[sender]), ways[sender].popleft()))
+            self.sent[sender].append(message)
+            try:
+                ways[1 - sender] += self.ends[1 - sender].handle(message)
+            except p2pchat.ProofError as error:
+                self.errors[1 - sender] = error
+                ways[sender].clear()
+            yield sender
+
+    def run(self, alter=lambda sender, step, message: message):
+        for _ in self.steps(alter):
+            pass
+        return self
+
+    @property
+    def abouts(self):
+        return tuple(error and error.about for error in self.errors)
+
+
+def wire_copy(message):
+    """A message as it comes out at the other end."""
+    data = p2pchat.create_message(message["type"], message["sender_id"], message["content"], message["to"])
+    parsed = p2pchat.parse_line(data)
+    assert parsed == message
+    return parsed
+
+
+def pake(**content):
+    return {"type": "MSG_PAKE", "sender_id": "", "to": "*", "content": content}
+
+
+def test_room_the_right_passphrase_is_proved_in_six_messages():
+    rig = ProofRig().run()
+    assert rig.proved == (True, True) and rig.exposed == (False, False) and rig.abouts == (None, None)
+    assert [[(each["type"], *each["content"]) for each in sent] for sent in rig.sent] == [
+        [("MSG_ROOM", "room", "nonce"), ("MSG_PAKE", "y"), ("MSG_PAKE", "confirm")]] * 2
+    secrets = [each["content"][key] for sent in rig.sent for each in sent for key in each["content"] if key != "room"]
+    assert len(set(secrets)) == 6
+    again = ProofRig(seed=2).run()
+    assert again.proved == (True, True)
+    assert not {each for sent in again.sent for message in sent for each in message["content"].values()} & set(secrets)
+
+
+def test_room_confirmations_are_those_of_the_draft():
+    """Computed here from what was sent and from one end's scalar, step by step as the draft has it."""
+    scalars = iter([b"n" * 32, b"s" * 32, b"m" * 32, b"t" * 32])
+    rig = ProofRig()
+    rig.ends = [p2pchat.Proof(LAB, dialled, CERTIFICATE, lambda size: next(scalars)) for dialled in (True, False)]
+    rig.run()
+    sid = hashlib.sha512(b"p2pchat closed room 1" + CERTIFICATE + b"n" * 32 + b"m" * 32).digest()
+    g = p2pchat.cpace_generator(b"correct horse", b"class-3b", sid)
+    ya, yb = p2pchat.x25519(b"s" * 32, g), p2pchat.x25519(b"t" * 32, g)
+    ta, tb = (b"\x20" + ya + b"\x07dialler"), (b"\x20" + yb + b"\x08acceptor")
+    isk = hashlib.sha512(b"\x0cCPace255_ISK\x40" + sid + b"\x20" + p2pchat.x25519(b"s" * 32, yb) + ta + tb).digest()
+    key = hashlib.sha512(b"CPaceMac" + sid + isk).digest()
+    for sent, y, transcript in zip(rig.sent, (ya, yb), (ta, tb)):
+        assert sent[1]["content"] == {"y": y.hex()}
+        assert sent[2]["content"] == {"confirm": hmac.new(key, transcript, "sha512").hexdigest()}
+
+
+@pytest.mark.parametrize("change, about", [
+    ({"acceptor": p2pchat.Room("class-3b", b"correct house")}, (None, "passphrase")),
+    ({"acceptor": p2pchat.Room("class-3b", b"")}, (None, "passphrase")),
+    ({"dialler": p2pchat.Room("class-3b", b"x" * 500)}, (None, "passphrase")),
+    ({"acceptor": p2pchat.Room("class-4", b"correct horse")}, ("room", "room")),
+    ({"acceptor": p2pchat.Room("Class-3b", b"correct horse")}, ("room", "room")),
+    ({"certificates": (CERTIFICATE, CERTIFICATE[::-1])}, (None, "passphrase")),
+], ids=str)
+def test_room_what_differs_is_said_and_no_passphrase_is(change, about):
+    """The acceptor says it; the dialler hears of a wrong passphrase from it. Either keeps quiet afterwards."""
+    rig = ProofRig(**change).run()
+    assert rig.abouts == about and rig.proved == (False, False)
+    for end, error in zip(rig.ends, rig.errors):
+        if error is not None:
+            text = str(error) + repr(error)
+            assert end.room.name in text and "horse" not in text and "house" not in text
+        if about == ("room", "room"):
+            assert "class-4" in text or "Class-3b" in text
+    assert rig.exposed == ((True, True) if "passphrase" in about else (False, False))
+
+
+@pytest.mark.parametrize("guess", [b"correct horse", b"wrong"])
+def test_room_what_hanging_up_after_each_step_tells(guess):
+    """A run counts as a guess from the moment on in which the far end may know whether it guessed right."""
+    rig = ProofRig(acceptor=p2pchat.Room("class-3b", guess))
+    right = guess == b"correct horse"
+    table = []
+    for sender in rig.steps():
+        message = rig.sent[sender][-1]
+        table.append(("dialler" if sender == 0 else "acceptor", [*message["content"]][-1], rig.exposed))
+    assert table == [
+        ("dialler", "nonce", (False, False)),
+        ("acceptor", "nonce", (False, False)),  # now the dialler sends y
+        ("dialler", "y", (False, False)),  # a dialler that hangs up here knows nothing, with or without our y
+        ("acceptor", "y", (True, False)),  # the dialler's confirm is on its way: an acceptor may hang up and knows
+        ("dialler", "confirm", (True, not right)),  # if it is wrong, the dialler learns that
+        ("acceptor", "confirm", (False, False)),
+    ][:6 if right else 5]
+
+
+def test_room_a_run_says_when_a_guess_is_about_to_be_answered():
+    for dialled in (True, False):
+        rig, seen = ProofRig(), []
+        end = rig.ends[0 if dialled else 1]
+        before = end.is_next_exposing
+        for sender in rig.steps():
+            if (sender == 0) != dialled:  # it was handled here
+                seen.append((before, [*rig.sent[sender][-1]["content"]][-1]))
+            before = end.is_next_exposing
+        exposing = "y" if dialled else "confirm"
+        assert seen == [(key == exposing, key) for key in ("nonce", "y", "confirm")] and not before
+
+
+def test_room_nothing_can_be_reflected():
+    """A dialler that gets back what it sends, whole or with what it takes to go on, proves nothing to itself."""
+    dialler = p2pchat.Proof(LAB, True, CERTIFICATE)
+    (y,) = dialler.handle(*dialler.start())  # its own nonce, even
+    with pytest.raises(p2pchat.ProofError, match="y is not allowed") as caught:
+        dialler.handle(y)
+    assert caught.value.about == "protocol" and not dialler.exposed
+    rig = ProofRig()
+    rig.run(lambda sender, step, message: rig.sent[0][2] if (sender, step) == (1, 2) else message)
+    assert rig.abouts == ("passphrase", None) and rig.proved == (False, True)  # its own confirmation
+    one, other = (p2pchat.Proof(LAB, True, CERTIFICATE) for _ in range(2))  # two diallers, in touch with each other
+    (y,), (other_y,) = one.handle(*other.start()), other.handle(*one.start())
+    (confirm,), (other_confirm,) = one.handle(other_y), other.handle(y)
+    for end, message in ((one, other_confirm), (other, confirm)):
+        with pytest.raises(p2pchat.ProofError):
+            end.handle(message)
+        assert not end.proved
+
+
+@pytest.mark.parametrize("point", [point for point, _ in REFUSED_POINTS])
+@pytest.mark.parametrize("sender", [0, 1])
+def test_room_points_that_are_refused(point, sender):
+    rig = ProofRig().run(lambda by, step, message: pake(y=point) if by == sender and "y" in message["content"] else message)
+    assert rig.abouts == (("protocol", None) if sender else (None, "protocol"))
+    assert rig.proved == rig.exposed == (False, False)
+
+
+def test_room_the_point_of_an_acceptor_that_repeats_the_diallers_is_refused():
+    for sender in (0, 1):
+        rig = ProofRig()
+        rig.ends[sender]._scalar = rig.ends[1 - sender]._scalar
+        rig.run()
+        assert "protocol" in rig.abouts and rig.proved == (False, False)
+
+
+@pytest.mark.parametrize("kept", [(0,), (1,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("sender", [0, 1])
+def test_room_messages_of_an_older_run_prove_nothing(kept, sender):
+    old = ProofRig(seed=1).run()
+    rig = ProofRig(seed=2).run(lambda by, step, message: old.sent[by][step] if by == sender and step in kept else message)
+    assert not rig.ends[1 - sender].proved and "passphrase" in rig.abouts
+
+
+def test_room_a_man_in_the_middle_is_refused_at_both_ends():
+    """He ends TLS on both sides and passes the proof on: the ends see two certificates."""
+    rig = ProofRig(certificates=(hashlib.sha256(b"his own").digest(), CERTIFICATE)).run()
+    assert rig.abouts == (None, "passphrase")
+    confirm = pake(confirm="00" * 64)
+    with pytest.raises(p2pchat.ProofError) as caught:
+        rig.ends[0].handle(confirm)
+    assert caught.value.about == "passphrase" and rig.proved == (False, False)
+
+
+@pytest.mark.parametrize("sender", [0, 1])
+@pytest.mark.parametrize("step, key", [(0, "nonce"), (1, "y"), (2, "confirm")])
+def test_room_a_bit_flipped_anywhere_ends_it(sender, step, key):
+    rng = random.Random(step)
+    for _ in range(5):
+        def flip(by, at, message):
+            if (by, at) != (sender, step):
+                return message
+            value = bytearray.fromhex(message["content"][key])
+            value[rng.randrange(len(value))] ^= 1 << rng.randrange(8)
+            return {**message, "content": {**message["content"], key: value.hex()}}
+        rig = ProofRig().run(flip)
+        assert rig.proved == ((False, False) if (sender, step) != (1, 2) else (False, True))
+        assert "passphrase" in rig.abouts or "protocol" in rig.abouts
+
+
+@pytest.mark.parametrize("dialled", [True, False])
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_room_messages_that_come_out_of_order(dialled, done):
+    """At each step everything but the right one ends the run, and nothing that comes later brings it back."""
+    script = ProofRig().run().sent[1 if dialled else 0]
+    me = ProofRig().ends[0 if dialled else 1]
+    y, confirm = (script[each]["content"] for each in (1, 2))
+    wrong = [*script, *ProofRig().run().sent[0], {"type": "MSG_HELLO", "content": {}}, {"type": "MSG_CHAT", "content": "x\x1b[2J"},
+             pake(), pake(**y, **confirm), {"type": "MSG_X", "content": None}]
+    for message in wrong:
+        end = copy.copy(me)
+        for each in script[:done]:
+            end.handle(each)
+        if done < 3 and (message["type"], list(message["content"] or ())) == (script[done]["type"], list(script[done]["content"])):
+            continue
+        with pytest.raises(p2pchat.ProofError) as caught:
+            end.handle(message)
+        assert caught.value.about == "protocol" and "\x1b" not in str(caught.value)
+        assert not end.is_next_exposing
+        for each in script:
+            with pytest.raises(p2pchat.ProofError):
+                end.handle(each)
+        assert end.proved is (done == 3)
+
+
+def test_room_confirmations_are_compared_in_constant_time(monkeypatch):
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    rig = ProofRig().run()
+    assert compared == [(each, each) for each in (bytes.fromhex(sent[2]["content"]["confirm"]) for sent in rig.sent)]
+
+
+@pytest.mark.parametrize("content", [
+    {"room": "class-3b"}, {"nonce": "00" * 32}, {"room": "", "nonce": "00" * 32}, {"room": "é" * 32 + "é", "nonce": "00" * 32},
+    {"room": "李" * 22, "nonce": "00" * 32}, {"room": "a\x1b[2J", "nonce": "00" * 32}, {"room": "e\u0301", "nonce": "00" * 32},
+    {"room": "a", "nonce": "0" * 63}, {"room": "a", "nonce": "00" * 33}, {"room": "a", "nonce": "AA" * 32},
+    {"room": "a", "nonce": "٣" * 64}, {"room": "a", "nonce": "0" * 63 + "\n"}, {"room": "a", "nonce": 5}, None, "x",
+], ids=repr)
+def test_room_what_is_no_announcement_of_a_room(content):
+    line = json.dumps({"type": "MSG_ROOM", "sender_id": "", "to": "*", "content": content}).encode()
+    with pytest.raises(p2pchat.BadMessage):
+        p2pchat.parse_line(line)
+
+
+@pytest.mark.parametrize("content", [
+    {"y": ""}, {"y": "00" * 31}, {"y": "00" * 33}, {"y": "0g" * 32}, {"y": "FF" * 32}, {"confirm": "00" * 32}, {"confirm": "00" * 65},
+    {"y": None}, {"y": ["00" * 32]}, None, []], ids=repr)
+def test_room_what_is_no_part_of_a_proof(content):
+    with pytest.raises(p2pchat.BadMessage):
+        p2pchat.parse_line(json.dumps({"type": "MSG_PAKE", "sender_id": "", "to": "*", "content": content}).encode())
+
+
+@pytest.mark.parametrize("name, right", [
+    ("class-3b", True), ("x" * 32, True), ("é" * 32, True), ("李" * 21, True), ("李" * 22, False), ("🎉" * 17, False),
+    ("x" * 33, False), ("", False), ("a@b", False), ("/quit", False)])
+def test_room_names(name, right):
+    assert p2pchat.is_room(name) is right
+    if right:
+        assert p2pchat.check_room(unicodedata.normalize("NFD", name)) == name
+    else:
+        with pytest.raises(ValueError, match=r"^(A|The) name .+\.$"):
+            p2pchat.check_room(name)
+
+
+def test_room_no_text_shows_the_passphrase():
+    room = p2pchat.Room("class-3b", b"correct horse")
+    texts = [repr(room), str(room), f"{room}", "%s %r" % (room, room), repr([room]), repr({"room": room}),
+             repr(p2pchat.Proof(room, True, CERTIFICATE))]
+    assert not [text for text in texts if "horse" in text]
+    assert room == ("class-3b", b"correct horse") and "class-3b" in repr(room)
+
+
+@pytest.mark.parametrize("text, passphrase", [
+    ("correct horse", b"correct horse"), ("horse\n", b"horse"), ("horse\r\n", b"horse"), ("horse\n\n", b"horse\n"),
+    ("horse\r", b"horse\r"), (" horse ", b" horse "), ("", b""), ("\n", b""), ("Zoe\u0308", "Zo\u00eb".encode()), ("李", "李".encode())])
+def test_room_passphrases_are_normalised(text, passphrase):
+    assert p2pchat.normalise_passphrase(text) == passphrase
+
+
+@pytest.mark.parametrize("text", ["horse\udc80", "\ud800horse"])
+def test_room_a_passphrase_that_is_not_unicode_is_refused_and_not_shown(text):
+    with pytest.raises(ValueError, match=r"^The passphrase is not UTF-8\.$") as caught:
+        p2pchat.normalise_passphrase(text)
+    assert "horse" not in repr(caught.value) and caught.value.__suppress_context__
+
+
+def test_room_made_up_passphrases_have_fifty_bits():
+    syllables = len(p2pchat._CONSONANTS) * len(p2pchat._VOWELS)
+    assert len({*p2pchat._CONSONANTS}) == 16 and len({*p2pchat._VOWELS}) == 5 and 8 * math.log2(syllables) >= 50
+    rng = random.Random(3)
+    made = [p2pchat.make_passphrase(lambda size: rng.getrandbits(8 * size).to_bytes(size, "big")) for _ in range(4000)]
+    assert all(re.fullmatch(r"(?:[bdfghjklmnprstvz][aeiou]){2}(?:-(?:[bdfghjklmnprstvz][aeiou]){2}){3}", each) for each in made)
+    for position in (0, 2, 5, 7, 10, 12, 15, 17):  # every syllable everywhere, each about as often
+        counts = collections.Counter(each[position:position + 2] for each in made)
+        assert len(counts) == syllables and min(counts.values()) > 20 and max(counts.values()) < 90
+    assert p2pchat.make_passphrase() != p2pchat.make_passphrase()
+    assert p2pchat.normalise_passphrase(made[0]) == made[0].encode()
+
+
+@pytest.mark.parametrize("number, x", [
+    (1, "6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296"),
+    (2, "7CF27B188D034F7E8A52380304B51AC3C08969E277F21B35A60B48FC47669978"),
+    (112233445566778899, "339150844EC15234807FE862A86BE77977DBFB3AE3D96F4C22795513AEAAB82F"),
+    (p2pchat._P256_ORDER - 1, "6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296"),
+])
+def test_room_p256(number, x):
+    assert f"{p2pchat._p256_multiply(number)[0]:064X}" == x
+
+
+@pytest.mark.parametrize("value, encoded", [
+    (b"", "0400"), (b"a", "040161"), (b"a" * 127, "047f" + "61" * 127), (b"a" * 128, "048180" + "61" * 128),
+    (b"a" * 255, "0481ff" + "61" * 255), (b"a" * 256, "04820100" + "61" * 256)], ids=lambda value: str(len(value)))
+def test_room_der(value, encoded):
+    assert p2pchat._der(4, value).hex() == p2pchat._der(4, value[:1], value[1:]).hex() == encoded
+
+
+@pytest.mark.parametrize("number, encoded", [(0, "020100"), (127, "02017f"), (128, "02020080"), (256, "02020100"), (2**255, "022100" + "80" + "00" * 31)])
+def test_room_der_integers(number, encoded):
+    assert p2pchat._der_integer(number).hex() == encoded
+
+
+EXTREMES = [lambda size: bytes(size), lambda size: b"\xff" * size, lambda size: bytes([128]) + bytes(size - 1),
+            lambda size: os.urandom(size)]
+
+
+@pytest.mark.parametrize("rng", [*EXTREMES, *(random.Random(seed) for seed in range(8))], ids=lambda rng: type(rng).__name__)
+def test_room_certificates_serve_a_tls_handshake(rng, tmp_path):
+    """Whatever is drawn: loaded by ssl, and shown to a client in TLS 1.3 by means of memory alone."""
+    ssl = pytest.importorskip("ssl")
+    draw = (lambda size: rng.getrandbits(8 * size).to_bytes(size, "big")) if isinstance(rng, random.Random) else rng
+    certificate, key = p2pchat.make_certificate(draw)
+    (tmp_path / "both.pem").write_bytes(certificate + key)
+    contexts = [ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)]
+    contexts[0].load_cert_chain(tmp_path / "both.pem")
+    contexts[1].check_hostname, contexts[1].verify_mode = False, ssl.CERT_NONE
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [contexts[0].wrap_bio(there, back, server_side=True), contexts[1].wrap_bio(back, there)]
+    for _ in range(3):
+        for end in (ends[1], ends[0]):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    assert ends[0].version() == ends[1].version() == "TLSv1.3"
+    assert ssl.DER_cert_to_PEM_cert(ends[1].getpeercert(True)) == certificate.decode()
+    ends[0].write(b"hello")
+    assert ends[1].read() == b"hello"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl")
+def test_room_a_certificate_as_openssl_reads_it(tmp_path):
+    certificate, key = p2pchat.make_certificate()
+    (tmp_path / "c.pem").write_bytes(certificate)
+    (tmp_path / "k.pem").write_bytes(key)
+
+    def openssl(*arguments):
+        return subprocess.run(["openssl", *arguments], cwd=tmp_path, check=True, stdout=subprocess.PIPE).stdout.decode()
+
+    text = openssl("x509", "-in", "c.pem", "-noout", "-text")
+    for words in ("Version: 3", "ecdsa-with-SHA256", "Issuer: CN = p2pchat", "Subject: CN = p2pchat", "Not Before: Jan  1 00:00:00 1970 GMT",
+                  "Not After : Dec 31 23:59:59 9999 GMT", "NIST CURVE: P-256"):
+        assert words.replace(" = ", "=") in text.replace(" = ", "=")
+    assert "OK" in openssl("verify", "-CAfile", "c.pem", "-check_ss_sig", "c.pem")
+    assert openssl("x509", "-in", "c.pem", "-noout", "-pubkey") == openssl("pkey", "-in", "k.pem", "-pubout")
+    assert socket.gethostname() not in text.replace("p2pchat", "")
+    assert p2pchat.make_certificate()[0] != certificate
+
+
+# Guesses: what an address may try, in the time of any clock.
+
+
+def guess_for(guesses, ip, start, seconds):
+    """Guess as often as allowed; returns when."""
+    at, now = [], start
+    while now < start + seconds:
+        wait = guesses.may_start(ip, now)
+        if wait == 0.0:
+            guesses.count(ip, now)
+            at.append(now - start)
+        now += wait
+    return at
+
+
+def test_room_three_guesses_a_minute_and_then_one_each_twenty_seconds():
+    guesses = p2pchat.Guesses()
+    assert guess_for(guesses, "10.0.0.7", 1000.0, 100) == pytest.approx([0, 0, 0, 20, 40, 60, 80])
+    assert guesses.may_start("10.0.0.8", 1000.0) == 0.0 < guesses.may_start("10.0.0.7", 1095.0) <= 20
+    assert guess_for(guesses, "10.0.0.7", 2000.0, 1) == [0, 0, 0]
+
+
+def test_room_whoever_proved_itself_lately_has_ten():
+    guesses = p2pchat.Guesses()
+    assert len(guess_for(guesses, "10.0.0.7", 1000.0, 1)) == 3
+    guesses.proved("10.0.0.7", 1001.0)
+    assert len(guess_for(guesses, "10.0.0.7", 1001.0, 1)) == 7, "those before still count"
+    assert guess_for(guesses, "10.0.0.7", 2000.0, 13) == pytest.approx([0] * 10 + [6, 12])
+    within, after = 1001.0 + p2pchat.MEMBER_TIME - 1, 1001.0 + p2pchat.MEMBER_TIME + 1
+    assert len(guess_for(guesses, "10.0.0.7", within, 1)) == 10
+    assert guesses.may_start("10.0.0.7", after) == pytest.approx(20.0), "three are counted, and no more than three"
+
+
+def test_room_a_run_that_was_counted_and_proved_was_no_guess():
+    """A hundred runs at once get three answers, while those that are right make room at once."""
+    guesses = p2pchat.Guesses()
+    for _ in range(3):
+        guesses.count("10.0.0.7", 5.0)
+    assert guesses.may_start("10.0.0.7", 5.0) == pytest.approx(20.0)
+    assert guesses.wrong_in_last_minute("10.0.0.7", 5.0) == 3
+    guesses.proved("10.0.0.7", 5.1, counted=True)
+    assert guesses.may_start("10.0.0.7", 5.1) == 0.0 and guesses.wrong_in_last_minute("10.0.0.7", 5.1) == 2
+    for _ in range(50):
+        guesses.count("10.0.0.9", 5.0)
+        guesses.proved("10.0.0.9", 5.0, counted=True)
+        guesses.proved("10.0.0.9", 5.0)
+    assert guesses.may_start("10.0.0.9", 5.0) == 0.0 == guesses.wrong_in_last_minute("10.0.0.9", 5.0)
+    guesses.proved("10.0.0.7", 6.0)
+    assert guesses.wrong_in_last_minute("10.0.0.7", 6.0) == 2, "what was not counted is not taken back"
+
+
+def test_room_wrong_passphrases_are_told_by_the_minute():
+    guesses = p2pchat.Guesses()
+    assert guesses.wrong_in_last_minute("10.0.0.7", 0.0) == 0
+    for now in (0.0, 1.0, 30.0):
+        guesses.count("10.0.0.7", now)
+    assert [guesses.wrong_in_last_minute("10.0.0.7", now) for now in (30.0, 60.5, 89.0, 91.0)] == [3, 2, 1, 0]
+    for now in range(100, 200):
+        guesses.count("10.0.0.7", now)
+    assert len(guesses._guessers["10.0.0.7"].guessed_at) == p2pchat.MEMBER_GUESSES
+
+
+def test_room_twenty_behind_one_address_of_whom_five_mistype():
+    """Dialled or dialling, in the order in which they come; each asks again when somebody has proved itself."""
+    guesses, now = p2pchat.Guesses(), 0.0
+    waiting, done = collections.deque(number % 4 == 0 for number in range(20)), []
+    while waiting:
+        now += guesses.may_start("10.0.0.7", now)
+        is_wrong = waiting.popleft()
+        guesses.count("10.0.0.7", now)
+        if not is_wrong:
+            guesses.proved("10.0.0.7", now, counted=True)
+        done.append(now)
+    assert len(done) == 20 and done[-1] == 0.0 and guesses.wrong_in_last_minute("10.0.0.7", now) == 5
+
+
+def test_room_many_addresses_clear_nobodys_count():
+    guesses = p2pchat.Guesses()
+    for _ in range(3):
+        guesses.count("10.0.0.7", 0.0)
+    guesses.proved("10.0.0.8", 0.0)
+    for number in range(3 * p2pchat.MAX_GUESSERS):
+        ip = f"10.{1 + number // 65536}.{number // 256 % 256}.{number % 256}"
+        assert guesses.may_start(ip, 1.0) == 0.0, "and none of them is kept waiting"
+        guesses.count(ip, 1.0)
+        assert len(guesses._guessers) <= p2pchat.MAX_GUESSERS
+    assert guesses.may_start("10.0.0.7", 1.0) == pytest.approx(19.0)
+    for number in range(100_000):
+        guesses.may_start(f"11.{1 + number // 65536}.{number // 256 % 256}.{number % 256}", 2.0)
+    assert len(guesses._guessers) <= p2pchat.MAX_GUESSERS, "whoever only comes is not remembered"
 
 
 # ======================================================================================================
