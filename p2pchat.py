@@ -2663,17 +2663,25 @@ def make_certificate(rng: Callable[[int], bytes] = os.urandom) -> Tuple[bytes, b
 
 
 def _p256_multiply(number: int) -> Tuple[int, int]:
-    """Return `number`, from 1 to the order less 1, times the generator: double and add, from the highest bit on."""
-    x, y = x0, y0 = _P256_POINT
+    """Return `number`, from 1 to the order less 1, times the generator: double and add, from the highest bit on.
+
+    In Jacobian coordinates, x / z**2 and y / z**3: one division in all instead of one a step, which is 10 ms."""
+    p, (x0, y0) = _P256, _P256_POINT
+    x, y, z = x0, y0, 1
     for bit in bin(number)[3:]:
-        slope = 3 * (x * x - 1) * pow(2 * y, -1, _P256) % _P256
-        x, before = (slope * slope - 2 * x) % _P256, x
-        y = (slope * (before - x) - y) % _P256
+        zz, yy = z * z % p, y * y % p
+        slope, s = 3 * (x - zz) * (x + zz) % p, 4 * x * yy % p
+        x, z = (slope * slope - 2 * s) % p, 2 * y * z % p
+        y = (slope * (s - x) - 8 * yy * yy) % p
         if bit == "1":
-            slope = (y - y0) * pow(x - x0, -1, _P256) % _P256
-            x = (slope * slope - x - x0) % _P256
-            y = (slope * (x0 - x) - y0) % _P256
-    return x, y
+            zz = z * z % p
+            h, r = (x0 * zz - x) % p, (y0 * z * zz - y) % p
+            hh = h * h % p
+            hhh, v = h * hh % p, x * hh % p
+            x, z = (r * r - hhh - 2 * v) % p, z * h % p
+            y = (r * (v - x) - y * hhh) % p
+    inverse = pow(z, -1, p)
+    return x * inverse ** 2 % p, y * inverse ** 3 % p
 
 
 def _der(tag: int, *parts: bytes) -> bytes:
@@ -2824,7 +2832,6 @@ class Proof:
         key = hashlib.sha512(b"CPaceMac" + self._sid + cpace_key(self._sid, shared, sent + sent_back)).digest()
         confirms = [hmac.new(key, each, hashlib.sha512).digest() for each in (sent, sent_back)]
         self._confirm, self._expected = confirms if self.dialled else confirms[::-1]
-        self._scalar = b""
         if not self.dialled:
             return [_proof_message(MSG_PAKE, y=self._y.hex())]
         self.exposed = True

@@ -2198,11 +2198,14 @@ def test_room_cpace_is_that_of_the_draft():
     assert p2pchat.cpace_key(v["sid"], v["K"], transcript) == v["ISK"]
 
 
-@pytest.mark.parametrize("size", [0, 1, 117, 118, 119, 200, 5000])
-def test_room_a_passphrase_of_any_length_has_a_generator(size):
-    """The padding fills the first block of the hash if there is room for it."""
-    points = {p2pchat.cpace_generator(b"x" * size, name, bytes(64)) for name in (b"", b"class-3b")}
-    assert len(points) == 2 and all(len(point) == 32 for point in points)
+@pytest.mark.parametrize("size, padding", [(0, 117), (1, 116), (8, 109), (116, 1), (117, 0), (118, 0), (200, 0), (5000, 0)])
+def test_room_the_first_block_of_the_generator_holds_nothing_of_the_session(size, padding, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(p2pchat.hashlib, "sha512", lambda data, sha512=hashlib.sha512: hashed.append(data) or sha512(data))
+    assert len(p2pchat.cpace_generator(b"x" * size, b"class-3b", bytes(64))) == 32
+    rest = p2pchat.lv_cat(bytes(padding), b"class-3b", bytes(64))
+    assert hashed == [p2pchat.lv_cat(b"CPace255", b"x" * size) + rest]
+    assert len(hashed[0]) - len(rest) + 1 + padding >= 128
 
 
 @pytest.mark.parametrize("point, result", REFUSED_POINTS)
@@ -2428,7 +2431,7 @@ def test_room_messages_that_come_out_of_order(dialled, done):
     me = ProofRig().ends[0 if dialled else 1]
     y, confirm = (script[each]["content"] for each in (1, 2))
     wrong = [*script, *ProofRig().run().sent[0], {"type": "MSG_HELLO", "content": {}}, {"type": "MSG_CHAT", "content": "x\x1b[2J"},
-             pake(), pake(**y, **confirm), {"type": "MSG_X", "content": None}]
+             pake(), pake(**y, **confirm), {"type": "MSG_\x1b[2J", "content": None}]
     for message in wrong:
         end = copy.copy(me)
         for each in script[:done]:
@@ -2442,7 +2445,7 @@ def test_room_messages_that_come_out_of_order(dialled, done):
         for each in script:
             with pytest.raises(p2pchat.ProofError):
                 end.handle(each)
-        assert end.proved is (done == 3)
+        assert end.proved is (done == 3) and end.exposed is (dialled and done == 2)
 
 
 def test_room_confirmations_are_compared_in_constant_time(monkeypatch):
@@ -2613,6 +2616,9 @@ def test_room_whoever_proved_itself_lately_has_ten():
     assert len(guess_for(guesses, "10.0.0.7", 1000.0, 1)) == 3
     guesses.proved("10.0.0.7", 1001.0)
     assert len(guess_for(guesses, "10.0.0.7", 1001.0, 1)) == 7, "those before still count"
+    guess_for(guesses, "10.0.0.8", 1000.0, 1)
+    guesses.proved("10.0.0.8", 1040.0)
+    assert len(guess_for(guesses, "10.0.0.8", 1040.0, 1)) == 9, "those that have leaked do not"
     assert guess_for(guesses, "10.0.0.7", 2000.0, 13) == pytest.approx([0] * 10 + [6, 12])
     within, after = 1001.0 + p2pchat.MEMBER_TIME - 1, 1001.0 + p2pchat.MEMBER_TIME + 1
     assert len(guess_for(guesses, "10.0.0.7", within, 1)) == 10
@@ -2635,6 +2641,8 @@ def test_room_a_run_that_was_counted_and_proved_was_no_guess():
     assert guesses.may_start("10.0.0.9", 5.0) == 0.0 == guesses.wrong_in_last_minute("10.0.0.9", 5.0)
     guesses.proved("10.0.0.7", 6.0)
     assert guesses.wrong_in_last_minute("10.0.0.7", 6.0) == 2, "what was not counted is not taken back"
+    guesses.proved("10.0.0.5", 6.0, counted=True)  # its count made room for another
+    assert guesses.wrong_in_last_minute("10.0.0.5", 6.0) == 0
 
 
 def test_room_wrong_passphrases_are_told_by_the_minute():
@@ -4334,6 +4342,18 @@ def test_loop_rate_limit(amount, per, steps):
     limit = p2pchat.RateLimit(amount, per)
     for now, cost, passes, excess in steps:
         assert (limit.take(now, cost), limit.excess) == (passes, pytest.approx(excess)), (now, cost)
+
+
+def test_loop_rate_limit_says_how_long_to_wait():
+    """No longer than needed: at that time it fits, and a little earlier it does not."""
+    limit, rng, now = p2pchat.RateLimit(3, 60.0), random.Random(2), 0.1
+    for _ in range(200):
+        cost = rng.choice((0.5, 1, 3))
+        wait = limit.wait(now, cost)
+        assert wait == 0.0 or wait > 1e-6 and not limit.take(now + wait * 0.99, cost)
+        now += wait
+        assert limit.wait(now, cost) == 0.0 and limit.take(now, cost)
+        now += rng.random() * 20
 
 
 def test_loop_a_flood_of_log_lines_is_noted_once(caplog, monkeypatch):
