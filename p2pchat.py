@@ -2911,7 +2911,7 @@ class Guesses:
     def _find(self, ip: str, now: float) -> Guesser:
         if ip not in self._guessers and len(self._guessers) >= MAX_GUESSERS:
             by_guesses = sorted(self._guessers, key=lambda each: self._guessers[each].limit(now).level)
-            for each in by_guesses[:MAX_GUESSERS // 8]:  # many at once, because sorting takes some 5 ms
+            for each in by_guesses[:MAX_GUESSERS // 8]:  # many at once, because sorting takes a few ms
                 del self._guessers[each]
         return self._guessers.setdefault(ip, Guesser())
 
