@@ -154,6 +154,9 @@ IDLE_LINKS = 64  # idle links kept open, so some fifty peers are all linked to e
 IDLE_TIMEOUT = 30.0  # beyond that number, a link unused for this long is closed
 MAX_DIALS = 256  # dials in progress: many, because one to a machine that is off takes SOCKET_TIMEOUT to fail
 HELLO_TIMEOUT = 10.0  # an accepted connection is closed if no hello came by then
+MAX_PROOF_BYTES = 16 * 1024  # from one far end before its proof, which takes some 2 KiB: 32 MiB for all of them
+MAX_UNPROVED = 2000  # connections without proof; beyond it the address that has most of them loses its oldest
+PROOF_TIME = 0.01  # for the handshakes and proofs of one turn: members wait no longer than that and TURN_TIME
 
 # Delivery.
 OUTBOX_MESSAGES = 50_000  # messages that wait for one receiver's acknowledgement; further ones fail at once
@@ -189,6 +192,9 @@ MAX_ROOM = 64  # bytes of a room's name in UTF-8: it stands in every beacon
 GUESSES = 3  # wrong passphrases that an address may try in a minute; then one each 20 s
 MEMBER_GUESSES = 10  # the same for an address that proved itself lately: members mistype, and share addresses
 MEMBER_TIME = 3600.0  # for this long after its proof
+BAR_MAX = 600.0  # between two dials of an address that is in another room; doubled each time, from QUIET_AFTER on
+MAX_REFUSED = 3  # a passphrase that so many peers refuse and none accepts is wrong: the user is asked again
+MAX_ELSEWHERE = 1024  # peers of other rooms that are remembered; each takes some 300 bytes
 MAX_GUESSERS = 4096  # addresses whose guesses are counted; each takes about 600 bytes
 
 # Rates.
@@ -661,6 +667,7 @@ class Reader:
     """Turns a stream of bytes into messages, in whatever pieces the stream arrives."""
 
     __slots__ = ("partial", "error")
+    ending = b"\n"  # what the end of the stream counts as: it completes a last message
 
     def __init__(self) -> None:
         self.partial = bytearray()  # an unfinished message
@@ -669,7 +676,7 @@ class Reader:
     def feed(self, data: bytes) -> List[Message]:
         """Take the next piece of the stream; return the messages that it completes. Bad input sets `error`.
 
-        At the end of the stream feed a newline: it completes a last message, and an empty line is ignored."""
+        At the end of the stream feed `ending`; an empty line is ignored."""
         raise NotImplementedError
 
 
@@ -910,6 +917,7 @@ _PEERS = (_is_list(check_peer), f"a list of at most {MAX_PEERS} peers")
 _HELLO_PEER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
 _LEFT = (_is_list(_is_object({"id": _ID, "reason?": _WORDS, **_IDENTITY})), 'a list of {"id", "reason"}')
 _YOU = (_is_object({"ip?": (_is_text(MAX_ID), "an address")}), "an object with the ip that was seen")
+_ROOM = (_is_text(MAX_NAME, is_room), f"a name of at most {MAX_ROOM} bytes")
 _CONTENTS: Dict[str, Fields] = {
     MSG_REGISTER: {"username": _NAME, "port": _PORT, **_IDENTITY},
     MSG_REGISTER_ACK: {"peer_id": _ID, "peer_list": _PEERS},
@@ -924,8 +932,9 @@ _CONTENTS: Dict[str, Fields] = {
     MSG_PROBE_ACK: {"number": _COUNT},
     MSG_PROBE_REQUEST: {"peer": _ONE},
     MSG_PROBE_RESULT: {"peer": _ONE},
-    MSG_BEACON: {"role": (lambda role: role in ("peer", "server"), "peer or server"), "port": _PORT, **_IDENTITY},
-    MSG_ROOM: {"room": (_is_text(MAX_NAME, is_room), f"a name of at most {MAX_ROOM} bytes"), "nonce": _hex(32)},
+    MSG_BEACON: {"role": (lambda role: role in ("peer", "server"), "peer or server"), "port": _PORT, "room?": _ROOM,
+                 **_IDENTITY},
+    MSG_ROOM: {"room": _ROOM, "nonce": _hex(32)},
     MSG_PAKE: {"y?": _hex(32), "confirm?": _hex(64)},
     MSG_ERROR: {"reason": _WORDS, "you?": _YOU},
 }
@@ -1507,6 +1516,11 @@ class Connection:
         self._reason = ""  # why it is draining
         self._deadline = Timer()  # of the dial, of stalled output, or of draining
 
+    @property
+    def backlog(self) -> int:
+        """How many bytes wait to be sent."""
+        return self.queued
+
     def flush(self) -> None:
         """Send as much of the queue as the system takes. Each kind of connection overrides this."""
 
@@ -1529,6 +1543,12 @@ class Connection:
                 self.loop.flush_soon(self)
             else:
                 self._flush_later()
+
+    def send_now(self, data: bytes) -> None:
+        """Send bytes within this turn's end, where a connection inside this one has just been flushed."""
+        self._flush_pending = True
+        self.send(data)
+        self.flush()
 
     def close(self, reason: str, timeout: float = 0.0) -> None:
         """Send what is queued, end the stream, wait for the far end to do the same, close.
@@ -1583,7 +1603,7 @@ class Connection:
 
     def end_of_stream(self) -> None:
         """The far end sends no more, which also ends its last message. What this turn answers to it is still sent."""
-        self.feed(b"\n")
+        self.feed(self.reader.ending)
         self.loop.at_turn_end(functools.partial(self.close, "closed by the other side"))
 
     def _flush_later(self) -> None:
@@ -1828,18 +1848,25 @@ class SocketListener:
 
 
 class Unidentified:
-    """Connections without a hello or registration so far. For each address there is a bound."""
+    """Connections without a hello or registration so far. There is a bound for each address, and one for all."""
 
-    def __init__(self, most: int = MAX_UNIDENTIFIED) -> None:
+    def __init__(self, most: int = MAX_UNIDENTIFIED, in_all: float = float("inf")) -> None:
         self._most = most
+        self._room = in_all
         self._by_ip: Dict[str, Dict[Connection, None]] = {}
 
+    def __iter__(self) -> Iterator[Connection]:
+        return itertools.chain.from_iterable([list(each) for each in self._by_ip.values()])
+
     def add(self, connection: Connection) -> None:
-        """Add a connection. If there are too many from its address, the oldest of them is aborted."""
+        """Add a connection. If there are too many, the oldest from its address, or from the fullest, is aborted."""
         ip = connection.remote[0]
         waiting = self._by_ip.setdefault(ip, {})
         waiting[connection] = None
-        if len(waiting) > self._most:
+        self._room -= 1
+        if self._room < 0:
+            ip, waiting = max(self._by_ip.items(), key=lambda item: len(item[1]))
+        if len(waiting) > self._most or self._room < 0:
             oldest = next(iter(waiting))
             limited_log("strangers", logging.WARNING, "[P2P] too many silent connections from %s", ip)
             self.discard(oldest)
@@ -1849,6 +1876,7 @@ class Unidentified:
         """Remove a connection that has identified itself or is closed."""
         ip = connection.remote[0]
         waiting = self._by_ip.get(ip, {})
+        self._room += connection in waiting
         waiting.pop(connection, None)
         if not waiting:
             self._by_ip.pop(ip, None)
@@ -2412,9 +2440,15 @@ def format_address(address: Address) -> str:
     return f"{address[0]}:{address[1]}"
 
 
-def start_line(option: str, address: Address, host: str) -> str:
-    """Return what starts a peer that meets us at an address by an option of its; `host` is our own --host."""
-    only = f" --host {host}" if is_loopback(host) else ""
+def room_option(name: str) -> str:
+    """Return how to name a closed room on the command line."""
+    import shlex
+    return f"--room {shlex.quote(name)}"
+
+
+def start_line(option: str, address: Address, host: str, room: str = "") -> str:
+    """Return what starts a peer that meets us at an address by an option of its; `host` and `room` are our own."""
+    only = (f" --host {host}" if is_loopback(host) else "") + (f" {room_option(room)}" if room else "")
     return f"python3 p2pchat.py peer{only} {option} {format_address(address)}"
 
 
@@ -2916,6 +2950,538 @@ class Guesses:
         return self._guessers.setdefault(ip, Guesser())
 
 
+# -- connections of a closed room ----------------------------------------------------------------------
+#
+# A SealedConnection runs TLS over any other connection. For its owner it opens once the proof is over; until then
+# nothing of the owner's is read or sent. OpenRoom and ClosedRoom have the same methods, so servers and peers do not
+# know in which of the two they are. Only a closed room imports ssl.
+
+ROOM, PASSPHRASE, PROTOCOL = "room", "passphrase", "protocol"  # what a failed proof was about
+_BEFORE_PROOF = frozenset((MSG_ROOM, MSG_PAKE, MSG_ERROR))  # all that is read before it
+IN_OPEN_ROOM = "an open room is there, and you are in a closed one"
+
+
+class TlsError(Exception):
+    """What came is not the TLS that we expect; the text says why."""
+
+
+class Tls:
+    """One end of TLS: bytes in, bytes out. It knows no sockets. TlsError is the only exception that leaves it."""
+
+    __slots__ = ("_incoming", "_outgoing", "_object", "_errors", "is_open")
+
+    def __init__(self, context: Any, is_server: bool) -> None:
+        import ssl
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=is_server)
+        self._errors = (ssl.SSLWantReadError, ssl.SSLError)
+        self.is_open = False  # the handshake is over
+
+    def receive(self, data: bytes) -> bytes:
+        """Take bytes from the far end; return the plaintext in them. An incomplete record waits for its rest.
+
+        Everything is read: what stays inside the TLS object wakes no selector. Raises TlsError."""
+        wants_more, failed = self._errors
+        pieces = []
+        try:
+            self._incoming.write(data)
+            if not self.is_open:
+                self._object.do_handshake()
+                self.is_open = True
+            while True:
+                piece = self._object.read(65536)
+                if not piece:
+                    break  # the far end says that it sends no more
+                pieces.append(piece)
+        except wants_more:
+            pass
+        except failed as error:
+            raise TlsError(f"broken TLS: {clean(getattr(error, 'reason', None) or 'it does not fit')}") from None
+        return b"".join(pieces)
+
+    def seal(self, data: bytes = b"") -> bytes:
+        """Return the bytes to send: what TLS itself has to say, and `data` sealed, which a broken one drops."""
+        if data and self.is_open:
+            try:
+                self._object.write(data)
+            except self._errors[1]:
+                pass  # it failed before, and the connection closes
+        return self._outgoing.read()
+
+    def certificate(self) -> bytes:
+        """Return the far end's certificate as DER."""
+        return self._object.getpeercert(True) or b""
+
+    def describe(self) -> str:
+        """Return the version and the cipher."""
+        cipher = self._object.cipher()
+        return f"{cipher[1]}, {cipher[0]}" if cipher else ""
+
+
+def make_context(certificate: bytes = b"") -> Any:
+    """Return a context for TLS 1.3, or at least 1.2 with ciphers that also authenticate. With a certificate and its key
+    (PEM) it is that of the accepting side. Certificates prove nothing here: the passphrase does. Raises OSError."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if certificate else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all those of 1.3 are good
+    context.options |= ssl.OP_NO_TICKET | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    if certificate:
+        if hasattr(context, "num_tickets"):
+            context.num_tickets = 0
+        load_certificate(context, certificate)
+    return context
+
+
+def sha256_of_pem(certificate: bytes) -> bytes:
+    """Return SHA-256 of a certificate, given as PEM."""
+    import ssl
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.decode("ascii"))).digest()
+
+
+def load_certificate(context: Any, pem: bytes) -> None:
+    """Load a certificate and its key, which ssl reads from a file only: on Linux from one that exists in memory alone,
+    elsewhere from one that nobody else may read and that is deleted at once. Raises OSError."""
+    import tempfile
+    if hasattr(os, "memfd_create"):
+        try:
+            with open(os.memfd_create("p2pchat"), "wb", buffering=0) as memory:
+                memory.write(pem)
+                context.load_cert_chain(f"/proc/self/fd/{memory.fileno()}")
+            return
+        except OSError:
+            pass  # forbidden, or without /proc
+    descriptor, path = tempfile.mkstemp(prefix="p2pchat-")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(pem)
+        context.load_cert_chain(path)
+    finally:
+        os.unlink(path)
+
+
+class TlsReader(Reader):
+    """Hands the bytes that arrive to a SealedConnection. The end of the stream adds none: half a record is lost."""
+
+    __slots__ = ("_take",)
+    ending = b""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        super().__init__()
+        self._take = take
+
+    def feed(self, data: bytes) -> List[Message]:
+        self._take(data)
+        return []
+
+
+class SealedConnection(Connection, Handler):
+    """A connection inside TLS, over `raw`, which is a connection of any kind and has this one as its handler.
+
+    For its owner it is CONNECTING until both ends have proved that they know the passphrase. Until then it reads and
+    sends nothing but _BEFORE_PROOF; what the owner sends waits."""
+
+    def __init__(self, room: "ClosedRoom", remote: Address, accept: Optional[Callable[[Connection], Handler]]) -> None:
+        """`accept` returns the owner of a connection that was accepted, once the proof is over."""
+        super().__init__(room.loop, remote, CONNECTING)
+        self.room = room
+        self.address = remote  # as it was named, if we dialled
+        self.raw = Connection(room.loop, remote, CLOSED)
+        self.proof: Optional[Proof] = None
+        self._accept = accept
+        self._tls: Optional[Tls] = None
+        self._taken = 0  # bytes from the far end before the proof
+        self._unread: List[bytes] = []  # those that wait for their turn
+        self._is_queued = False
+        self._held: List[Message] = []  # they wait until the far end may guess again
+        self._pause = Timer()  # ends then
+        self._timer = Timer()  # bounds the whole proof
+
+    @property
+    def backlog(self) -> int:
+        return self.queued + self.raw.queued
+
+    @property
+    def is_dialled(self) -> bool:
+        """Whether we dialled the far end."""
+        return self._accept is None
+
+    def describe(self) -> str:
+        """Return how it is encrypted."""
+        return self._tls.describe() if self._tls is not None else ""
+
+    # -- the connection below --------------------------------------------------------------------------
+
+    def accepted(self, raw: Connection, protocols: Protocols) -> None:
+        """Wait for the first bytes of a connection that was accepted."""
+        self.raw, self.local = raw, raw.local
+        self._timer = self.loop.call_later(HELLO_TIMEOUT, self.on_late)
+        raw.reader = FirstBytes(raw, {**protocols, b"\x16": self.start_tls})
+
+    def start_tls(self, raw: Connection) -> None:
+        """What is below speaks TLS: hand over its bytes."""
+        raw.reader = TlsReader(self.take)
+        self._tls = self.room.make_tls(is_server=not self.is_dialled)
+
+    def on_open(self) -> None:
+        self.remote, self.local = self.raw.remote, self.raw.local
+        self._timer = self.loop.call_later(HELLO_TIMEOUT, self.on_late)
+        assert self._tls is not None
+        self._tls.receive(b"")  # begins the handshake
+        self._answer()
+
+    def on_messages(self, messages: List[Message]) -> None:
+        """Somebody speaks to us in the clear."""
+        name = self.room.name
+        self.fail(ROOM, f"this is the closed room {name}: {room_option(name)}")
+
+    def on_bad_input(self, reason: str) -> None:
+        self.fail(PROTOCOL, reason)
+
+    def on_close(self, reason: str) -> None:
+        if self._is_queued:
+            self._reason = self._reason or reason  # first comes what it has sent before
+        else:
+            self.abort(reason)
+
+    def on_late(self) -> None:
+        """The far end takes too long."""
+        self.fail(PROTOCOL, "too many wrong passphrases came from your address: try again later" if self._pause.active
+                  else "no proof of the passphrase came in time")
+
+    def take(self, data: bytes) -> None:
+        """Take bytes from below; without any, the far end sends no more. What strangers cause waits for its turn."""
+        if self.state == OPEN and data:
+            self._receive(data)
+        elif self.state == OPEN:
+            self.loop.at_turn_end(functools.partial(self.close, "closed by the other side"))
+        elif self.state == CONNECTING and data:
+            self._taken += len(data)
+            if self._taken > MAX_PROOF_BYTES:
+                self.fail(PROTOCOL, f"more than {MAX_PROOF_BYTES} bytes before the proof")
+                return
+            self._unread.append(data)
+            if not self._is_queued:
+                self._is_queued = True
+                self.room.strangers.add(self.remote[0], self._read_on)
+
+    def close(self, reason: str, timeout: float = 0.0) -> None:
+        super().close(reason, timeout)
+        self.flush()  # what is below may close in this turn as well
+
+    def flush(self) -> None:
+        self._flush_pending = False
+        if self._output and self.state in (OPEN, DRAINING):
+            assert self._tls is not None
+            data, self.queued = b"".join(self._output), 0
+            self._output.clear()
+            self.raw.send_now(self._tls.seal(data))
+        if self.state == DRAINING:
+            self.raw.close(self._reason)
+
+    def close_transport(self) -> None:
+        self._timer.cancel()
+        self._pause.cancel()
+        self._unread.clear()
+        self._held.clear()
+        if self.proof is not None and self.proof.exposed:
+            self.room.on_failed(self, PASSPHRASE, "")  # it hung up, and may know whether it guessed right
+        self.room.forget(self)
+        if self.raw.state in (CONNECTING, OPEN) and self.raw.handler is self:  # else it is sending our last words,
+            self.raw.abort("closed")  # or was handed over
+
+    def _receive(self, data: bytes) -> None:
+        assert self._tls is not None
+        try:
+            text = self._tls.receive(data)
+        except TlsError as error:
+            self._bad_input(str(error))
+            return
+        self.feed(text)
+        self._answer()
+
+    def _answer(self) -> None:
+        """Send what TLS itself has to say."""
+        answer = self._tls.seal() if self._tls is not None else b""
+        if answer:
+            self.raw.send(answer)
+
+    # -- the proof -------------------------------------------------------------------------------------
+
+    def fail(self, about: str, words: str, shown: str = "") -> None:
+        """End an attempt to open the connection. Tell the far end why, and our user perhaps in other words."""
+        if self.state != CONNECTING:
+            return
+        if words:
+            self._say(MSG_ERROR, {"reason": words, "about": about, "room": self.room.name})
+        self.raw.close(words)
+        self.proof = None
+        self.room.on_failed(self, about, shown or words)
+        self.abort(shown or words)
+
+    def _say(self, kind: str, content: Any) -> None:
+        """Send a message before the proof: in the clear, if the far end does not speak TLS, and from nobody."""
+        data = create_message(kind, "", content)
+        self.raw.send(data if self._tls is None else self._tls.seal(data))
+
+    def _read_on(self) -> None:
+        """Work off what came before the proof."""
+        data, self._is_queued = b"".join(self._unread), False
+        self._unread.clear()
+        if self.state == CONNECTING:
+            self._prove(data)
+        if self._reason and self.state == CONNECTING:
+            self.abort(self._reason)
+
+    def _prove(self, data: bytes) -> None:
+        assert self._tls is not None
+        if self.is_dialled and self._taken == len(data) and data[:1] not in b"\x15\x16":
+            self.fail(*(ROOM, IN_OPEN_ROOM) if data[:1] == b"{" else (PROTOCOL, "what answers there is no p2pchat"))
+            return
+        try:
+            text = self._tls.receive(data)
+        except TlsError as error:
+            self.fail(PROTOCOL, str(error))
+            return
+        self._answer()
+        if self._tls.is_open and self.proof is None:
+            self.proof = self.room.make_proof(self._tls, self.is_dialled)
+            self._say_all(self.proof.start())
+        messages = self.reader.feed(text)
+        self._held += messages
+        self._handle_held()
+        if self.reader.error is not None:
+            self.fail(PROTOCOL, self.reader.error)
+
+    def _say_all(self, messages: List[Message]) -> None:
+        for message in messages:
+            self._say(message["type"], message["content"])
+
+    def _handle_held(self) -> None:
+        """Handle the messages that came before the proof; those behind its last one are for the owner."""
+        while self._held and self.state == CONNECTING:
+            message = self._held[0]
+            wait = self.room.seconds_to_wait(self)
+            if wait > 0:
+                if not self._pause.active:
+                    self._pause = self.loop.call_later(min(wait, 1.0), self._handle_held)
+                return
+            del self._held[0]
+            self._handle(message)
+        if self._held and self.state == OPEN:
+            messages, self._held = self._held, []
+            self.handler.on_messages(messages)
+
+    def _handle(self, message: Message) -> None:
+        assert self.proof is not None
+        content = message["content"]
+        if message["type"] == MSG_ERROR:
+            about = content.get("about")
+            about = about if about in (ROOM, PASSPHRASE) else PROTOCOL
+            self.fail(about, "", f"it says: {clean(content['reason'])[:200]}")
+        elif message["type"] not in _BEFORE_PROOF:
+            self.fail(PROTOCOL, "prove that you know the passphrase first")
+        else:
+            if self.proof.is_next_exposing:
+                self.room.count_guess(self)  # at once, so that a hundred runs at the same time get no hundred answers
+            try:
+                self._say_all(self.proof.handle(message))
+            except ProofError as error:
+                other = f"the closed room {content.get('room')} is there, not {self.room.name}"
+                self.fail(error.about, str(error), other if error.about == ROOM else "")
+                return
+            if self.proof.proved:
+                self._open()
+
+    def _open(self) -> None:
+        """Both ends have proved that they know the passphrase: the owner gets the connection."""
+        self._timer.cancel()
+        self.state = OPEN
+        self.room.on_proved(self)
+        if self._accept is not None:
+            self.handler = self._accept(self)
+        else:
+            self.handler.on_open()
+        self._flush_later()
+
+
+class FairQueue:
+    """Work that strangers cause: their addresses in turn, for each the oldest first, at most PROOF_TIME of it a turn.
+
+    The loop goes round without waiting as long as there is any, so it also gets all the time that is idle."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._by_ip: Dict[str, Deque[Callable[[], None]]] = {}  # one for each connection at most
+
+    def add(self, ip: str, work: Callable[[], None]) -> None:
+        """Call back when it is the turn of that address."""
+        if not self._by_ip:
+            self._loop.call_later(0, self._run)
+        self._by_ip.setdefault(ip, collections.deque()).append(work)
+
+    def _run(self) -> None:
+        end = self._loop.now() + PROOF_TIME
+        try:
+            while self._by_ip and self._loop.now() < end:
+                ip = next(iter(self._by_ip))
+                waiting = self._by_ip[ip]
+                work = waiting.popleft()
+                try:
+                    work()
+                finally:
+                    del self._by_ip[ip]
+                    if waiting:
+                        self._by_ip[ip] = waiting  # now the last
+        finally:
+            if self._by_ip:
+                self._loop.call_later(0, self._run)
+
+
+OnMismatch = Callable[[Address, bool, str, str], None]  # address, whether we dialled it, ROOM or so, and in words
+
+
+class OpenRoom:
+    """Connections as they are: whoever is on the network can read them, and can join."""
+
+    name = ""
+    has_proved = False  # somebody has accepted our passphrase
+
+    def __init__(self, loop: Loop, on_mismatch: OnMismatch) -> None:
+        """`on_mismatch` is told of connections that failed because the far end is in another room."""
+        self.loop = loop
+        self.on_mismatch = on_mismatch
+
+    def listen(self, host: str, port: int, accept: Callable[[Connection], Handler], protocols: Protocols
+               ) -> SocketListener:
+        """Listen for members, and for whoever speaks one of these protocols. Raises OSError."""
+        def accept_any(connection: Connection) -> Handler:
+            connection.reader = FirstBytes(connection, {**protocols, b"\x16": self._on_tls})
+            return accept(connection)
+        return self.loop.listen(host, port, accept_any)
+
+    def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
+        """Dial a member."""
+        return self.loop.connect(address, handler, timeout)
+
+    def beacon(self) -> Dict[str, Any]:
+        """Return what a beacon says of the room."""
+        return {"room": self.name} if self.name else {}
+
+    def may_dial(self, ip: str) -> bool:
+        """Whether to dial an address on the word of others."""
+        return True
+
+    def wrong_guesses(self, ip: str) -> int:
+        """How many wrong passphrases an address has tried in the last minute."""
+        return 0
+
+    def close(self) -> None:
+        """Close what no member has."""
+
+    def _on_tls(self, connection: Connection) -> None:
+        """Somebody in a closed room dialled us."""
+        connection.handler.on_bad_input("this is an open room, and you are in a closed one: leave out --room")
+        connection.close("it is in a closed room")
+        self.on_mismatch(connection.remote, False, ROOM, "it is in a closed room")
+
+
+class ClosedRoom(OpenRoom):
+    """Makes connections of which both ends know the passphrase."""
+
+    def __init__(self, loop: Loop, on_mismatch: OnMismatch, room: Room) -> None:
+        """Raises ImportError without ssl, and OSError if the certificate can't be loaded."""
+        super().__init__(loop, on_mismatch)
+        certificate, key = make_certificate()
+        self._contexts = (make_context(), make_context(certificate + key))
+        self._sha256 = sha256_of_pem(certificate)
+        self._room = room
+        self.name = room.name
+        self.strangers = FairQueue(loop)
+        self.guesses = Guesses()
+        self._unproved = Unidentified(in_all=MAX_UNPROVED)
+
+    def listen(self, host: str, port: int, accept: Callable[[Connection], Handler], protocols: Protocols
+               ) -> SocketListener:
+        def accept_any(raw: Connection) -> Handler:
+            sealed = SealedConnection(self, raw.remote, accept)
+            sealed.accepted(raw, protocols)
+            self._unproved.add(sealed)
+            return sealed
+        return self.loop.listen(host, port, accept_any)
+
+    def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
+        sealed = SealedConnection(self, address, None)
+        sealed.handler = handler
+        sealed.raw = self.loop.connect(address, sealed, timeout)
+        sealed.start_tls(sealed.raw)
+        return sealed
+
+    def may_dial(self, ip: str) -> bool:
+        return not self.guesses.may_start(ip, self.loop.now())
+
+    def wrong_guesses(self, ip: str) -> int:
+        return self.guesses.wrong_in_last_minute(ip, self.loop.now())
+
+    def close(self) -> None:
+        for connection in self._unproved:
+            connection.abort("leaving")
+
+    # -- what connections ask for ----------------------------------------------------------------------
+
+    def make_tls(self, is_server: bool) -> Tls:
+        """Begin TLS on a connection."""
+        return Tls(self._contexts[is_server], is_server)
+
+    def make_proof(self, tls: Tls, is_dialled: bool) -> Proof:
+        """Begin the proof on a connection."""
+        sha256 = hashlib.sha256(tls.certificate()).digest() if is_dialled else self._sha256
+        return Proof(self._room, is_dialled, sha256)
+
+    def seconds_to_wait(self, connection: SealedConnection) -> float:
+        """How long the far end must wait for an answer that tells it whether it guessed right."""
+        if connection.proof is None or not connection.proof.is_next_exposing:
+            return 0.0
+        return self.guesses.may_start(connection.remote[0], self.loop.now())
+
+    def count_guess(self, connection: SealedConnection) -> None:
+        """The far end will know whether it guessed right, whatever it does then."""
+        self.guesses.count(connection.remote[0], self.loop.now())
+
+    def on_proved(self, connection: SealedConnection) -> None:
+        """A connection is a member's."""
+        self.has_proved = True
+        self._unproved.discard(connection)
+        self.guesses.proved(connection.remote[0], self.loop.now(), counted=True)
+
+    def on_failed(self, connection: SealedConnection, about: str, words: str) -> None:
+        """The far end is no member."""
+        address = connection.address if connection.is_dialled else connection.remote
+        self.on_mismatch(address, connection.is_dialled, about, words)
+
+    def forget(self, connection: SealedConnection) -> None:
+        """A connection is closed."""
+        self._unproved.discard(connection)
+
+
+class RoomError(Exception):
+    """A closed room can't be had on this machine; the text says why."""
+
+
+def make_room(loop: Loop, room: Optional[Room], on_mismatch: OnMismatch) -> OpenRoom:
+    """Return what makes the connections of a closed room, or of an open one. Raises RoomError."""
+    if room is None:
+        return OpenRoom(loop, on_mismatch)
+    try:
+        return ClosedRoom(loop, on_mismatch, room)
+    except ImportError:
+        raise RoomError("this Python has no ssl module, which a closed room needs: look for another python3") from None
+    except OSError as error:
+        raise RoomError(f"the certificate of this process can't be kept in a file: {error_text(error)}") from None
+
+
 # ======================================================================================================
 # Discovery server
 #
@@ -2959,15 +3525,20 @@ def http_response(status: str, body: bytes, headers: str = "Content-Type: text/p
     return f"{head}\r\n\r\n".encode("ascii") + body
 
 
-def download_page(address: Address, digest: str, option: str) -> str:
+def download_page(address: Address, digest: str, option: str, room: str = "") -> str:
     """Return the page that says how to get the program and to start it. `option` names where the page comes from."""
     here = format_address(address)
     file = f"http://{here}/p2pchat.py"
-    start = f"p2pchat.py peer --user YOURNAME {option} {here}"
+    start = f"p2pchat.py peer --user YOURNAME{f' {room_option(room)}' if room else ''} {option} {here}"
+    who = "Whoever is on this network can read what is said here, and can join."
+    if room:
+        who = (f"Here is the closed room {room}: encrypted, and only for those who know its passphrase.\n"
+               "It asks for it. First compare the file's SHA-256 with the one on the server's own screen:\n"
+               "whoever can change what you download gets the passphrase that you type into it.")
     return f"""\
 p2pchat {__version__}: chat for a room full of machines on one network.
 One file; it needs Python 3.8 or newer and nothing else.
-Whoever is on this network can read what is said here, and can join.
+{who}
 
 Linux and macOS:
     curl -O {file}
@@ -3017,12 +3588,13 @@ class FileServer:
 
     The file is read once, so everybody gets what runs here. Too many requests wait for their turn."""
 
-    def __init__(self, loop: Loop, option: str) -> None:
-        """`option` is the one by which a peer names us, --server or --join."""
+    def __init__(self, loop: Loop, option: str, room: str = "") -> None:
+        """`option` is the one by which a peer names us, --server or --join; `room` is the name of a closed room."""
         self.source = read_program()
         self.digest = hashlib.sha256(self.source).hexdigest()
         self._loop = loop
         self._option = option
+        self._room = room
         self._unasked = Unidentified()  # connections whose request is not complete
         self._waiting: Dict[Download, None] = {}
         self._serving: Dict[Download, None] = {}
@@ -3056,7 +3628,7 @@ class FileServer:
         """Return the response to a request that came to an address of ours."""
         response = http_response("404 Not Found", b"There is only / and /p2pchat.py here.\n")
         if request["target"] == "/":
-            response = http_response("200 OK", download_page(address, self.digest, self._option).encode())
+            response = http_response("200 OK", download_page(address, self.digest, self._option, self._room).encode())
         elif request["target"] == "/p2pchat.py" and self.source:
             kind = "Content-Type: text/x-python; charset=utf-8\r\nContent-Disposition: attachment\r\n"
             response = http_response("200 OK", self.source, kind)
@@ -3129,7 +3701,8 @@ class Session(Endpoint):
 class DiscoveryServer:
     """The server. Use: DiscoveryServer(loop, settings).start(), then run the loop."""
 
-    def __init__(self, loop: Loop, settings: Optional[ServerSettings] = None) -> None:
+    def __init__(self, loop: Loop, settings: Optional[ServerSettings] = None, room: Optional[Room] = None) -> None:
+        """With a `room` it serves that closed one. Raises RoomError if there can be none."""
         self.loop = loop
         self.settings = settings or ServerSettings()
         self.id = ""
@@ -3144,8 +3717,9 @@ class DiscoveryServer:
         self._listener: Optional[SocketListener] = None
         self._lan: Optional[Lan] = None
         self._monitor: Optional[Ticker] = None
+        self.room = make_room(loop, room, self._on_mismatch)
         self._sessions: Dict[Session, None] = {}
-        self.files = FileServer(loop, "--server")
+        self.files = FileServer(loop, "--server", self.room.name)
         self._unidentified = Unidentified()  # not registered
         self._registrations: Dict[str, RateLimit] = {}  # by address
         self._peers: Dict[str, Session] = {}  # by id
@@ -3164,7 +3738,7 @@ class DiscoveryServer:
 
     def start(self) -> None:
         """Listen. Raises OSError when the port can't be had."""
-        self._listener = self.loop.listen(self.settings.host, self.settings.port, self._accept)
+        self._listener = self.room.listen(self.settings.host, self.settings.port, self._accept, self.files.protocols)
         log.info("[Server] starting")
         self.id = f"server@{format_address(self.address)}"
         self._monitor = Ticker(self.loop, self.settings.check_interval, self.monitor_peers)
@@ -3178,7 +3752,7 @@ class DiscoveryServer:
         here = (self.loop.local_addresses()[0] if host == "0.0.0.0" else host, port)
         return ["On each machine, to get the program and to chat:",
                 f"    curl -O http://{format_address(here)}/p2pchat.py",
-                f"    {start_line('--server', here, self.settings.host)}",
+                f"    {start_line('--server', here, self.settings.host, self.room.name)}",
                 "SHA-256 of the program:", f"    {self.files.digest}"]
 
     def stop(self) -> None:
@@ -3187,7 +3761,7 @@ class DiscoveryServer:
             return
         log.info("[Server] goodbye: telling %d peers", len(self._peers))
         self._stopping = True
-        for closable in (self._listener, self._lan, self._monitor):
+        for closable in (self._listener, self._lan, self._monitor, self.room):
             if closable is not None:
                 closable.close()
         for session in list(self._sessions):
@@ -3202,11 +3776,14 @@ class DiscoveryServer:
     # -- connections -----------------------------------------------------------------------------------
 
     def _accept(self, connection: Connection) -> Handler:
-        connection.reader = FirstBytes(connection, self.files.protocols)
         session = Session(self, connection)
         self._sessions[session] = None
         self._unidentified.add(connection)
         return session
+
+    def _on_mismatch(self, address: Address, is_dialled: bool, about: str, words: str) -> None:
+        """Somebody is in another room, or has another passphrase."""
+        limited_log(f"{about} {address[0]}", logging.WARNING, "[Server] %s:%d is not in this room: %s", *address, words)
 
     def on_session_closed(self, session: Session, reason: str) -> None:
         """A connection is gone, and with it the peer that was registered over it."""
@@ -3249,7 +3826,7 @@ class DiscoveryServer:
 
     def handle_sync_request(self, session: Session, message: Message) -> None:
         """Send the list to anybody that asks, but not while something is still queued for it."""
-        if session.connection.queued > 0:
+        if session.connection.backlog > 0:
             return
         lists = pack_lists(each.encoded for each in self._peers.values())
         for number, peers in enumerate(lists, 1):
@@ -3263,7 +3840,10 @@ class DiscoveryServer:
         message = parse_message(data)
         if message is None or message["type"] != MSG_BEACON or not message["content"].get("server_wanted"):
             return None
-        return make_beacon(self.id, {"role": "server", "port": self.address[1]}, len(data)) or None
+        if message["content"].get("room", "") != self.room.name:
+            return None
+        content = {"role": "server", "port": self.address[1], **self.room.beacon()}
+        return make_beacon(self.id, content, len(data)) or None
 
     # -- the list --------------------------------------------------------------------------------------
 
@@ -3365,8 +3945,9 @@ class DiscoveryServer:
 
 def make_beacon(sender_id: str, content: Dict[str, Any], size: int) -> bytes:
     """A beacon padded to `size` bytes, or b"" when it does not fit: an answer is never longer than its question."""
-    bare = create_message(MSG_BEACON, sender_id, content, pad="")
-    return create_message(MSG_BEACON, sender_id, content, pad=" " * (size - len(bare))) if len(bare) <= size else b""
+    message = {"type": MSG_BEACON, "sender_id": sender_id, "to": EVERYONE, "content": content, "pad": ""}
+    bare = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8")  # shorter than with escapes
+    return bare[:-2] + b" " * (size - len(bare) - 1) + bare[-2:] + b"\n" if len(bare) < size else b""
 
 
 # ======================================================================================================
@@ -3375,6 +3956,7 @@ def make_beacon(sender_id: str, content: Dict[str, Any], size: int) -> bytes:
 # A peer is client and server at once. PeerNode holds what a peer knows: the list of peers, the news that
 # is being passed on, the addresses that were dialled. Its helpers do one job each, in this order:
 #   Whereabouts  the address by which we are known
+#   OtherRooms   who is here, but in another room than ours, or with another passphrase
 #   Links        connections to other peers: dialling, saying hello, who is at the far end
 #   Detector     failure detection: probes, suspicion, and whether it is ourselves who are isolated
 #   Gossip       what peers tell each other about others: news at once, lists where they differ
@@ -3670,6 +4252,93 @@ def back_off(wait: float, least: float, most: float, rng: random.Random) -> Tupl
     return wait, wait * (0.75 + rng.random() / 2)
 
 
+class OtherRooms:
+    """Who is here but not in our room: the user is told, and they are not dialled again and again."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.is_paused = False  # our passphrase is wrong, it seems: nobody is dialled before the user gives another
+        self._refused_at: Set[Address] = set()  # addresses that refused it, while nobody has accepted it
+        self._heard: Dict[Address, Tuple[float, str]] = {}  # beacons of other rooms: when, and which
+        self._barred: Dict[Address, Tuple[float, float]] = {}  # who refused us: how long to wait, and until when
+        self._limits: Dict[Tuple[str, str], RateLimit] = {}  # what was said of an address
+
+    def on_beacon(self, address: Address, content: Dict[str, Any]) -> bool:
+        """Note whose beacon came, and return whether it is of our room."""
+        room = content.get("room", "")
+        self._heard.pop(address, None)
+        if room == self.node.room.name:
+            return True
+        if content["role"] == "peer":
+            self._heard[address] = (self.node.loop.now(), room)
+            if len(self._heard) > MAX_ELSEWHERE:
+                del self._heard[next(iter(self._heard))]
+        return False
+
+    def report(self) -> List[str]:
+        """Say in which other rooms peers were heard lately."""
+        since = self.node.loop.now() - 3 * BEACON_INTERVAL
+        rooms = collections.Counter(room for heard_at, room in self._heard.values() if heard_at >= since)
+        lines = []
+        for room, count in sorted(rooms.items(), key=lambda item: (-item[1], item[0]))[:4]:
+            peers = "1 peer here is" if count == 1 else f"{count} peers here are"
+            where = f"in the closed room {room}: {room_option(room)}" if room else "in the open room: leave out --room"
+            lines.append(f"{peers} {where}")
+        return lines
+
+    def may_dial(self, address: Address, why: str) -> bool:
+        """Whether to dial an address: not if the passphrase is wrong, or if it has refused us just now."""
+        until = self._barred.get(address, (0.0, float("-inf")))[1]
+        if (self.is_paused and not self.node.room.has_proved) or self.node.loop.now() < until:
+            return False
+        return why not in (BEACON, HEARSAY) or self.node.room.may_dial(address[0])
+
+    def forgive(self, address: Address) -> None:
+        """The user wants it dialled."""
+        self._barred.pop(address, None)
+
+    def on_mismatch(self, address: Address, is_dialled: bool, about: str, words: str) -> None:
+        """A connection failed because the far end is in another room, has another passphrase, or proves nothing."""
+        node, place = self.node, format_address(address)
+        if is_dialled:
+            self._bar(address)
+        if is_dialled and words and about == PASSPHRASE and not node.room.has_proved:
+            self._refused_at.add(address)
+        if about == PROTOCOL:
+            limited_log("no proof", logging.INFO, "[P2P] %s: %s", place, words)
+        elif is_dialled and words:
+            self._tell(place, about, f"{place}: {words}.", 600.0)
+        elif not self.is_paused:  # else it is ours that is wrong
+            wrong = node.room.wrong_guesses(address[0])
+            tried = f"tried {'a wrong passphrase' if wrong < 2 else f'{wrong} wrong passphrases'}"
+            text = tried if about == PASSPHRASE else "is in another room"
+            self._tell(address[0], about, f"{address[0]} {text}.", 60.0)
+        if len(self._refused_at) >= MAX_REFUSED and not self.is_paused:
+            self.is_paused = True
+            node.emit({"event": "notice", "text": f"{MAX_REFUSED} peers have another passphrase. Is yours right? "
+                       "/passphrase asks for it again; until then nobody is dialled.", "about": PASSPHRASE})
+
+    def start_over(self) -> None:
+        """The passphrase is another now."""
+        self.is_paused = False
+        self._refused_at.clear()
+        self._barred.clear()
+        self._limits.clear()
+
+    def _bar(self, address: Address) -> None:
+        wait, delay = back_off(self._barred.get(address, (0.0, 0.0))[0], QUIET_AFTER, BAR_MAX, self.node.loop.random)
+        if len(self._barred) >= MAX_ELSEWHERE:
+            self._barred.clear()
+        self._barred[address] = (wait, self.node.loop.now() + delay)
+
+    def _tell(self, place: str, about: str, text: str, interval: float) -> None:
+        """Tell the user, at most once in an interval about one address."""
+        if len(self._limits) >= MAX_ELSEWHERE:
+            self._limits.clear()
+        if self._limits.setdefault((place, about), RateLimit(1, interval)).take(self.node.loop.now()):
+            self.node.emit({"event": "notice", "text": text, "about": about})
+
+
 class Links:
     """All links. Over one of them we send to a peer (`Contact.link`); over any we may receive."""
 
@@ -3692,7 +4361,7 @@ class Links:
         known = targets.get(address)
         if (known is not None and known.link is not None) or address in self.met_ourselves_at:
             return
-        if node.stopping or not node.whereabouts.may_reach(address[0]):
+        if node.stopping or not (node.whereabouts.may_reach(address[0]) and node.other_rooms.may_dial(address, why)):
             return
         target = targets.enter(address, why, peer)
         if targets.dialling >= MAX_DIALS:
@@ -3704,7 +4373,7 @@ class Links:
         target.tried_at = node.loop.now()
         target.link = link = Link(node, address, dialled=True)
         self.all[link] = None
-        link.connection = node.loop.connect(address, link, node.settings.timeout)
+        link.connection = node.room.connect(address, link, node.settings.timeout)
 
     def verify_address(self, address: Address, why: str = HEARSAY) -> None:
         """Dial an address that somebody named, to see which peer answers: few at a time, none twice in QUIET_AFTER."""
@@ -3757,7 +4426,6 @@ class Links:
 
     def handle_p2p_connection(self, connection: Connection) -> Handler:
         """Somebody dialled us: wait for a hello."""
-        connection.reader = FirstBytes(connection, self.node.files.protocols)
         link = Link(self.node, connection.remote, dialled=False)
         link.connection = connection
         self._unidentified.add(connection)  # which may abort an older one
@@ -4554,11 +5222,13 @@ class Discovery(Endpoint):
             self._first_tried_at = now
         self.peer_id = ""
         self.traffic = RateLimit(MAX_MESSAGES)
-        self.connection = self.node.loop.connect(self.address, self, self.node.settings.timeout)
+        self.connection = self.node.room.connect(self.address, self, self.node.settings.timeout)
 
     def on_found(self, address: Address) -> None:
         """A server was found on the network, or named with --join."""
         if self.is_connected or self.node.stopping or not self.node.whereabouts.may_reach(address[0]):
+            return
+        if not self.node.other_rooms.may_dial(address, BEACON):
             return
         if address not in self.candidates:
             limited_log("server", logging.INFO, "[Discovery] found a server at %s:%d", *address)
@@ -4632,7 +5302,10 @@ class Discovery(Endpoint):
 
     def handle_error(self, message: Message) -> None:
         """The server says what was wrong."""
-        self._reason = clean(message["content"]["reason"])[:200]
+        content = message["content"]
+        self._reason = clean(content["reason"])[:200]
+        if content.get("about") == ROOM:
+            self.node.other_rooms.on_mismatch(self.address, True, ROOM, self._reason)
         limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self._reason)
 
     def handle_peer_list_update(self, message: Message) -> None:
@@ -5040,7 +5713,7 @@ class Finder:
         node = self.node
         wants_server = not (node.settings.server or node.discovery.is_online)
         content = {"role": "peer", "port": node.me.port, "instance": node.me.instance, "answer": is_answer,
-                   "alone": not len(node.peers), "server_wanted": wants_server}
+                   "alone": not len(node.peers), "server_wanted": wants_server, **node.room.beacon()}
         return make_beacon(node.me.id, content, size)
 
     def on_beacon(self, data: bytes, sender: Address) -> Optional[bytes]:
@@ -5053,14 +5726,15 @@ class Finder:
         if content.get("instance") == node.me.instance or node.stopping:
             return None
         address = (sender[0], content["port"])
+        is_in_our_room = node.other_rooms.on_beacon(address, content)
         if content["role"] == "server":
-            if node.settings.server is None:  # else it may be that of another room
+            if is_in_our_room and node.settings.server is None:  # else it may introduce peers that we don't want
                 node.discovery.on_found(address)
             return None
         self._beacon_at = node.loop.now()
         known = node.peers.by_key(content.get("instance", ""))
         is_chosen = node.loop.random.random() * len(node.peers) < 10  # of a thousand peers about ten react
-        if (known is None or known.gone) and is_chosen:
+        if is_in_our_room and (known is None or known.gone) and is_chosen:
             node.links.verify_address(address, BEACON)
             target = node.targets.get(address)
             if target is not None and target.link is not None:  # for the report, until the dial ends
@@ -5082,7 +5756,9 @@ class Finder:
             node.discovery.on_found(link.address)
             link.connection.close("a discovery server")
             return
-        if link.peer is None and link.dialled:
+        if content.get("about") == ROOM and link.peer is None and link.dialled:
+            node.other_rooms.on_mismatch(link.address, True, ROOM, reason)
+        elif link.peer is None and link.dialled:
             node.whereabouts.on_seen(content.get("you", {}).get("ip"), link.connection.remote[0])
         link.failure = f"it says: {reason}"
 
@@ -5115,6 +5791,7 @@ class Finder:
             return []
         lines = ["Nobody else is here.", f"You are {node.me.id}."]
         lines += [self._outcome(target) for target in node.targets.results()]
+        lines += [f"{line}." for line in node.other_rooms.report()]
         has_network, is_local = node.whereabouts.has_network, is_loopback(node.me.ip)
         if not has_network:
             lines.append(NO_NETWORK)
@@ -5124,7 +5801,7 @@ class Finder:
         if has_network or is_local:
             where = "in another terminal of this machine" if is_local else "on the other machine"
             lines += ["From here: /connect HOST:PORT, which /who says there.", f"To connect {where}, type there:",
-                      start_line("--join", node.me.address, node.settings.host)]
+                      start_line("--join", node.me.address, node.settings.host, node.room.name)]
         return lines
 
     def first_look(self) -> str:
@@ -5278,13 +5955,15 @@ def change_event(change: Change) -> Event:
 
 
 class PeerNode:
-    """A peer. Use: PeerNode(loop, settings, listener).start(), then run the loop.
+    """A peer. Use: PeerNode(loop, settings, listener).start(), then run the loop. `room` is a closed one.
 
     Each listener is called with a list of events: all that one turn of the loop brought."""
 
-    def __init__(self, loop: Loop, settings: Settings, *listeners: Listener) -> None:
+    def __init__(self, loop: Loop, settings: Settings, *listeners: Listener, room: Optional[Room] = None) -> None:
         self.loop = loop
         self.settings = settings
+        self.other_rooms = OtherRooms(self)
+        self.room = make_room(loop, room, self.other_rooms.on_mismatch)
         self.listeners = list(listeners)
         self.me = Contact(settings.username or "anonymous", "127.0.0.1", 0,
                           instance=f"{loop.random.getrandbits(64):016x}", incarnation=int(loop.wall() * 1000))
@@ -5293,7 +5972,7 @@ class PeerNode:
         self.news = News()
         self.targets = Targets()
         self.backlog = Backlog(loop, MERGE_PORTION, MAX_MERGING)  # of records to merge
-        self.files = FileServer(loop, "--join")
+        self.files = FileServer(loop, "--join", self.room.name)
         self.undelivered = 0  # messages reported as failed
         self.leaving = False  # no new messages; what is under way may still arrive
         self.stopping = False  # saying goodbye
@@ -5336,7 +6015,8 @@ class PeerNode:
     def start_p2p_listener(self) -> None:
         """Listen for other peers. Raises OSError when the port can't be had."""
         settings = self.settings
-        self._listener = self.loop.listen(settings.host, settings.port, self.links.handle_p2p_connection)
+        accept, protocols = self.links.handle_p2p_connection, self.files.protocols
+        self._listener = self.room.listen(settings.host, settings.port, accept, protocols)
         self._set_identity(self.me.username, self.whereabouts.first_guess(), self._listener.address[1])
         log.info("[P2P] listening on %s:%d as %s", settings.host, self.me.port, self.me.id)
 
@@ -5380,6 +6060,7 @@ class PeerNode:
         self.discovery.leave()
         self._turn.acknowledge()
         self.links.close_all()
+        self.room.close()
         if self._listener is not None:
             self._listener.close()
         self.loop.call_later(1.0, self._stop)

@@ -28,6 +28,7 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import struct
 import subprocess
@@ -3375,7 +3376,7 @@ class EventLog:
 class SimPeer(EventLog):
     """A peer on the simulated network, and what its interface was told. All else is as its node says."""
 
-    def __init__(self, world, machine, username, **settings):
+    def __init__(self, world, machine, username, room=None, **settings):
         super().__init__()
         self.world = world
         self.host = machine
@@ -3386,7 +3387,8 @@ class SimPeer(EventLog):
         self.died = None  # when it crashed, or said goodbye
         self.left = False  # it leaves, or has left
         self.loop = world.network.start(machine, username)
-        self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings(username=username, **settings), each(self._event))
+        self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings(username=username, **settings), each(self._event),
+                                     room=room)
         self.instance = self.node.me.instance
         self.loop.enter(self.node.start)
 
@@ -3564,7 +3566,8 @@ class World:
         host = host or self.network.hosts.get("server") or self.network.host("server", SERVER[0])
         host.dark = False
         loop = self.network.start(host)
-        self.server = p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(**{"lan": False, **settings}))
+        room = settings.pop("room", self.settings.get("room"))
+        self.server = p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(**{"lan": False, **settings}), room)
         loop.enter(self.server.start)
         return self.server
 
@@ -4037,7 +4040,46 @@ LOOP_ROWS = {  # what it shows: (what the handlers do at an event, what is done 
         {}, lambda play: (play.send(play.a, "bye"), play.send(play.b, "bye"), play.a.close("a is done"), play.b.close("b is done")),
         ["a closed a is done", "b closed b is done"]),
 }
-@pytest.mark.parametrize("make", [real_script, simulated_script])
+class RoomLoop:
+    """A loop whose connections are those of a closed room. `told` is what the room says of strangers."""
+
+    def __init__(self, loop, room=LAB):
+        self.loop = loop
+        self.told = []
+        self.room = p2pchat.make_room(loop, room, lambda *what: self.told.append(what))
+
+    def __getattr__(self, name):
+        return getattr(self.loop, name)
+
+    def listen(self, host, port, accept):
+        return self.room.listen(host, port, accept, {})
+
+    def connect(self, *what):
+        return self.room.connect(*what)
+
+
+def sealed(make, here=LAB, there=LAB):
+    """A script's stage, inside TLS."""
+    play = make()
+    play.loop, play.listening = RoomLoop(play.loop, here), RoomLoop(play.listening, there)
+    return play
+
+
+def sealed_real_script():
+    return sealed(real_script)
+
+
+def sealed_simulated_script():
+    return sealed(simulated_script)
+
+
+LOGS_IN_TLS = {  # what differs there: who cuts a stream can't end a message
+    "the end of the stream ends a message, and the answer still goes out": [
+        "b closed closed by the other side", "a closed asked"]}
+STAGES = [real_script, simulated_script, sealed_real_script, sealed_simulated_script]
+
+
+@pytest.mark.parametrize("make", STAGES)
 @pytest.mark.parametrize("script", LOOP_SCRIPTS)
 def test_loop_script(script, make):
     play = make()
@@ -4045,13 +4087,14 @@ def test_loop_script(script, make):
     assert play.log == expected
 
 
-@pytest.mark.parametrize("make", [real_script, simulated_script])
+@pytest.mark.parametrize("make", STAGES)
 @pytest.mark.parametrize("row", LOOP_ROWS)
 def test_loop_both_ends(row, make, monkeypatch):
     """Nothing is told within a call. The two ends' lines may mix; each end's own order is fixed."""
     monkeypatch.setattr(p2pchat, "LINE_TIMEOUT", 0.2)
     reactions, act, expected = LOOP_ROWS[row]
     play = make()
+    expected = LOGS_IN_TLS.get(row, expected) if isinstance(play.loop, RoomLoop) else expected
     play.pair(**reactions)
     act(play)
     assert play.log == []
@@ -4943,6 +4986,489 @@ def test_server_says_why_it_ends(registry):
     registry.server.stop()
     registry.run(1)
     assert alice.reasons() == ["the server stops"] and alice.ended
+
+
+# -- closed rooms, on the wire -------------------------------------------------------------------------
+#
+# The byte layer by itself, then peers and servers of all kinds of rooms that meet.
+
+OTHER_LAB = p2pchat.Room("class-4", b"correct horse")
+WRONG_LAB = p2pchat.Room("class-3b", b"correct house")
+
+
+@functools.lru_cache(maxsize=1)
+def room_certificate():
+    return p2pchat.make_certificate()
+
+
+def tls_pair(**options):
+    """Two ends of TLS, and what each has to say so far; `options` are set on the dialler's context."""
+    pem = b"".join(room_certificate())
+    context = p2pchat.make_context()
+    for name, value in options.items():
+        setattr(context, name, value)
+    ends = [p2pchat.Tls(context, False), p2pchat.Tls(p2pchat.make_context(pem), True)]
+    ends[0].receive(b"")
+    return ends
+
+
+def tls_exchange(ends, step=lambda data: data):
+    """Let both say all that they have to say; return the plaintext that each got."""
+    got = [b"", b""]
+    waiting = [end.seal() for end in ends]
+    while any(waiting):
+        for sender in (0, 1):
+            data, waiting[sender] = step(waiting[sender]), b""
+            got[1 - sender] += ends[1 - sender].receive(data)
+            waiting[1 - sender] += ends[1 - sender].seal()
+    return got
+
+
+def tls_records(data):
+    """Cut bytes into TLS records."""
+    records = []
+    while data:
+        size = 5 + int.from_bytes(data[3:5], "big")
+        records.append(data[:size])
+        data = data[size:]
+    return records
+
+
+def test_room_tls_says_what_it_is_and_whose_certificate():
+    ends = tls_pair()
+    tls_exchange(ends)
+    assert all(end.is_open and end.describe() == "TLSv1.3, TLS_AES_256_GCM_SHA384" for end in ends)
+    assert hashlib.sha256(ends[0].certificate()).digest() == p2pchat.sha256_of_pem(room_certificate()[0])
+    big = os.urandom(100_000)
+    assert ends[1].receive(ends[0].seal(b"a") + ends[0].seal(big)) == b"a" + big
+    assert ends[0].receive(ends[1].seal(big)) == big
+
+
+def test_room_tls_without_1_3():
+    import ssl
+    ends = tls_pair(maximum_version=ssl.TLSVersion.TLSv1_2)
+    tls_exchange(ends)
+    assert ends[1].describe().startswith("TLSv1.2, ECDHE-ECDSA-") and ends[0].receive(ends[1].seal(b"hi")) == b"hi"
+
+
+def test_room_tls_a_byte_flipped_in_any_record():
+    """Of the handshake or of a text: it fails, and says nothing false."""
+    records = []
+    tls_exchange(tls_pair(), lambda data: records.extend(tls_records(data)) or data)
+    for spoilt in range(len(records)):
+        numbers, ends = itertools.count(), tls_pair()
+
+        def flip(data):
+            return b"".join(each[:-1] + bytes([each[-1] ^ (next(numbers) == spoilt)]) for each in tls_records(data))
+        with pytest.raises(p2pchat.TlsError):
+            tls_exchange(ends, flip)
+    ends = tls_pair()
+    tls_exchange(ends)
+    whole, bad = ends[0].seal(b"hello"), ends[0].seal(b"world")
+    assert ends[1].receive(whole + bad[:9]) == b"hello"
+    with pytest.raises(p2pchat.TlsError, match="broken TLS"):
+        ends[1].receive(bytes([bad[9] ^ 1]) + bad[10:])
+    ends[1].seal(b"is dropped")
+
+
+def test_room_a_certificate_needs_no_file_that_stays(monkeypatch, tmp_path):
+    pem = b"".join(room_certificate())
+    seen = []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    class Context:
+        def load_cert_chain(self, path):
+            with open(path, "rb") as file:
+                seen.append((path.startswith("/proc/self/fd/"), stat.S_IMODE(os.stat(path).st_mode) & 0o077, file.read()))
+    p2pchat.load_certificate(Context(), pem)
+    assert sys.platform != "linux" or seen == [(True, seen[0][1], pem)]
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    p2pchat.load_certificate(Context(), pem)
+    assert seen[-1] == (False, 0, pem) and os.listdir(tmp_path) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(p2pchat.RoomError, match="can't be kept in a file"):
+        p2pchat.make_room(SimNetwork(1).start(SimNetwork(1).host("h")), LAB, print)
+
+
+def test_room_without_ssl_there_is_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ssl", None)
+    with pytest.raises(p2pchat.RoomError, match="no ssl module"):
+        p2pchat.make_room(SimNetwork(1).start(SimNetwork(1).host("h")), LAB, print)
+
+
+@pytest.mark.parametrize("make", [sealed_real_script, sealed_simulated_script])
+def test_room_one_byte_at_a_time(make, monkeypatch):
+    """Handshake, proof and texts, whatever the pieces; and what waits inside the TLS object is read."""
+    feed = p2pchat.TlsReader.feed
+    monkeypatch.setattr(p2pchat.TlsReader, "feed", lambda self, data: [feed(self, data[at:at + 1]) for at in range(len(data) or 1)] and [])
+    play = make()
+    play.pair()
+    play.send(play.a, *(f"{number}" + "x" * 9_000 for number in range(4)))
+    play.send(play.b, "two")
+    play.run_until(lambda: "a received two" in play.log and sum(line.count("x") for line in play.log) == 36_000)
+    assert play.a.describe() == play.b.describe() != ""
+
+
+class TlsEnd(p2pchat.Handler):
+    """A program that speaks TLS by hand, and knows no passphrase. `guess`, a room, makes it prove that one."""
+
+    def __init__(self, loop, guess=None, is_server=False):
+        self.loop = loop
+        self.guess = guess
+        self.certificate = room_certificate() if is_server else (b"", b"")
+        self.tls = p2pchat.Tls(p2pchat.make_context(b"".join(self.certificate)), is_server)
+        self.reader = p2pchat.MessageReader()
+        self.heard = []
+        self.steps = 9  # hang up after so many messages of one's own
+        self.proof = self.connection = self.ended = None
+
+    def take_on(self, connection):
+        """A connection to speak over."""
+        self.connection = connection
+        connection.reader = p2pchat.TlsReader(self.take)
+        return self
+
+    def dial(self, address):
+        self.take_on(self.loop.connect(address, self, 5.0))
+        return self
+
+    def on_open(self):
+        self.tls.receive(b"")
+        self.connection.send(self.tls.seal())
+
+    def on_close(self, reason):
+        self.ended = reason
+
+    def take(self, data):
+        if not data:
+            return
+        text = self.tls.receive(data)
+        self.connection.send(self.tls.seal() or b"")
+        if self.tls.is_open and self.guess is not None and self.proof is None:
+            sha256 = p2pchat.sha256_of_pem(self.certificate[0]) if self.certificate[0] else hashlib.sha256(self.tls.certificate()).digest()
+            self.proof = p2pchat.Proof(self.guess, not self.certificate[0], sha256)
+            self.say_all(self.proof.start())
+        for message in self.reader.feed(text):
+            self.heard.append(message)
+            if self.proof is not None and message["type"] != "MSG_ERROR":
+                with contextlib.suppress(p2pchat.ProofError):
+                    self.say_all(self.proof.handle(message))
+
+    def say_all(self, messages):
+        for message in messages:
+            if self.steps:
+                self.steps -= 1
+                self.say(message["type"], message["content"])
+            if not self.steps:
+                self.connection.close("that is enough")
+
+    def say(self, kind, content):
+        self.connection.send(self.tls.seal(p2pchat.create_message(kind, "", content)))
+
+    def got(self, kind):
+        return [message["content"] for message in self.heard if message["type"] == kind]
+
+
+def room_world(*names, room=LAB, **options):
+    return World(*names, settings={"room": room}, **options)
+
+
+def intruder(world, target, **more):
+    """A program on another machine that has dialled a member or a server, inside TLS."""
+    address = SERVER if target is world.server else target.me.address
+    end = TlsEnd(world.process_at(EVIL), **more).dial(address)
+    world.until(lambda: end.tls.is_open or end.ended, 5, 0.01)
+    return end
+
+
+BEFORE_PROOF = {
+    "a hello": ("MSG_HELLO", {"peer": wire_record("Mallory", EVIL, 666)}),
+    "a chat message": ("MSG_CHAT", "let me in"),
+    "a request for the list": ("MSG_SYNC_PEERS_REQUEST", None),
+    "a registration": ("MSG_REGISTER", {"username": "Mallory", "port": 666}),
+    "a goodbye": ("MSG_UNREGISTER", None),
+    "a confirmation out of turn": ("MSG_PAKE", {"confirm": "00" * 64}),
+    "an unknown type": ("MSG_WHATEVER", None),
+    "what is no message": ("MSG_CHAT", {}),
+}
+
+
+@pytest.mark.parametrize("at_server", [False, True])
+@pytest.mark.parametrize("what", BEFORE_PROOF)
+def test_room_nothing_but_the_proof_is_read_before_it(what, at_server):
+    world = room_world("Ann", "Bob", by="server")
+    end = intruder(world, world.server if at_server else world.ann)
+    before = (len(world.server._sessions), len(world.ann.all_links()))
+    end.say(*BEFORE_PROOF[what])
+    world.until(lambda: end.ended, 5)
+    kinds = [message["type"] for message in end.heard]
+    assert kinds == ["MSG_ROOM", "MSG_ERROR"] and end.heard[0]["sender_id"] == end.heard[1]["sender_id"] == ""
+    assert (len(world.server._sessions), len(world.ann.all_links())) == before
+    assert world.ann.names() == ["Bob"] and not world.ann.texts() and not world.ann.texts("notice")
+
+
+def test_room_a_member_gets_everything():
+    """Chat, names, the server: as in an open room, and nobody but members is registered or linked."""
+    world = room_world("Ann", "Bob", "Cid", by="server")
+    world.ann.say("hello all")
+    world.bob.send_chat_message(world.cid.me.id, "only you")
+    world.run(1)
+    assert world.bob.texts() == ["hello all"] and sorted(world.cid.texts()) == ["hello all", "only you"]
+    assert all(peer.online() for peer in world.peers) and len(world.server.peer_ids) == 3
+    world.ann.depart()
+    world.until(lambda: world.bob.names() == ["Cid"], 3)
+
+
+def test_room_a_session_on_the_wire_holds_nothing_but_the_rooms_name(monkeypatch):
+    """Names, texts, gossip, acknowledgements, and the passphrase: of all that, a listener sees nothing."""
+    wire = []
+    transmit, datagram = SimConnection.transmit, SimNetwork.datagram
+    monkeypatch.setattr(SimConnection, "transmit", lambda self, data: (wire.append(data if type(data) is bytes else b""), transmit(self, data))[1])
+    monkeypatch.setattr(SimNetwork, "datagram", lambda self, source, to, data: (beacons.append(data), datagram(self, source, to, data))[1])
+    beacons = []
+    world = room_world("Annabel", "Bobolink", "Cidonia", by="lan", room=p2pchat.Room("room-of-all", "correct horse ü".encode()))
+    world.start_server(room=p2pchat.Room("room-of-all", "correct horse ü".encode()))
+    world.annabel.say("the secret text")
+    world.bobolink.rename("Robert")
+    world.run(20)
+    world.cidonia.depart()
+    world.run(5)
+    assert world.bobolink.texts() == ["the secret text"]
+    seen = b"".join(wire)
+    assert len(seen) > 20_000
+    for word in ("Annabel", "Bobolink", "Cidonia", "Robert", "the secret text", "horse", "MSG_", "room-of-all", "p2pchat@"):
+        assert word.encode() not in seen and word.encode().hex().encode() not in seen, word
+    assert all(b'"room":"room-of-all"' in beacon and b"horse" not in beacon for beacon in beacons)
+
+
+MEETINGS = {  # who dials whom: what the dialler is told, what the other is told, and what it is about
+    "open to closed": (None, LAB, "this is the closed room class-3b: --room class-3b", "is in another room", "room"),
+    "closed to open": (LAB, None, "an open room is there, and you are in a closed one", "is in another room", "room"),
+    "another name": (LAB, OTHER_LAB, "the closed room class-4 is there, not class-3b", "is in another room", "room"),
+    "another passphrase": (LAB, WRONG_LAB, "it says: the passphrases for the closed room class-3b differ", "tried a wrong passphrase", "passphrase"),
+}
+
+
+@pytest.mark.parametrize("meeting", MEETINGS)
+def test_room_mixed_meetings_fail_in_words_at_once_on_both_sides(meeting):
+    here, there, told, other_told, about = MEETINGS[meeting]
+    world = World(by="none")
+    bob = world.add("Bob", room=there, port=5000)
+    ann = world.add("Ann", room=here, join=(bob.me.address,))
+    world.run(1)
+    place, ip = p2pchat.format_address(bob.me.address), ann.host.addresses[0]
+    assert ann.saw("notice") == [{"event": "notice", "text": f"{place}: {told}.", "about": about}]
+    assert bob.saw("notice") == [{"event": "notice", "text": f"{ip} {other_told}.", "about": about}]
+    assert any(told in line for line in ann.node.alone())
+    world.run(300)
+    assert len(ann.saw("notice")) == 1 and len(bob.saw("notice")) < 8
+    assert 3 < ann.loop.dialled.count(bob.me.address) < 9, "neither given up nor dialled every second"
+    assert not ann.names() and not bob.names()
+
+
+@pytest.mark.parametrize("meeting", MEETINGS)
+def test_room_a_server_of_another_room_says_so(meeting, caplog):
+    here, there, told, _, about = MEETINGS[meeting]
+    caplog.set_level(logging.INFO)
+    world = World(by="none")
+    world.start_server(room=there)
+    ann = world.add("Ann", room=here, server=SERVER)
+    world.run(2)
+    assert [event["about"] for event in ann.saw("notice")] == [about] and told in ann.texts("notice")[0]
+    assert told in ann.saw("server")[-1]["reason"] and not ann.online()
+    assert "is not in this room" in caplog.text and "horse" not in caplog.text
+    world.run(300)
+    assert ann.loop.dialled.count(SERVER) < 25 and world.server.peer_ids == []
+
+
+def test_room_peers_of_other_rooms_are_counted_and_not_dialled():
+    world = World(by="lan")
+    for name, room in (("Bob", OTHER_LAB), ("Cid", OTHER_LAB), ("Dan", None)):
+        world.add(name, room=room)
+    ann = world.add("Ann", room=LAB)
+    world.run(40)
+    assert "2 peers here are in the closed room class-4: --room class-4." in ann.node.alone()
+    assert "1 peer here is in the open room: leave out --room." in ann.node.alone()
+    assert "1 peer here is in the closed room class-3b: --room class-3b." in world.dan.node.alone()
+    assert {*ann.loop.dialled, *world.dan.loop.dialled} == {("127.0.0.1", 9999)}
+    assert world.bob.names() == ["Cid"]
+    world.bob.crash()
+    world.cid.crash()
+    world.run(60)
+    assert not any("class-4" in line for line in ann.node.alone())
+
+
+def test_room_the_worst_beacon_fits():
+    """The longest name of a user, and of a room, in characters that take the most bytes."""
+    for character, count in (("\U00020000", 16), ("\u00e9", 32), ("\u6f22", 21), ("w", 32), ("'", 32)):
+        room = p2pchat.Room(p2pchat.check_room(character * count), b"x")
+        world = World(by="none")
+        ann = world.add("\U00020000" * 32, ip="123.123.123.123", room=room, port=65535)
+        server = world.start_server(room=room)
+        question = ann.node.finder._beacon(False, p2pchat.BEACON_SIZE)
+        answer = server._on_beacon(question, ("10.0.0.1", 1))
+        for beacon, role in ((question, "peer"), (answer, "server")):
+            assert len(beacon) == p2pchat.BEACON_SIZE and beacon.endswith(b"\n")
+            message = p2pchat.parse_message(beacon)
+            assert message["content"]["room"] == room.name and message["content"]["role"] == role
+        assert server._on_beacon(ann.node.finder._beacon(False, 512).replace(b'"room":', b'"rum":'), ("10.0.0.1", 1)) is None
+
+
+@pytest.mark.parametrize("steps, known", [(0, 0), (1, 0), (2, 0), (9, 3)])
+def test_room_a_guesser_that_dials_gets_three_answers_a_minute(steps, known):
+    """One that hangs up before its nonce, its y or its confirmation learns nothing; with it, it does, and is counted."""
+    world = room_world("Ann", "Bob")
+    runs = []
+    for _ in range(40):
+        runs.append(TlsEnd(world.process_at(EVIL), guess=WRONG_LAB))
+        runs[-1].steps = steps
+        runs[-1].dial(world.ann.me.address)
+        world.run(1)
+    answers = sum(error["about"] == "passphrase" for each in runs for error in each.got("MSG_ERROR"))
+    assert answers == (known + 1 if known else 0)  # the fourth after 20 s
+    assert len([event for event in world.ann.saw("notice") if event["about"] == "passphrase"]) == (1 if known else 0)
+    assert world.chats("Ann", "Bob") and world.ann.node.room.guesses.may_start(EVIL, world.ann.loop.now()) < 20.1
+
+
+def test_room_a_hundred_guesses_at_once_get_no_hundred_answers():
+    world = room_world("Ann", "Bob")
+    runs = [TlsEnd(world.process_at(EVIL), guess=WRONG_LAB).dial(world.ann.me.address) for _ in range(100)]
+    world.run(15)
+    reasons = collections.Counter(each.got("MSG_ERROR")[0]["reason"] for each in runs if each.got("MSG_ERROR"))
+    assert reasons == {"the passphrases for the closed room class-3b differ": 3,
+                       "too many wrong passphrases came from your address: try again later": 97}
+    assert world.ann.texts("notice") in ([f"{EVIL} tried a wrong passphrase."], [f"{EVIL} tried 3 wrong passphrases."])
+
+
+def test_room_a_guesser_that_is_dialled_gets_three_answers_a_minute():
+    """It says by beacons that it is a member, takes the confirmation and hangs up without a word."""
+    world = room_world("Ann", by="lan")
+    shouter = SimShouter(world.network)
+    learnt = []
+
+    def accept(connection):
+        end = TlsEnd(shouter.loop, guess=WRONG_LAB, is_server=True).take_on(connection)
+        learnt.append(end)
+        handle = end.take
+
+        def take(data):
+            handle(data)
+            if any("confirm" in content for content in end.got("MSG_PAKE")):
+                connection.abort("now I know")
+        connection.reader = p2pchat.TlsReader(take)
+        return end
+    for port in range(700, 720):
+        shouter.loop.listen("0.0.0.0", port, accept)
+    for second in range(60):
+        for port in range(700, 720):
+            shouter.broadcast(port=port, instance=f"x{second}x{port}", room="class-3b")
+        world.run(1)
+    answers = sum(any("confirm" in content for content in end.got("MSG_PAKE")) for end in learnt)
+    assert 1 <= answers <= 6, answers
+    assert any("wrong passphrase" in text for text in world.ann.texts("notice"))
+
+
+def test_room_a_man_who_relays_the_proof_is_refused_at_both_ends():
+    """He ends TLS on both sides and relays the proof, word by word."""
+    world = room_world("Bob", by="none")
+    bob, pairs = world.bob, []
+
+    def accept(connection):
+        near = TlsEnd(loop, is_server=True).take_on(connection)
+        far = TlsEnd(loop).dial(bob.me.address)
+        pairs.append((near, far))
+        return near
+    loop = world.process_at(EVIL)
+    loop.listen("0.0.0.0", 700, accept)
+
+    def relay():
+        for near, far in pairs:
+            for end, other in ((near, far), (far, near)):
+                if other.tls.is_open:
+                    for message in end.heard:
+                        other.say(message["type"], message["content"])
+                    end.heard.clear()
+        loop.call_later(0.01, relay)
+    relay()
+    ann = world.add("Ann", join=((EVIL, 700),))
+    world.run(3)
+    assert pairs and not ann.names() and not bob.names()
+    assert [event["about"] for event in ann.saw("notice")] == ["passphrase"] == [event["about"] for event in bob.saw("notice")]
+
+
+def test_room_three_refusals_of_a_passphrase_that_nobody_accepts_stop_the_dialling():
+    world = room_world("Ann", "Bob", "Cid", "Dan", by="lan")
+    eve = world.add("Eve", room=WRONG_LAB)
+    world.run(120)
+    assert any(text.startswith("3 peers have another passphrase. Is yours right? /pass") for text in eve.texts("notice"))
+    dialled = len(eve.loop.dialled)
+    world.run(300)
+    assert all(address == ("127.0.0.1", 9999) for address in eve.loop.dialled[dialled:])
+    rung = sum(event.get("about") == "passphrase" for peer in world.peers for event in peer.saw("notice"))
+    assert rung <= 20  # in five windows, in seven minutes
+
+
+def test_room_strangers_work_is_done_in_turn_over_addresses():
+    """For each address the oldest first; a turn of it is as long as PROOF_TIME allows; an error costs only its own."""
+    loop = LoopClock()
+    queue, done = p2pchat.FairQueue(loop), []
+
+    def work(name, cost=0.004):
+        def do():
+            done.append(name)
+            loop.time += cost
+            if name == "bad":
+                raise ValueError
+        return do
+    for name in ("a1", "a2", "a3", "a4", "a5"):
+        queue.add("a", work(name))
+    queue.add("b", work("b1"))
+    queue.add("c", work("bad"))
+    queue.add("c", work("c2"))
+    turns = []
+    while loop.later:
+        before = len(done)
+        with contextlib.suppress(ValueError):
+            loop.later.pop(0)()
+        turns.append(done[before:])
+    assert turns == [["a1", "b1", "bad"], ["a2", "c2", "a3"], ["a4", "a5"]]
+
+
+class LoopClock:
+    """A loop's clock, and what it is to call."""
+
+    def __init__(self):
+        self.time, self.later = 0.0, []
+
+    def now(self):
+        return self.time
+
+    def call_later(self, delay, callback):
+        self.later.append(callback)
+
+
+def test_room_ten_thousand_half_open_handshakes():
+    """Most are dropped, the oldest of the address with the most first, and members are served meanwhile."""
+    world = room_world("Ann", "Bob")
+    loops = [world.process_at(f"10.99.0.{number}") for number in range(1, 11)]
+    for number in range(10_000):
+        end = loops[number % 10 if number % 2 else 0]
+        end.connect(world.ann.me.address, p2pchat.Handler(), 5.0).send(b"\x16\x03\x01\x02\x00")
+        if number % 1000 == 999:
+            world.run(0.2)
+            assert len(list(world.ann.node.room._unproved)) <= p2pchat.MAX_UNPROVED
+    assert world.chats("Ann", "Bob")
+    newcomer = world.add("Cid")
+    world.until(lambda: set(newcomer.names()) == {"Ann", "Bob"}, 5)
+    world.run(p2pchat.HELLO_TIMEOUT + 1)
+    assert list(world.ann.node.room._unproved) == []
+
+
+def test_room_an_open_one_imports_no_ssl():
+    code = ("import p2pchat, sys\nloop = p2pchat.Loop()\nnode = p2pchat.PeerNode(loop, p2pchat.Settings(host='127.0.0.1', lan=False), print)\n"
+            "node.start()\nserver = p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(host='127.0.0.1', port=0, lan=False))\nserver.start()\n"
+            "loop.turn(0.1)\nprint('ssl' in sys.modules)")
+    assert subprocess.check_output([sys.executable, "-c", code], timeout=20).decode().endswith("False\n")
 
 
 # ======================================================================================================
