@@ -192,6 +192,7 @@ MAX_ROOM = 64  # bytes of a room's name in UTF-8: it stands in every beacon
 GUESSES = 3  # wrong passphrases that an address may try in a minute; then one each 20 s
 MEMBER_GUESSES = 10  # the same for an address that proved itself lately: members mistype, and share addresses
 MEMBER_TIME = 3600.0  # for this long after its proof
+MAX_PASSPHRASE = 1024  # bytes of a passphrase, so that a wrong file is noticed
 BAR_MAX = 600.0  # between two dials of an address that is in another room; doubled each time, from QUIET_AFTER on
 MAX_REFUSED = 3  # a passphrase that so many peers refuse and none accepts is wrong: the user is asked again
 MAX_ELSEWHERE = 1024  # peers of other rooms that are remembered; each takes some 300 bytes
@@ -1520,6 +1521,10 @@ class Connection:
     def backlog(self) -> int:
         """How many bytes wait to be sent."""
         return self.queued
+
+    def describe(self) -> str:
+        """Return how it is encrypted; "" if it is not."""
+        return ""
 
     def flush(self) -> None:
         """Send as much of the queue as the system takes. Each kind of connection overrides this."""
@@ -3109,7 +3114,6 @@ class SealedConnection(Connection, Handler):
         return self._accept is None
 
     def describe(self) -> str:
-        """Return how it is encrypted."""
         return self._tls.describe() if self._tls is not None else ""
 
     # -- the connection below --------------------------------------------------------------------------
@@ -3470,14 +3474,21 @@ class RoomError(Exception):
     """A closed room can't be had on this machine; the text says why."""
 
 
+def check_ssl() -> None:
+    """Raise RoomError if this Python has no ssl: a closed room is refused then, and never weakened."""
+    try:
+        import ssl  # noqa: F401
+    except ImportError:
+        raise RoomError("this Python has no ssl module, which a closed room needs: look for another python3") from None
+
+
 def make_room(loop: Loop, room: Optional[Room], on_mismatch: OnMismatch) -> OpenRoom:
     """Return what makes the connections of a closed room, or of an open one. Raises RoomError."""
     if room is None:
         return OpenRoom(loop, on_mismatch)
+    check_ssl()
     try:
         return ClosedRoom(loop, on_mismatch, room)
-    except ImportError:
-        raise RoomError("this Python has no ssl module, which a closed room needs: look for another python3") from None
     except OSError as error:
         raise RoomError(f"the certificate of this process can't be kept in a file: {error_text(error)}") from None
 
@@ -5784,6 +5795,13 @@ class Finder:
             (peers.label(peer) + " (away)" * bool(peer.away), format_address(peer.address), *peer.describe(now))
             for peer in peers.present()]
 
+    def encryption(self) -> str:
+        """Say in which room we are, and how links are encrypted."""
+        kinds = sorted({link.connection.describe() for link in self.node.links.all if link.peer is not None})
+        using = f" ({'; '.join(kinds)})" if kinds else ""
+        room = self.node.room.name
+        return f"closed room {room}, encrypted{using}" if room else "not encrypted"
+
     def report(self) -> List[str]:
         """Why nobody is here, and what to do about it; empty if somebody is."""
         node = self.node
@@ -5995,7 +6013,7 @@ class PeerNode:
         # peer from the others; what was found, or why nothing; a table of who is here.
         self.present, self.find, self.label = self.peers.present, self.peers.find, self.peers.label_of
         self.first_look, self.alone, self.connect = self.finder.first_look, self.finder.report, self.finder.connect
-        self.who, self.sync = self.finder.who, self.gossip.sync_for_user
+        self.who, self.encryption, self.sync = self.finder.who, self.finder.encryption, self.gossip.sync_for_user
         self.dialled = self.finder.on_dialled  # an upcall of Links
 
     # -- starting and leaving --------------------------------------------------------------------------
@@ -7045,9 +7063,10 @@ def _status_bar(view: "ChatView", cols: int) -> Line:
     else:
         state, short = "○ P2P mode" + (f" since {view.clock(since)}" if since else ""), "○ P2P"
     name, peers = view.node.me.username, _count(number, "peer")
-    title = f" Chat P2P - {name}"
+    room = f" · closed room {view.node.room.name}" * bool(view.node.room.name)
+    title = f" Chat P2P - {name}{room}"
     for left, right in ((title, f"{state} · {peers} "), (title, f"{short} · {peers} "),
-                        (f" {name}", f"{short} {number} ")):
+                        (f" {name}{room}", f"{short} {number} "), (f" {name}", f"{short} {number} ")):
         if width(left) + width(right) + 2 <= cols:
             return [Span(pad(left, cols - width(right)) + right, "bar")]
     return [Span(pad(f" {name}", cols), "bar")]
@@ -7636,13 +7655,14 @@ class Commands(CommandLine):
     @command("/who", "people", "/n", "/names", "/users")
     def _who(self, rest: str) -> None:
         """who is here; and how well they are heard."""
-        peers, view = self.node.present(), self.view
+        peers, view, how = self.node.present(), self.view, self.node.encryption()
         quiet = sum(peer.quiet for peer in peers)
         online, address, _ = self.node.server_status()
         summary = (f"{len(peers)} here: {len(peers) - quiet} heard, {quiet} quiet; "
-                   f"{f'server {address} online' if online else 'no server'}; you are {self.node.me.id}.")
+                   f"{f'server {address} online' if online else 'no server'}; you are {self.node.me.id}; {how}.")
         table = fit_columns(self.node.who(), view.answer_cols(), (4, 1)) if peers else []
-        view.answer("\n".join(self.node.alone() or [summary, *table]))
+        alone = self.node.alone()
+        view.answer("\n".join([*alone, f"{how[0].upper()}{how[1:]}."] if alone else [summary, *table]))
 
     @command("/whois NAME", "people", "/wi")
     def _whois(self, rest: str) -> None:
@@ -8377,9 +8397,11 @@ class Interface:
 
     transcript: Optional[Transcript] = None  # of an interface without a screen
 
-    def __init__(self, loop: Loop, settings: Settings) -> None:
+    def __init__(self, loop: Loop, settings: Settings, room: Optional[Room] = None) -> None:
+        """`room` is a closed one; the form asks for its passphrase if that is empty."""
         self.loop = loop
         self.settings = settings
+        self.room = room
         self.log: Deque[str] = collections.deque(maxlen=500)
         self.failure: Optional[BaseException] = None
         self.node: Optional[PeerNode] = None
@@ -8393,6 +8415,9 @@ class Interface:
             log.setLevel(logging.INFO)
         try:
             self.chat()
+        except RoomError as error:
+            sys.stderr.write(f"p2pchat: {error}\n")
+            return 1
         except Exception as error:
             if isinstance(error, OSError) and self.node is not None and not self.node.me.port:
                 sys.stderr.write(f"p2pchat: {port_problem(self.settings.host, self.settings.port, error)}\n")
@@ -8416,7 +8441,8 @@ class Interface:
 
     def start_node(self, settings: Settings) -> None:
         """Start a node and its view. Raises OSError if the port can't be had."""
-        self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events))
+        self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events),
+                                    room=self.room)
         self.view = ChatView(node, show_time, self.transcript, show_day)
         self.view.log = self.log
         node.start()
@@ -8715,8 +8741,8 @@ class Terminal:
 class CursesInterface(Interface):
     """The screen. As long as there is a form, it is shown in place of the chat."""
 
-    def __init__(self, loop: Loop, settings: Settings) -> None:
-        super().__init__(loop, settings)
+    def __init__(self, loop: Loop, settings: Settings, room: Optional[Room] = None) -> None:
+        super().__init__(loop, settings, room)
         self.form: Optional[StartForm] = None
         self._next: Optional[Settings] = None  # of the next node, which starts when this one has stopped
         self._frame = Timer()
@@ -9138,8 +9164,8 @@ def _own_pipe() -> Optional[int]:
 class PlainInterface(Interface):
     """Lines in, lines out: what is typed is what the screen's input line takes."""
 
-    def __init__(self, loop: Loop, settings: Settings) -> None:
-        super().__init__(loop, settings._replace(username=settings.username or login_name()))
+    def __init__(self, loop: Loop, settings: Settings, room: Optional[Room] = None) -> None:
+        super().__init__(loop, settings._replace(username=settings.username or login_name()), room)
         self._by_hand = os.isatty(0)  # if so, what was typed is on the screen already
         self.reader = LineReader(loop, functools.partial(self.guard, self._on_lines),
                                   functools.partial(self.guard, self._on_end))
@@ -9416,6 +9442,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; return its exit status: 0 all well, 1 it failed, 2 it was called wrongly."""
+    secret = os.environ.pop("P2PCHAT_PASSPHRASE", None)  # so no child inherits it
     _open_standard_files()
     parser = make_parser()
     options = parser.parse_args(with_command(parser, list(sys.argv[1:] if argv is None else argv)))
@@ -9428,9 +9455,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                          f"ulimit -n {MIN_DESCRIPTORS}\n")
         return 1
     try:
-        return int(options.run(options))
+        return int(options.run(options, secret))
     except KeyboardInterrupt:
         return 130
+    except RoomError as error:
+        sys.stderr.write(f"p2pchat: {error}\n")
+        return 1
 
 
 def with_command(parser: Parser, arguments: List[str]) -> List[str]:
@@ -9475,7 +9505,7 @@ def _option(convert: Callable[[str], Any], right: str = "", valid: Callable[[Any
 _port = _option(int, "a port: 0 to 65535", lambda port: 0 <= port <= 65535)
 _seconds = _option(float, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400)
 _bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
-_username, _address = _option(check_username), _option(parse_address)
+_username, _address, _room = _option(check_username), _option(parse_address), _option(check_room)
 
 
 def _parse_local_ip(text: str) -> str:
@@ -9545,7 +9575,7 @@ def make_parser() -> Parser:
 
 
 def _add_options(parser: argparse.ArgumentParser, rows: Sequence[Row], defaults: Any,
-                 run: Callable[[argparse.Namespace], int]) -> None:
+                 run: Callable[[argparse.Namespace, Optional[str]], int]) -> None:
     parser.set_defaults(run=run)
     for name, convert, metavar, text in rows:
         field = "username" if name == "user" else name.replace("-", "_")
@@ -9555,6 +9585,9 @@ def _add_options(parser: argparse.ArgumentParser, rows: Sequence[Row], defaults:
                             action="append" if name == "join" else "store")
     parser.add_argument("--no-lan", dest="lan", action="store_false",
                         help=f"send and answer no beacons on the local network (UDP port {DEFAULT_PORT})")
+    parser.add_argument("--room", type=_room, metavar="NAME",
+                        help="a closed room: encrypted, and only for those who know its passphrase, which is asked for")
+    parser.add_argument("--passphrase-file", metavar="FILE", help="read the passphrase from there")
     parser.add_argument("--log-file", metavar="FILE", help="write a log there")
 
 
@@ -9598,10 +9631,80 @@ class LineFormatter(logging.Formatter):
         return clean(super().formatMessage(record))
 
 
-def run_server(options: argparse.Namespace) -> int:
+SHORT_PASSPHRASE = 8  # characters; a shorter one is warned of
+SHORT_WARNING = ("the passphrase is short: it can't be tried out at home, and each address may guess three times a minute "
+                 "only, but whoever has many addresses, or days, may find it")
+
+
+def find_room(options: argparse.Namespace, secret: Optional[str], has_form: bool = False) -> Optional[Room]:
+    """Return the closed room that was asked for; `secret` is the passphrase from the environment.
+
+    With `has_form` a passphrase that nothing names is left empty, for the form asks for it. Standard input is never
+    read for it, unless it is a terminal. Raises RoomError, and ValueError with a sentence that shows no passphrase."""
+    if options.room is None:
+        if options.passphrase_file:
+            raise ValueError("--passphrase-file is for a closed room: name that with --room")
+        return None
+    check_ssl()
+    if options.passphrase_file:
+        text = read_passphrase(options.passphrase_file)
+    elif secret is not None:
+        text = secret
+    elif not os.isatty(0):
+        raise ValueError("there is no terminal to ask for the passphrase on: use --passphrase-file FILE, or set "
+                         "P2PCHAT_PASSPHRASE")
+    elif has_form:
+        return Room(options.room, b"")
+    else:
+        text = ask_passphrase(options.room)
+    passphrase = normalise_passphrase(text)
+    if not passphrase:
+        raise ValueError("the passphrase is empty")
+    if len(passphrase.decode("utf-8")) < SHORT_PASSPHRASE:
+        sys.stderr.write(f"p2pchat: {SHORT_WARNING}\n")
+    return Room(options.room, passphrase)
+
+
+def read_passphrase(path: str) -> str:
+    """Read a passphrase from a file. Raises ValueError."""
+    try:
+        with open(path, "rb") as file:
+            mode, data = os.fstat(file.fileno()).st_mode, file.read(MAX_PASSPHRASE + 1)
+        if os.name == "posix" and stat.S_ISREG(mode) and mode & 0o077:
+            sys.stderr.write(f"p2pchat: others may read {clean(path)}, which holds the passphrase: chmod 600 it\n")
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"--passphrase-file {clean(path)}: {error_text(error)}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--passphrase-file {clean(path)}: it is not UTF-8") from None
+    if len(data) > MAX_PASSPHRASE:
+        raise ValueError(f"--passphrase-file {clean(path)}: it has more than {MAX_PASSPHRASE} bytes")
+    return text
+
+
+def ask_passphrase(room: str) -> str:
+    """Ask for a passphrase on the terminal, which does not show it. Raises ValueError."""
+    import getpass
+    try:
+        text = getpass.getpass(f"Passphrase of the closed room {room} (it is not shown; Enter alone makes one up): ")
+        if not text:
+            text = make_passphrase()
+            sys.stderr.write(f"Made up: {text}\nTell it to the others now; it is not shown again.\n")
+            text = getpass.getpass("Enter takes it; or type another one: ") or text
+    except (EOFError, OSError):
+        raise ValueError("no passphrase was typed") from None
+    return text
+
+
+def run_server(options: argparse.Namespace, secret: Optional[str]) -> int:
     """The server, until a signal ends it."""
+    try:
+        room = find_room(options, secret)
+    except ValueError as error:
+        sys.stderr.write(f"p2pchat: {error}\n")
+        return 2
     loop = Loop()
-    server = DiscoveryServer(loop, ServerSettings(**_chosen(options, ServerSettings._fields)))
+    server = DiscoveryServer(loop, ServerSettings(**_chosen(options, ServerSettings._fields)), room)
 
     def stop() -> None:
         server.stop()
@@ -9620,20 +9723,21 @@ def run_server(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_peer(options: argparse.Namespace) -> int:
+def run_peer(options: argparse.Namespace, secret: Optional[str]) -> int:
     """The chat, in one of the three ways."""
     if options.name and options.username not in (None, options.name):
         sys.stderr.write(f"p2pchat: you gave two names, {options.name} and {options.username}: leave out one\n")
         return 2
     settings = Settings(**_chosen(options, Settings._fields))
     settings = settings._replace(join=tuple(options.join), username=options.username or options.name)
+    kind: Type[Interface] = options.kind or (CursesInterface if has_screen() else PlainInterface)
     try:
         check_reach(settings.host, [*settings.join, *([settings.server] if settings.server else [])])
+        room = find_room(options, secret, has_form=kind is CursesInterface and settings.username is None)
     except ValueError as error:
         sys.stderr.write(f"p2pchat: {error}\n")
         return 2
-    kind: Callable[[Loop, Settings], Interface] = options.kind or (CursesInterface if has_screen() else PlainInterface)
-    return kind(Loop(), settings).run()
+    return kind(Loop(), settings, room).run()
 
 
 def _chosen(options: argparse.Namespace, names: Iterable[str]) -> Dict[str, Any]:

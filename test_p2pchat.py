@@ -73,6 +73,7 @@ class ViewNode:
         self.leaving = False
         self.network_gone = False
         self.online = True
+        self.room = types.SimpleNamespace(name="")
         self.sent = []
         self.calls = []
         self.emit = lambda event: None
@@ -132,6 +133,9 @@ class ViewNode:
 
     def first_look(self):
         return ""
+
+    def encryption(self):
+        return "not encrypted"
 
     def server_status(self):
         return self.online, "10.0.0.9:9999", self.loop.seconds
@@ -831,7 +835,7 @@ def test_who_has_one_row_a_peer(cols, head):
     view.node.peers.get("Bob@10.0.0.7:10001").quiet = True
     view.cols = cols
     summary, *rows = view_answer(view, "/who").split("\n")
-    assert summary == "3 here: 2 heard, 1 quiet; server 10.0.0.9:9999 online; you are Alice@10.0.0.1:10001."
+    assert summary == "3 here: 2 heard, 1 quiet; server 10.0.0.9:9999 online; you are Alice@10.0.0.1:10001; not encrypted."
     assert rows[0].split() == head.split() and len(rows) == 4
     assert all(view_columns(row) <= view.answer_cols() and "12 s" in row for row in rows[1:])
 
@@ -7707,7 +7711,7 @@ LOOPBACK_ONLY = ("--host", "127.0.0.1", "--no-lan")
 class Program(EventLog):
     """One process of the program, and all that it has said."""
 
-    def __init__(self, stage, name, arguments, prefix=(), constants=None):
+    def __init__(self, stage, name, arguments, prefix=(), constants=None, environment=()):
         """`constants` replaces some of the program's own: times that are too long to wait for."""
         super().__init__()  # its events are those lines that are JSON objects
         self.stage = stage
@@ -7715,7 +7719,7 @@ class Program(EventLog):
         self.lines = []  # of stdout
         self.errors = []  # lines of stderr
         start = [PROGRAM_FILE] if constants is None else ["-c", PROGRAM_PATCHED.format(constants=constants)]
-        environment = dict(os.environ, PYTHONPATH=os.path.dirname(PROGRAM_FILE), PYTHONIOENCODING="utf-8")
+        environment = dict(os.environ, PYTHONPATH=os.path.dirname(PROGRAM_FILE), PYTHONIOENCODING="utf-8", **dict(environment))
         self.process = subprocess.Popen([*prefix, sys.executable, *start, *arguments], env=environment,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self._partial = {}
@@ -7813,9 +7817,9 @@ class ProgramCast:
         self.programs = []
         os.makedirs(directory, exist_ok=True)
 
-    def start(self, name, *arguments, prefix=(), constants=None):
-        """Start the program with any arguments."""
-        program = Program(self.stage, name, arguments, prefix, constants)
+    def start(self, name, *arguments, prefix=(), constants=None, environment=()):
+        """Start the program with any arguments; what the environment holds beside the usual."""
+        program = Program(self.stage, name, arguments, prefix, constants, environment)
         self.programs.append(program)
         return program
 
@@ -7990,6 +7994,44 @@ def script_chat(cast):
     twin.say("/quit")
     yield lambda: len(alice.present()) == 1 and twin.status() is not None, 5, "a leave is known"
     assert twin.status() == 0 and alice.saw("left", of="Bob")[0]["reason"] == "left"
+
+
+def script_closed_room(cast):
+    """A server and two peers of a closed room, one passphrase from a file, one from the environment; and those who
+    have another room or passphrase. No log shows a passphrase."""
+    room = ("--room", "class-3b")
+    secret = cast.log_of("secret")
+    with open(secret, "w", encoding="utf-8") as file:
+        file.write("corréct hörse\n")
+    os.chmod(secret, 0o644)
+    server = cast.server(*room, "--passphrase-file", secret)
+    yield cast.listening(server)
+    os.chmod(secret, 0o600)
+    assert any(f"others may read {secret}" in line for line in server.errors), server.errors
+    here = ("--server", f"127.0.0.1:{cast.port_of(server)}", "--json", "--log-file", cast.log_of("all"))
+    alice = cast.peer("Alice", server, *room, "--passphrase-file", secret)
+    decomposed = {"P2PCHAT_PASSPHRASE": unicodedata.normalize("NFD", "corréct hörse")}
+    bob = cast.start("Bob", "peer", "--user", "Bob", *LOOPBACK_ONLY, *room, *here, environment=decomposed)
+    yield cast.together(alice, bob)
+    alice.say("hello Bob")
+    yield lambda: bob.texts() == ["hello Bob"] and alice.saw("delivered"), 5, "a text arrives"
+    alice.say("/who")
+    yield lambda: any("closed room class-3b, encrypted (TLSv1.3, TLS_" in text for text in alice.texts("notice")), 5, "/who"
+    open_one = cast.peer("Olga", server, "--join", bob.events[0]["id"].partition("@")[2])
+    wrong = cast.start("Eve", "peer", "--user", "Eve", *LOOPBACK_ONLY, *room, *here, environment={"P2PCHAT_PASSPHRASE": "hunter2"})
+    yield lambda: any(event["about"] == "passphrase" for event in wrong.saw("notice")), 10, "Eve is told"
+    yield lambda: any(event["about"] == "room" for event in open_one.saw("notice")), 10, "Olga is told"
+    assert "the passphrase is short" in wrong.errors[0] and not any("short" in line for line in bob.errors)
+    for program in (wrong, open_one, bob, alice):
+        program.say("/quit")
+    yield lambda: all(each.status() is not None for each in (wrong, open_one, bob, alice)), 10, "they leave"
+    assert [each.status() for each in (wrong, open_one, bob, alice)] == [0] * 4
+    said = [*server.errors, *wrong.errors, *(line for program in (wrong, open_one, bob, alice) for line in program.lines)]
+    with open(cast.log_of("all"), encoding="utf-8") as file:
+        assert not any("hunter2" in line or "rréct" in line for line in [*file, *said])
+    alice = cast.start("no tty", "peer", "--user", "A", *LOOPBACK_ONLY, *room, "--plain")
+    alice.say("this is no passphrase")
+    yield lambda: alice.status() == 2, 10, "standard input is not read for it"
 
 
 def script_server_killed(cast):
@@ -8245,6 +8287,14 @@ WRONG_OPTIONS = {  # a command line, and a part of the answer
     "peer A --log-file /": "--log-file /: is a directory; name a file",
     "peer A --log-file /dev/null/x": "not a directory; name a file",
     "peer A --log-file ": "name a file",
+    "peer A --room class-3b": "--passphrase-file FILE, or set P2PCHAT_PASSPHRASE",
+    "server --room class-3b": "P2PCHAT_PASSPHRASE",
+    "server --room a@b": "may not contain '@'",
+    f"server --room {'x' * 33}": "32",
+    "peer A --room class-3b --passphrase-file /dev/null": "the passphrase is empty",
+    "peer A --room class-3b --passphrase-file /nowhere/at/all": "/nowhere/at/all: no such file",
+    "peer A --room class-3b --passphrase-file /dev/zero": "more than 1024 bytes",
+    "peer A --passphrase-file /dev/null": "name that with --room",
     "peer A --user B": "two names, A and B",
     "peer A B": "unrecognized arguments: B",
     "server A": "unrecognized arguments: A",
@@ -8570,6 +8620,7 @@ def test_namespace_all_addresses_of_an_interface_are_found():
 
 PROCESS_SCRIPTS = {
     "chat": script_chat,
+    "closed room": script_closed_room,
     "server killed": script_server_killed,
     "peer killed": script_peer_killed,
     "peer stopped": script_peer_stopped,
