@@ -9632,8 +9632,8 @@ class LineFormatter(logging.Formatter):
 
 
 SHORT_PASSPHRASE = 8  # characters; a shorter one is warned of
-SHORT_WARNING = ("the passphrase is short: it can't be tried out at home, and each address may guess three times a minute "
-                 "only, but whoever has many addresses, or days, may find it")
+SHORT_WARNING = ("the passphrase is short: nobody can try passphrases at home, and each address may guess only three times "
+                 "a minute, but whoever has many addresses, or days, may find it")
 
 
 def find_room(options: argparse.Namespace, secret: Optional[str], has_form: bool = False) -> Optional[Room]:
