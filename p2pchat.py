@@ -1518,7 +1518,7 @@ class Connection:
         self._deadline = Timer()  # of the dial, of stalled output, or of draining
 
     @property
-    def backlog(self) -> int:
+    def unsent(self) -> int:
         """How many bytes wait to be sent."""
         return self.queued
 
@@ -3105,7 +3105,7 @@ class SealedConnection(Connection, Handler):
         self._timer = Timer()  # bounds the whole proof
 
     @property
-    def backlog(self) -> int:
+    def unsent(self) -> int:
         return self.queued + self.raw.queued
 
     @property
@@ -3837,7 +3837,7 @@ class DiscoveryServer:
 
     def handle_sync_request(self, session: Session, message: Message) -> None:
         """Send the list to anybody that asks, but not while something is still queued for it."""
-        if session.connection.backlog > 0:
+        if session.connection.unsent > 0:
             return
         lists = pack_lists(each.encoded for each in self._peers.values())
         for number, peers in enumerate(lists, 1):
@@ -6014,7 +6014,7 @@ class PeerNode:
         self.present, self.find, self.label = self.peers.present, self.peers.find, self.peers.label_of
         self.first_look, self.alone, self.connect = self.finder.first_look, self.finder.report, self.finder.connect
         self.who, self.encryption, self.sync = self.finder.who, self.finder.encryption, self.gossip.sync_for_user
-        self.dialled = self.finder.on_dialled  # an upcall of Links
+        self.dialled, self.check_clock = self.finder.on_dialled, self.detector.check_clock  # upcalls of Links
 
     # -- starting and leaving --------------------------------------------------------------------------
 
@@ -6131,10 +6131,6 @@ class PeerNode:
         return self.detector.is_isolated
 
     # -- upcalls: what the helpers tell each other -----------------------------------------------------
-
-    def check_clock(self) -> bool:
-        """If this process stood still or the clock jumped, start over and return True."""
-        return self.detector.check_clock()
 
     def on_heard(self, link: Link) -> None:
         """Something came over a link: a sign of life, unless an unidentified program on this machine sent it."""
@@ -9632,8 +9628,8 @@ class LineFormatter(logging.Formatter):
 
 
 SHORT_PASSPHRASE = 8  # characters; a shorter one is warned of
-SHORT_WARNING = ("the passphrase is short: nobody can try passphrases at home, and each address may guess only three times "
-                 "a minute, but whoever has many addresses, or days, may find it")
+SHORT_WARNING = ("the passphrase is short: nobody can try passphrases at home, and each address may guess only three "
+                 "times a minute, but whoever has many addresses, or days, may find it")
 
 
 def find_room(options: argparse.Namespace, secret: Optional[str], has_form: bool = False) -> Optional[Room]:
