@@ -2966,6 +2966,16 @@ _BEFORE_PROOF = frozenset((MSG_ROOM, MSG_PAKE, MSG_ERROR))  # all that is read b
 IN_OPEN_ROOM = "an open room is there, and you are in a closed one"
 
 
+SHORT_PASSPHRASE = 8  # characters; a shorter one is warned of
+IS_SHORT = ("the passphrase is short: nobody can try passphrases at home, and each address may guess only three times "
+            "a minute, but whoever has many addresses, or days, may find it")
+
+
+def is_short(passphrase: bytes) -> bool:
+    """Whether to warn of a passphrase."""
+    return len(passphrase.decode("utf-8")) < SHORT_PASSPHRASE
+
+
 class TlsError(Exception):
     """What came is not the TLS that we expect; the text says why."""
 
@@ -3382,6 +3392,9 @@ class OpenRoom:
         """How many wrong passphrases an address has tried in the last minute."""
         return 0
 
+    def change_passphrase(self, passphrase: bytes) -> None:
+        """Prove another one from now on."""
+
     def close(self) -> None:
         """Close what no member has."""
 
@@ -3428,6 +3441,11 @@ class ClosedRoom(OpenRoom):
 
     def wrong_guesses(self, ip: str) -> int:
         return self.guesses.wrong_in_last_minute(ip, self.loop.now())
+
+    def change_passphrase(self, passphrase: bytes) -> None:
+        self._room = self._room._replace(passphrase=passphrase)
+        self.guesses = Guesses()  # those who seemed to guess wrong may have been right
+        self.has_proved = False
 
     def close(self) -> None:
         for connection in self._unproved:
@@ -4330,7 +4348,7 @@ class OtherRooms:
                        "/passphrase asks for it again; until then nobody is dialled.", "about": PASSPHRASE})
 
     def start_over(self) -> None:
-        """The passphrase is another now."""
+        """The passphrase is another now: whoever refused the former one may be dialled again."""
         self.is_paused = False
         self._refused_at.clear()
         self._barred.clear()
@@ -5248,6 +5266,11 @@ class Discovery(Endpoint):
         first = [self._first, address] if is_overdue else [address, self._first]
         self.candidates = list(dict.fromkeys(first + self.candidates))[:MAX_SERVERS]
         if now - self._tried_at > 2 * RETRY_SERVER_MIN:  # it says that it is there: try it now
+            self.retry()
+
+    def retry(self) -> None:
+        """Dial now, if it is not connected."""
+        if not self.is_connected:
             self._timer.cancel()
             self.connect_to_discovery()
 
@@ -5795,6 +5818,16 @@ class Finder:
             (peers.label(peer) + " (away)" * bool(peer.away), format_address(peer.address), *peer.describe(now))
             for peer in peers.present()]
 
+    def change_passphrase(self, text: str) -> None:
+        """Take another passphrase, and dial again whoever refused the former one. Raises ChatError."""
+        try:
+            self.node.room.change_passphrase(normalise_passphrase(text))
+        except ValueError as error:
+            raise ChatError(str(error)) from None
+        self.node.other_rooms.start_over()
+        self.node.discovery.retry()
+        self.node.links.reconcile()
+
     def encryption(self) -> str:
         """Say in which room we are, and how links are encrypted."""
         kinds = sorted({link.connection.describe() for link in self.node.links.all if link.peer is not None})
@@ -6338,10 +6371,11 @@ class Screen(NamedTuple):
 class LineEditor:
     """A line that is being written, its history, and what was cut from it.
 
-    The line is held in two parts, left and right of the cursor."""
+    The line is held in two parts, left and right of the cursor. A secret one is shown as dots."""
 
-    def __init__(self, text: str = "") -> None:
+    def __init__(self, text: str = "", is_secret: bool = False) -> None:
         self.left, self.right = text, ""
+        self.is_secret = is_secret
         self._history: List[str] = []
         self._at = 0  # index in the history; its length stands for the line that is being written
         self._draft = ""  # that line, while the history is shown
@@ -6354,6 +6388,13 @@ class LineEditor:
     def text(self) -> str:
         """The whole line."""
         return self.left + self.right
+
+    @property
+    def shown(self) -> Tuple[str, str]:
+        """What is drawn left and right of the cursor."""
+        if not self.is_secret:
+            return self.left, self.right
+        return "●" * len(graphemes(self.left)), "●" * len(graphemes(self.right))
 
     def set(self, text: str) -> None:
         """Replace the line, and put the cursor at its end."""
@@ -7097,9 +7138,11 @@ def _side_by_side(left: List[Line], right: List[Line]) -> List[Line]:
 def _input_rows(view: "ChatView", cols: int) -> Tuple[List[str], Tuple[int, int]]:
     """Return the prompt, which names the receiver, and the line as rows; and where the cursor is."""
     window = view.window
+    if window.line.is_secret:
+        return flow("Passphrase: " if cols >= 24 else "", *window.line.shown, cols)
     prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target else PROMPT
     prompt = prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else ""
-    return flow(prompt, window.line.left, window.line.right, cols)
+    return flow(prompt, *window.line.shown, cols)
 
 
 def _prompted(view: "ChatView", text: str, first: bool) -> Line:
@@ -7731,6 +7774,15 @@ class Commands(CommandLine):
             raise ChatError("/connect wants an address, for example: /connect 192.168.1.10:40123.")
         self.view.answer(f"Dialling {self.node.connect(rest)} ...")
 
+    @command("/passphrase", "connection")
+    def _passphrase(self, rest: str) -> None:
+        """type the passphrase of the closed room again; it is not shown."""
+        if not self.node.room.name:
+            raise ChatError("This room is open: it has no passphrase.")
+        if not self.view.has_keyboard:
+            raise ChatError("There is no terminal to type it on. Start again, with another --passphrase-file.")
+        self.view.ask_passphrase()
+
     @command("/log [LINES]", "connection")
     def _log(self, rest: str) -> None:
         """show the last lines of the log."""
@@ -7977,6 +8029,9 @@ class Keyboard:
     def enter(self) -> None:
         """Enter the line; if it is long, ask first."""
         view, line = self.view, self.view.window.line
+        if line.is_secret:
+            view.take_passphrase()
+            return
         lines = line.text.count("\n") + 1
         if lines > ASK_LINES and not self._has_asked:
             self._has_asked = True
@@ -8014,6 +8069,8 @@ class Keyboard:
 
     def complete(self, step: int) -> None:
         """Complete the word before the cursor."""
+        if self.view.window.line.is_secret:
+            return
         self._completion.complete(step, again=self._key_before in ("tab", "shift-tab"))
 
     def scroll(self, rows: int) -> None:
@@ -8073,6 +8130,8 @@ class ChatView:
         self.clock = clock
         self.transcript = transcript  # where there is no screen
         self.on_screen = transcript is None
+        self.has_keyboard = self.on_screen  # so something can be typed that is not shown
+        self._draft: Optional[LineEditor] = None  # the line that waits while a passphrase is typed
         self.rows, self.cols = 24, 80
         self.people = People()
         self.window = Window(Scrollback(clock, day, node.label))
@@ -8101,6 +8160,25 @@ class ChatView:
     def enter(self, text: str) -> bool:
         """Do what an entered line says; return whether that was possible."""
         return self.commands.enter(text)
+
+    def ask_passphrase(self) -> None:
+        """What is typed next is the passphrase: it is neither shown nor kept among the lines that were entered."""
+        self._draft, self.window.line = self.window.line, LineEditor(is_secret=True)
+        self.hint = "Enter takes it; an empty one changes nothing."
+
+    def take_passphrase(self) -> None:
+        """The passphrase was typed."""
+        assert self._draft is not None
+        text, self.window.line = self.window.line.text, self._draft
+        if not text:
+            self.answer("The passphrase stays as it was.")
+            return
+        try:
+            self.node.finder.change_passphrase(text)
+        except ChatError as error:
+            self.refuse(str(error))
+            return
+        self.answer("The passphrase is another now: peers are dialled again. Links that are open stay.")
 
     def refuse(self, why: str) -> None:
         """Say why something could not be done."""
@@ -8150,12 +8228,17 @@ class ChatView:
 
 
 class StartForm:
-    """What is asked before the chat begins: the name, the server. Each row is edited like the chat's input line."""
+    """What is asked before the chat begins: the name, the server, the passphrase of a closed `room`. Each row is edited
+    like the chat's input line."""
 
-    def __init__(self, name: str, server: str, port: str) -> None:
-        self.name, self.server = LineEditor(name), LineEditor(server)
+    def __init__(self, name: str, server: str, port: str, room: str = "") -> None:
+        self.name, self.server, self.passphrase = LineEditor(name), LineEditor(server), LineEditor("", is_secret=True)
         none = "(none: whoever is found on this network)"
         self.fields = [("Name", self.name, ""), ("Server", self.server, none)]  # label, line, and for an empty one
+        if room:
+            self.fields.append(("Passphrase", self.passphrase, "(not shown; Enter alone makes one up)"))
+        self.room = room
+        self.label_cols = 12 if room else 8
         self.port = port
         self.at = 0  # index of the field that is being written
         self.message = ""
@@ -8193,12 +8276,15 @@ def render_form(form: StartForm, rows: int, cols: int) -> Screen:
     ranked: List[Tuple[int, Line]] = [(6, [Span(" p2pchat: chat for everyone on this network", "bold")]), (6, [])]
     column = 0
     for at, (label, line, placeholder) in enumerate(form.fields):
-        texts, (row, place) = flow(f" {label.ljust(8)}" if cols >= 16 else "", line.left, line.right, cols)
+        prompt = f" {label.ljust(form.label_cols)}" if cols >= 2 * form.label_cols else ""
+        texts, (row, place) = flow(prompt, *line.shown, cols)
         text = Span(texts[row if at == form.at else 0])
         ranked.append((0 if at == form.at else 2, [text, Span("" if line.text else placeholder, "dim")]))
         column = place if at == form.at else column
     keys = "Enter starts, Ctrl-C leaves, Esc goes on without a server, Tab goes to the other field."
-    ranked += [(5, [Span(f" Port    {form.port}", "dim")]), (5, [])]
+    for label, value in [("Port", form.port)] + [("Room", f"{form.room}, which is closed")] * bool(form.room):
+        ranked.append((5, [Span(f" {label.ljust(form.label_cols)}{value}", "dim")]))
+    ranked.append((5, []))
     ranked += [(1, [Span(f" {text}", "error")]) for text in wrap(form.message, max(1, cols - 1)) if form.message]
     ranked += [(7, [])] + [(4, [Span(f" {text}", "dim")]) for text in wrap(keys, max(1, cols - 1))]
     shown = sorted(sorted(range(len(ranked)), key=lambda at: ranked[at][0])[:rows])  # high ranks are left out first
@@ -8750,7 +8836,8 @@ class CursesInterface(Interface):
         if self.settings.username is None:
             server = self.settings.server
             port = str(self.settings.port) if self.settings.port else "chosen by the system"
-            self.form = StartForm(login_name(), f"{server[0]}:{server[1]}" if server else "", port)
+            room = self.room.name if self.room is not None and not self.room.passphrase else ""
+            self.form = StartForm(login_name(), f"{server[0]}:{server[1]}" if server else "", port, room)
         else:
             self.start_node(self.settings)
         with Terminal() as terminal:
@@ -8906,8 +8993,11 @@ class CursesInterface(Interface):
                 if wait:  # else start without a server
                     raise
                 server = None
+            has_room = self._take_passphrase(form)
         except ValueError as error:
             form.message = f"{str(error).rstrip('.')}."
+            return
+        if not has_room:
             return
         form.is_busy = wait and server is not None
         form.message = f"Trying the server at {form.server.text.strip()} ..." if form.is_busy else ""
@@ -8921,6 +9011,16 @@ class CursesInterface(Interface):
         else:  # each try has a node of its own
             self.node.leave()
 
+    def _take_passphrase(self, form: StartForm) -> bool:
+        """Take over the passphrase; if there should be one and is none, make one up and return False."""
+        if form.room and not form.passphrase.text:
+            form.passphrase.set(make_passphrase())
+            form.message = f"Made up: {form.passphrase.text}. Tell it to the others now; Enter takes it."
+            return False
+        if form.room:
+            self.room = Room(form.room, normalise_passphrase(form.passphrase.text))
+        return True
+
     def _launch(self) -> None:
         """Start a node with what was submitted last."""
         assert self.form is not None and self._next is not None
@@ -8932,6 +9032,8 @@ class CursesInterface(Interface):
             self.node, self.form.is_busy = None, False
             return
         assert self.node is not None
+        if self.form.room and self.room is not None and is_short(self.room.passphrase):
+            self.node.emit({"event": "notice", "text": f"{IS_SHORT[0].upper()}{IS_SHORT[1:]}."})
         self.form.port = str(self.node.me.port)
         if not self.form.is_busy:
             self.form = None
@@ -9033,10 +9135,10 @@ class Prompt:
     The terminal hands over each key and shows none. The row with the cursor is drawn here, by carriage returns, blanks
     and backspaces alone, which every terminal knows. A context manager that puts the terminal back as it was."""
 
-    def __init__(self, line: LineEditor) -> None:
+    def __init__(self, window: Window) -> None:
         import termios
         self._termios: Any = termios
-        self._line = line
+        self._window = window  # holds the line
         self._before = termios.tcgetattr(0)
         self._shown = ""  # what stands on the row of the cursor
 
@@ -9064,7 +9166,8 @@ class Prompt:
     def around(self, lines: str, is_over: bool = False) -> str:
         """Return what prints some lines above the line that is typed."""
         cols = max(2, shutil.get_terminal_size().columns - 1)
-        rows, (row, column) = flow(PROMPT, self._line.left, self._line.right, cols)
+        line = self._window.line
+        rows, (row, column) = flow("Passphrase: " if line.is_secret else PROMPT, *line.shown, cols)
         shown = "" if is_over else steady(rows[row]) + "\b" * (width(rows[row]) - column)
         if not lines and shown == self._shown:
             return ""
@@ -9187,7 +9290,8 @@ class PlainInterface(Interface):
         self.start_node(self.settings)
         self.listen_for_signals()
         if self._by_hand and os.isatty(1) and sys.platform != "win32":
-            with Prompt(self.view.window.line) as self._writer.prompt:
+            with Prompt(self.view.window) as self._writer.prompt:
+                self.view.has_keyboard = True
                 self.watch_terminal(self._writer.prompt)
                 self.loop.watch(0, self._on_keys)
                 self.loop.run()
@@ -9228,7 +9332,8 @@ class PlainInterface(Interface):
         for kind, value in self._keys.feed(data):
             if value in ("enter", "ctrl-j") and kind == PRESS:  # here a line is a message, however it ends
                 value = "enter"
-                self._writer.write(PROMPT + self.view.window.line.text)
+                if not self.view.window.line.is_secret:
+                    self._writer.write(PROMPT + self.view.window.line.text)
             keyboard = self.view.keyboard
             {PRESS: keyboard.press, TEXT: keyboard.type, PASTE: keyboard.paste}[kind](value)
         self._writer.flush()
@@ -9627,11 +9732,6 @@ class LineFormatter(logging.Formatter):
         return clean(super().formatMessage(record))
 
 
-SHORT_PASSPHRASE = 8  # characters; a shorter one is warned of
-SHORT_WARNING = ("the passphrase is short: nobody can try passphrases at home, and each address may guess only three "
-                 "times a minute, but whoever has many addresses, or days, may find it")
-
-
 def find_room(options: argparse.Namespace, secret: Optional[str], has_form: bool = False) -> Optional[Room]:
     """Return the closed room that was asked for; `secret` is the passphrase from the environment.
 
@@ -9656,8 +9756,8 @@ def find_room(options: argparse.Namespace, secret: Optional[str], has_form: bool
     passphrase = normalise_passphrase(text)
     if not passphrase:
         raise ValueError("the passphrase is empty")
-    if len(passphrase.decode("utf-8")) < SHORT_PASSPHRASE:
-        sys.stderr.write(f"p2pchat: {SHORT_WARNING}\n")
+    if is_short(passphrase):
+        sys.stderr.write(f"p2pchat: {IS_SHORT}.\n")
     return Room(options.room, passphrase)
 
 

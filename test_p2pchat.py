@@ -1624,6 +1624,52 @@ def test_the_start_form():
     assert form.line.text == "Bobby the window in the ", "only what is cut at one go is kept as one"
 
 
+def test_the_start_form_of_a_closed_room():
+    form = p2pchat.StartForm("anna", "", "chosen by the system", "class-3b")
+    assert "Passphrase  (not shown; Enter alone" in form_text(form) and "Room        class-3b, which is closed" in form_text(form)
+    form.press("tab")
+    form.press("tab")
+    form.type("geh\u00e9im e\u0301")
+    form.press("left")
+    assert "Passphrase  ●●●●●●●●\n" in form_text(form) + "\n" and "geh" not in form_text(form)
+    assert p2pchat.render_form(form, 24, 80).cursor == (4, 1 + 12 + 7)
+
+
+def form_text(form):
+    return "\n".join("".join(span.text for span in line).rstrip() for line in p2pchat.render_form(form, 24, 80).lines)
+
+
+def test_view_a_passphrase_is_typed_unseen_and_remembered_nowhere():
+    view = view_make("Bob")
+    assert view_answer(view, "/passphrase") == "This room is open: it has no passphrase."
+    view.node.room.name = "class-3b"
+    given = []
+    view.node.finder = types.SimpleNamespace(change_passphrase=given.append)
+    assert "closed room class-3b" in "".join(span.text for span in p2pchat.render(view, 24, 80).lines[0])
+    view.keyboard.type("half a text")
+    draft = view.window.line.text
+    view.window.line.enter()
+    view.window.line.insert("/passphrase")
+    view.keyboard.press("enter")
+    view.keyboard.type("Bo")
+    view.keyboard.press("tab")
+    view.keyboard.type("b-geheim")
+    rows = view_screen(view)
+    assert rows[-1].startswith("Passphrase: ●●●●●●●●●●") and "geheim" not in "\n".join(rows)
+    view.keyboard.press("enter")
+    assert given == ["Bob-geheim"] and not view.node.sent
+    for _ in range(5):
+        view.keyboard.press("up")
+        assert "geheim" not in view.window.line.text and not view.window.line.is_secret
+    assert draft == view.window.line.text, "the lines that were entered before are still there"
+    view.enter("/passphrase")
+    view.keyboard.press("enter")
+    assert given == ["Bob-geheim"] and not view.window.line.is_secret
+    plain = view_make("Bob", on_screen=False)
+    plain.node.room.name = "class-3b"
+    assert "There is no terminal to type it on." in view_answer(plain, "/passphrase")
+
+
 # -- codec ---------------------------------------------------------------------------------------------
 
 
@@ -9181,6 +9227,48 @@ def test_the_form_asks_for_what_is_missing():
         alice.expect("Up brings the line back.")
         alice.type("/quit\r")
         alice.ends(0)
+
+
+@pytest.mark.parametrize("kind", [[], ["--plain"]])
+def test_a_passphrase_is_asked_for_on_the_terminal_and_never_shown(kind):
+    with PtyProgram(*pty_peer("Alice", "--room", "lab", *kind)) as alice:
+        alice.expect("Passphrase of the closed room lab")
+        alice.type("geheim-99\r")
+        alice.expect("· closed room lab" if not kind else "You are Alice@")
+        alice.type("/passphrase\r")
+        alice.expect("\nPassphrase:")
+        alice.type("anders-77\r")
+        alice.expect("The passphrase is another now")
+        alice.type("\x04")
+        alice.ends(0)
+        assert b"geheim" not in alice.output and b"anders" not in alice.output and b"short" not in alice.output
+
+
+def test_an_empty_passphrase_is_made_up_and_shown_once():
+    with PtyProgram(*pty_peer("Alice", "--room", "lab", "--plain")) as alice:
+        alice.expect("Enter alone makes one up")
+        alice.type("\r")
+        alice.expect("Enter takes it")
+        made_up = re.search(rb"Made up: (\w{4}-\w{4}-\w{4}-\w{4})\r", alice.output)
+        assert made_up, alice.output
+        alice.type("\r")
+        alice.expect("You are Alice@")
+        alice.type("\x04")
+        alice.ends(0)
+        assert alice.output.count(made_up[1]) == 1
+
+
+def test_the_form_asks_for_the_passphrase_of_a_closed_room():
+    with PtyProgram(*pty_peer("", "--room", "lab")) as alice:
+        alice.expect("Room        lab, which is closed")
+        alice.type("\t\t\r")
+        alice.expect("Made up: ")
+        alice.type("\x15kurz\r")
+        alice.expect("· closed room lab")
+        alice.expect("The passphrase is short")
+        alice.type("\x04")
+        alice.ends(0)
+        assert b"kurz" not in alice.output
 
 
 def test_the_form_stays_while_the_server_cannot_be_reached():
