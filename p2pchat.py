@@ -5879,6 +5879,7 @@ class Finder:
         self._asked[address] = self._typed[address] = None
         if len(self._typed) > MAX_TYPED:
             del self._typed[next(iter(self._typed))]
+        node.other_rooms.forgive(address)
         node.links.dial(address, NAMED)
         if not self._timer.active:
             self._timer = node.loop.call_later(BEACON_INTERVAL_ALONE, self._look_around)
@@ -7776,7 +7777,7 @@ class Commands(CommandLine):
 
     @command("/passphrase", "connection")
     def _passphrase(self, rest: str) -> None:
-        """type the passphrase of the closed room again; it is not shown."""
+        """type the passphrase again; of a closed room; it is not shown."""
         if not self.node.room.name:
             raise ChatError("This room is open: it has no passphrase.")
         if not self.view.has_keyboard:

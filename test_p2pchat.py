@@ -798,7 +798,7 @@ def test_help_has_every_command_and_key():
         assert view_answer(view, f"/help {command.name[1:]}") == f"{command.usage}  {command.help}{also}"
     keys = view_answer(view, "/help keys")
     assert all(key.names in keys and key.help in keys for key in p2pchat.KEYS)
-    assert len(p2pchat.COMMANDS) == 27
+    assert len(p2pchat.COMMANDS) == 28
 
 
 @pytest.mark.parametrize("cols, most", [(40, 2.0), (80, 1.0), (100, 1.0), (200, 1.0)])
