@@ -3103,6 +3103,7 @@ class SealedConnection(Connection, Handler):
         super().__init__(room.loop, remote, CONNECTING)
         self.room = room
         self.address = remote  # as it was named, if we dialled
+        self.number = next(room.numbers)  # the lower, the older
         self.raw = Connection(room.loop, remote, CLOSED)
         self.proof: Optional[Proof] = None
         self._accept = accept
@@ -3179,7 +3180,7 @@ class SealedConnection(Connection, Handler):
             self._unread.append(data)
             if not self._is_queued:
                 self._is_queued = True
-                self.room.strangers.add(self.remote[0], self._read_on)
+                self.room.strangers.add(self.remote[0], self.number, self._read_on)
 
     def close(self, reason: str, timeout: float = 0.0) -> None:
         super().close(reason, timeout)
@@ -3273,6 +3274,12 @@ class SealedConnection(Connection, Handler):
         for message in messages:
             self._say(message["type"], message["content"])
 
+    def read_held(self) -> None:
+        """The far end may perhaps guess now: go on when it is its turn."""
+        self._pause.cancel()
+        if self.state == CONNECTING:
+            self.room.strangers.add(self.remote[0], self.number, self._handle_held)
+
     def _handle_held(self) -> None:
         """Handle the messages that came before the proof; those behind its last one are for the owner."""
         while self._held and self.state == CONNECTING:
@@ -3280,7 +3287,7 @@ class SealedConnection(Connection, Handler):
             wait = self.room.seconds_to_wait(self)
             if wait > 0:
                 if not self._pause.active:
-                    self._pause = self.loop.call_later(min(wait, 1.0), self._handle_held)
+                    self._pause = self.loop.call_later(wait, self.read_held)
                 return
             del self._held[0]
             self._handle(message)
@@ -3328,13 +3335,15 @@ class FairQueue:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._by_ip: Dict[str, Deque[Callable[[], None]]] = {}  # one for each connection at most
+        self._count = itertools.count()
+        self._by_ip: Dict[str, List[Tuple[int, int, Callable[[], None]]]] = {}  # heaps; two for each connection at most
 
-    def add(self, ip: str, work: Callable[[], None]) -> None:
-        """Call back when it is the turn of that address."""
+    def add(self, ip: str, age: int, work: Callable[[], None]) -> None:
+        """Call back when it is the turn of that address. Of its work that of the least age comes first: connections are
+        opened one after the other, while to open all of them at once would take too long for each."""
         if not self._by_ip:
             self._loop.call_later(0, self._run)
-        self._by_ip.setdefault(ip, collections.deque()).append(work)
+        heapq.heappush(self._by_ip.setdefault(ip, []), (age, next(self._count), work))
 
     def _run(self) -> None:
         end = self._loop.now() + PROOF_TIME
@@ -3342,7 +3351,7 @@ class FairQueue:
             while self._by_ip and self._loop.now() < end:
                 ip = next(iter(self._by_ip))
                 waiting = self._by_ip[ip]
-                work = waiting.popleft()
+                work = heapq.heappop(waiting)[2]
                 try:
                     work()
                 finally:
@@ -3417,8 +3426,10 @@ class ClosedRoom(OpenRoom):
         self._room = room
         self.name = room.name
         self.strangers = FairQueue(loop)
+        self.numbers = itertools.count()
         self.guesses = Guesses()
         self._unproved = Unidentified(in_all=MAX_UNPROVED)
+        self._waiting: Dict[str, Dict[SealedConnection, None]] = {}  # by address: those that may not guess yet
 
     def listen(self, host: str, port: int, accept: Callable[[Connection], Handler], protocols: Protocols
                ) -> SocketListener:
@@ -3466,7 +3477,10 @@ class ClosedRoom(OpenRoom):
         """How long the far end must wait for an answer that tells it whether it guessed right."""
         if connection.proof is None or not connection.proof.is_next_exposing:
             return 0.0
-        return self.guesses.may_start(connection.remote[0], self.loop.now())
+        wait = self.guesses.may_start(connection.remote[0], self.loop.now())
+        if wait > 0:
+            self._waiting.setdefault(connection.remote[0], {})[connection] = None
+        return wait
 
     def count_guess(self, connection: SealedConnection) -> None:
         """The far end will know whether it guessed right, whatever it does then."""
@@ -3476,7 +3490,12 @@ class ClosedRoom(OpenRoom):
         """A connection is a member's."""
         self.has_proved = True
         self._unproved.discard(connection)
-        self.guesses.proved(connection.remote[0], self.loop.now(), counted=True)
+        ip = connection.remote[0]
+        self.guesses.proved(ip, self.loop.now(), counted=True)
+        next_one = next(iter(self._waiting.get(ip, {})), None)
+        if next_one is not None:
+            self._leave_queue(next_one)
+            next_one.read_held()
 
     def on_failed(self, connection: SealedConnection, about: str, words: str) -> None:
         """The far end is no member."""
@@ -3486,6 +3505,13 @@ class ClosedRoom(OpenRoom):
     def forget(self, connection: SealedConnection) -> None:
         """A connection is closed."""
         self._unproved.discard(connection)
+        self._leave_queue(connection)
+
+    def _leave_queue(self, connection: SealedConnection) -> None:
+        waiting = self._waiting.get(connection.remote[0], {})
+        waiting.pop(connection, None)
+        if not waiting:
+            self._waiting.pop(connection.remote[0], None)
 
 
 class RoomError(Exception):

@@ -5418,6 +5418,64 @@ def test_room_a_guesser_that_is_dialled_gets_three_answers_a_minute():
     assert any("wrong passphrase" in text for text in world.ann.texts("notice"))
 
 
+def test_room_many_right_ones_from_one_address_wait_for_nothing():
+    """Runs under way hold the guesses of an address only until they are proved."""
+    world = room_world("Ann", "Bob")
+    runs = [TlsEnd(world.process_at(EVIL), guess=LAB).dial(world.ann.me.address) for _ in range(200)]
+    assert world.until(lambda: all(run.proof and run.proof.proved for run in runs), 5, 0.01) < 1
+    assert world.ann.node.room.guesses.may_start(EVIL, world.ann.loop.now()) == 0 and world.ann.node.room._waiting == {}
+
+
+def test_room_twenty_behind_one_address_of_whom_five_mistype():
+    """The fifteen are all together within seconds, and stay; when the five try again, rightly, they are in as well."""
+    world = World(by="none")
+    machine = world.network.host("one for all", "10.0.0.1")
+    first = world.add("First", machine=machine, room=LAB, port=5000)
+    world.run(1)
+    right = [first] + [world.add(f"r{number}", machine=machine, room=LAB, join=(first.me.address,)) for number in range(14)]
+    wrong = [world.add(f"w{number}", machine=machine, room=WRONG_LAB, join=(first.me.address,)) for number in range(5)]
+    assert world.until(lambda: world.agreed(right), 10, 0.1) < 5
+    world.run(120)
+    assert world.agreed(right) and not any(peer.names() for peer in wrong)
+    assert sum(len(peer.saw("notice", about="passphrase")) for peer in right) < 20
+    for peer in wrong:
+        peer.loop.enter(peer.node.finder.change_passphrase, "correct horse")
+    world.until(lambda: world.agreed(right + wrong), 40, 0.5)
+
+
+def test_room_a_replayed_handshake_is_of_no_use():
+    """All that a member sent, sent again: its proof holds for that one connection."""
+    world = room_world("Ann", by="none")
+    sent = []
+    bob = world.add("Bob", join=(world.ann.me.address,))
+    transmit = SimConnection.transmit
+    SimConnection.transmit = lambda self, data: (sent.append(data) if self.loop is bob.loop and type(data) is bytes else None, transmit(self, data))[1]
+    try:
+        world.until(lambda: world.ann.names() == ["Bob"], 5)
+    finally:
+        SimConnection.transmit = transmit
+    ended = []
+    replayer = LoggingHandler("replayer", ended)
+    connection = replayer.connection = world.process_at(EVIL).connect(world.ann.me.address, replayer, 5.0)
+    connection.reader = RawReader()
+    for data in sent:
+        connection.send(data)
+    world.until(lambda: ended[-1:] and ended[-1].startswith("replayer closed"), 15)
+    assert world.ann.names() == ["Bob"] and len(world.ann.all_links()) == 1
+
+
+def test_room_no_renegotiation_and_no_ticket():
+    import ssl
+    context = p2pchat.make_context(b"".join(room_certificate()))
+    assert context.options & ssl.OP_NO_RENEGOTIATION and context.options & ssl.OP_NO_TICKET and not context.num_tickets
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2 and context.verify_mode == ssl.CERT_NONE
+    names = {cipher["name"] for cipher in context.get_ciphers()}
+    assert all("GCM" in name or "CHACHA20" in name for name in names), names
+    ends = tls_pair()
+    tls_exchange(ends)
+    assert len(tls_records(ends[1].seal(b"x"))) == 1, "no ticket travels with the first text"
+
+
 def test_room_a_man_who_relays_the_proof_is_refused_at_both_ends():
     """He ends TLS on both sides and relays the proof, word by word."""
     world = room_world("Bob", by="none")
@@ -5470,11 +5528,11 @@ def test_room_strangers_work_is_done_in_turn_over_addresses():
             if name == "bad":
                 raise ValueError
         return do
-    for name in ("a1", "a2", "a3", "a4", "a5"):
-        queue.add("a", work(name))
-    queue.add("b", work("b1"))
-    queue.add("c", work("bad"))
-    queue.add("c", work("c2"))
+    for number in (5, 2, 1, 4, 3):
+        queue.add("a", number, work(f"a{number}"))
+    queue.add("b", 0, work("b1"))
+    queue.add("c", 7, work("bad"))
+    queue.add("c", 7, work("c2"))
     turns = []
     while loop.later:
         before = len(done)
