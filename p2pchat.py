@@ -21,14 +21,15 @@ One thread, one loop, and no call that blocks. Each section uses only the sectio
     Messages           the codec: bytes in, checked messages out
     Membership         who is present: records, merging, tombstones, digests
     Loop               selectors, timers, connections, datagrams, rate limits
-    Closed room        certificates, the proof of the passphrase, guesses
+    Closed room        certificates, the proof of the passphrase, guesses, TLS under a connection
     Discovery server   DiscoveryServer, and this file over HTTP
     Peer node          PeerNode: links, delivery, failure detection, gossip; reports by events
     Chat view          the model behind the interfaces: messages, input line, commands, rendering
     Interfaces         curses, plain lines, JSON lines
     Command line       argparse and main()
 
-There is no encryption and no password: whoever is on the network can read and can join.
+An open room is not encrypted: whoever is on the network can read and can join. In a closed one, --room NAME, both take
+its passphrase.
 """
 
 import sys

@@ -5426,7 +5426,7 @@ def test_room_many_right_ones_from_one_address_wait_for_nothing():
     assert world.ann.node.room.guesses.may_start(EVIL, world.ann.loop.now()) == 0 and world.ann.node.room._waiting == {}
 
 
-def test_room_twenty_behind_one_address_of_whom_five_mistype():
+def test_room_twenty_peers_on_one_machine_of_whom_five_mistype():
     """The fifteen are all together within seconds, and stay; when the five try again, rightly, they are in as well."""
     world = World(by="none")
     machine = world.network.host("one for all", "10.0.0.1")
