@@ -196,6 +196,7 @@ MEMBER_TIME = 3600.0  # for this long after its proof
 MAX_PASSPHRASE = 1024  # bytes of a passphrase, so that a wrong file is noticed
 BAR_MAX = 600.0  # between two dials of an address that is in another room; doubled each time, from QUIET_AFTER on
 MAX_REFUSED = 3  # a passphrase that so many peers refuse and none accepts is wrong: the user is asked again
+MAX_NOTICES = 12  # lines a minute about strangers, so that one with many addresses does not fill the screen
 MAX_ELSEWHERE = 1024  # peers of other rooms that are remembered; each takes some 300 bytes
 MAX_GUESSERS = 4096  # addresses whose guesses are counted; each takes about 600 bytes
 
@@ -3248,7 +3249,7 @@ class SealedConnection(Connection, Handler):
         self._unread.clear()
         if self.state == CONNECTING:
             self._prove(data)
-        if self._reason and self.state == CONNECTING:
+        if self._reason and self.state in (CONNECTING, OPEN):  # what is below was closed meanwhile
             self.abort(self._reason)
 
     def _prove(self, data: bytes) -> None:
@@ -3270,6 +3271,7 @@ class SealedConnection(Connection, Handler):
         self._handle_held()
         if self.reader.error is not None:
             self.fail(PROTOCOL, self.reader.error)
+            self._bad_input(self.reader.error)  # if it came behind the proof
 
     def _say_all(self, messages: List[Message]) -> None:
         for message in messages:
@@ -3321,6 +3323,7 @@ class SealedConnection(Connection, Handler):
         """Both ends have proved that they know the passphrase: the owner gets the connection."""
         self._timer.cancel()
         self.state = OPEN
+        self._line_started = self.loop.now()  # of what came behind the proof
         self.room.on_proved(self)
         if self._accept is not None:
             self.handler = self._accept(self)
@@ -4317,7 +4320,8 @@ class OtherRooms:
         self._refused_at: Set[Address] = set()  # addresses that refused it, while nobody has accepted it
         self._heard: Dict[Address, Tuple[float, str]] = {}  # beacons of other rooms: when, and which
         self._barred: Dict[Address, Tuple[float, float]] = {}  # who refused us: how long to wait, and until when
-        self._limits: Dict[Tuple[str, str], RateLimit] = {}  # what was said of an address
+        self._limits: Dict[Tuple[str, str], RateLimit] = {}  # of what is said of an address
+        self._notices = RateLimit(MAX_NOTICES)
 
     def on_beacon(self, address: Address, content: Dict[str, Any]) -> bool:
         """Note whose beacon came, and return whether it is of our room."""
@@ -4391,7 +4395,8 @@ class OtherRooms:
         """Tell the user, at most once in an interval about one address."""
         if len(self._limits) >= MAX_ELSEWHERE:
             self._limits.clear()
-        if self._limits.setdefault((place, about), RateLimit(1, interval)).take(self.node.loop.now()):
+        now = self.node.loop.now()
+        if self._limits.setdefault((place, about), RateLimit(1, interval)).take(now) and self._notices.take(now):
             self.node.emit({"event": "notice", "text": text, "about": about})
 
 
@@ -5366,7 +5371,7 @@ class Discovery(Endpoint):
         content = message["content"]
         self._reason = clean(content["reason"])[:200]
         if content.get("about") == ROOM:
-            self.node.other_rooms.on_mismatch(self.address, True, ROOM, self._reason)
+            self.node.other_rooms.on_mismatch(self.address, True, ROOM, f"it says: {self._reason}")
         limited_log("server says", logging.WARNING, "[Discovery] the server says: %s", self._reason)
 
     def handle_peer_list_update(self, message: Message) -> None:
@@ -5818,7 +5823,7 @@ class Finder:
             link.connection.close("a discovery server")
             return
         if content.get("about") == ROOM and link.peer is None and link.dialled:
-            node.other_rooms.on_mismatch(link.address, True, ROOM, reason)
+            node.other_rooms.on_mismatch(link.address, True, ROOM, f"it says: {reason}")
         elif link.peer is None and link.dialled:
             node.whereabouts.on_seen(content.get("you", {}).get("ip"), link.connection.remote[0])
         link.failure = f"it says: {reason}"
