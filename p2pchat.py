@@ -3108,6 +3108,7 @@ class SealedConnection(Connection, Handler):
         self.number = next(room.numbers)  # the lower, the older
         self.raw = Connection(room.loop, remote, CLOSED)
         self.proof: Optional[Proof] = None
+        self.is_exposed = False  # the far end that we dialled may know whether it guessed right, and we do not
         self._accept = accept
         self._tls: Optional[Tls] = None
         self._taken = 0  # bytes from the far end before the proof
@@ -3203,7 +3204,8 @@ class SealedConnection(Connection, Handler):
         self._pause.cancel()
         self._unread.clear()
         self._held.clear()
-        if self.proof is not None and self.proof.exposed:
+        if self.is_exposed:
+            self.room.end_run(self)
             self.room.on_failed(self, PASSPHRASE, "")  # it hung up, and may know whether it guessed right
         self.room.forget(self)
         if self.raw.state in (CONNECTING, OPEN) and self.raw.handler is self:  # else it is sending our last words,
@@ -3235,6 +3237,7 @@ class SealedConnection(Connection, Handler):
             self._say(MSG_ERROR, {"reason": words, "about": about, "room": self.room.name})
         self.raw.close(words)
         self.proof = None
+        self.room.end_run(self)
         self.room.on_failed(self, about, shown or words)
         self.abort(shown or words)
 
@@ -3308,11 +3311,12 @@ class SealedConnection(Connection, Handler):
         elif message["type"] not in _BEFORE_PROOF:
             self.fail(PROTOCOL, "prove that you know the passphrase first")
         else:
-            if self.proof.is_next_exposing:
-                self.room.count_guess(self)  # at once, so that a hundred runs at the same time get no hundred answers
+            if self.proof.is_next_exposing and self.is_dialled:
+                self.room.expose(self)
             try:
                 self._say_all(self.proof.handle(message))
             except ProofError as error:
+                self.room.end_run(self, has_guessed=error.about == PASSPHRASE)
                 other = f"the closed room {content.get('room')} is there, not {self.room.name}"
                 self.fail(error.about, str(error), other if error.about == ROOM else "")
                 return
@@ -3433,6 +3437,7 @@ class ClosedRoom(OpenRoom):
         self.numbers = itertools.count()
         self.guesses = Guesses()
         self._unproved = Unidentified(in_all=MAX_UNPROVED)
+        self._exposed: Dict[str, int] = {}  # by address: how many runs under way are
         self._waiting: Dict[str, Dict[SealedConnection, None]] = {}  # by address: those that may not guess yet
 
     def listen(self, host: str, port: int, accept: Callable[[Connection], Handler], protocols: Protocols
@@ -3481,21 +3486,43 @@ class ClosedRoom(OpenRoom):
         """How long the far end must wait for an answer that tells it whether it guessed right."""
         if connection.proof is None or not connection.proof.is_next_exposing:
             return 0.0
-        wait = self.guesses.may_start(connection.remote[0], self.loop.now())
+        ip, now = connection.remote[0], self.loop.now()
+        wait, under_way = self.guesses.may_start(ip, now), self._exposed.get(ip, 0)
+        if connection.is_dialled and under_way and under_way >= GUESSES - self.guesses.wrong_in_last_minute(ip, now):
+            wait = max(wait, HELLO_TIMEOUT)  # a hundred runs at once get no hundred answers: until one of them ends
         if wait > 0:
-            self._waiting.setdefault(connection.remote[0], {})[connection] = None
+            self._waiting.setdefault(ip, {})[connection] = None
         return wait
 
-    def count_guess(self, connection: SealedConnection) -> None:
-        """The far end will know whether it guessed right, whatever it does then."""
-        self.guesses.count(connection.remote[0], self.loop.now())
+    def expose(self, connection: SealedConnection) -> None:
+        """We are about to confirm first. An acceptor that confirms is not exposed: it has checked the dialler before.
+
+        It waits for no run under way, either, or two that dial each other at the same time would wait for good."""
+        connection.is_exposed = True
+        self._exposed[connection.remote[0]] = self._exposed.get(connection.remote[0], 0) + 1
+
+    def end_run(self, connection: SealedConnection, has_guessed: bool = False) -> None:
+        """A run failed. If the far end may know by now whether it guessed right, that was a guess, however it ends."""
+        if connection.is_exposed or has_guessed:
+            self.guesses.count(connection.remote[0], self.loop.now())
+        self._cover(connection)
 
     def on_proved(self, connection: SealedConnection) -> None:
         """A connection is a member's."""
         self.has_proved = True
         self._unproved.discard(connection)
+        self.guesses.proved(connection.remote[0], self.loop.now())
+        self._cover(connection)
+
+    def _cover(self, connection: SealedConnection) -> None:
+        """A run is not exposed any more, so the next with that address may be."""
         ip = connection.remote[0]
-        self.guesses.proved(ip, self.loop.now(), counted=True)
+        self._leave_queue(connection)
+        if connection.is_exposed:
+            connection.is_exposed = False
+            self._exposed[ip] -= 1
+            if not self._exposed[ip]:
+                del self._exposed[ip]
         next_one = next(iter(self._waiting.get(ip, {})), None)
         if next_one is not None:
             self._leave_queue(next_one)
@@ -4354,14 +4381,14 @@ class OtherRooms:
         return why not in (BEACON, HEARSAY) or self.node.room.may_dial(address[0])
 
     def forgive(self, address: Address) -> None:
-        """The user wants it dialled."""
+        """A member is there, or the user wants it dialled."""
         self._barred.pop(address, None)
 
     def on_mismatch(self, address: Address, is_dialled: bool, about: str, words: str) -> None:
         """A connection failed because the far end is in another room, has another passphrase, or proves nothing."""
         node, place = self.node, format_address(address)
         if is_dialled:
-            self._bar(address)
+            self._bar(address, RETRY_MAX if about == PROTOCOL else BAR_MAX)
         if is_dialled and words and about == PASSPHRASE and not node.room.has_proved:
             self._refused_at.add(address)
         if about == PROTOCOL:
@@ -4385,8 +4412,8 @@ class OtherRooms:
         self._barred.clear()
         self._limits.clear()
 
-    def _bar(self, address: Address) -> None:
-        wait, delay = back_off(self._barred.get(address, (0.0, 0.0))[0], QUIET_AFTER, BAR_MAX, self.node.loop.random)
+    def _bar(self, address: Address, most: float) -> None:
+        wait, delay = back_off(self._barred.get(address, (0.0, 0.0))[0], QUIET_AFTER, most, self.node.loop.random)
         if len(self._barred) >= MAX_ELSEWHERE:
             self._barred.clear()
         self._barred[address] = (wait, self.node.loop.now() + delay)
@@ -4469,6 +4496,7 @@ class Links:
             self.node.dialled(target.address, target.result, True)
         else:
             target.result, target.wait, target.peer = "", 0.0, met
+            self.node.other_rooms.forgive(target.address)
             if expected is not met:
                 self._note_dial_failed(expected, REFUSED)  # another peer has its address now
         while targets.queue and targets.dialling < MAX_DIALS:
@@ -5328,6 +5356,7 @@ class Discovery(Endpoint):
         parts = split_id(content["peer_id"])
         assert parts is not None
         self._wait, self._reason, self.has_registered = 0.0, "", True
+        node.other_rooms.forgive(self.address)
         self.peer_id = content["peer_id"]
         node.whereabouts.on_seen(parts[1], self.connection.remote[0])
         node.targets.note(self.address, ONLINE, SERVER)

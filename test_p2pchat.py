@@ -5505,6 +5505,20 @@ def test_room_many_right_ones_from_one_address_wait_for_nothing():
     assert world.ann.node.room.guesses.may_start(EVIL, world.ann.loop.now()) == 0 and world.ann.node.room._waiting == {}
 
 
+@pytest.mark.parametrize("make", [real_script, simulated_script])
+def test_room_two_that_dial_each_other_at_once_do_not_wait_for_each_other(make):
+    """One address, fifty connections each way, opened in one go: none waits until its time is over."""
+    play = make()
+    rooms = [RoomLoop(loop) for loop in (play.loop, play.listening)]
+    opened = []
+    listeners = [room.listen("127.0.0.1", 0, lambda connection: opened.append(connection) or p2pchat.Handler()) for room in rooms]
+    for _ in range(50):
+        for room, listener in zip(rooms, listeners[::-1]):
+            room.connect(listener.address, p2pchat.Handler(), 5.0)
+    play.run_until(lambda: len(opened) == 100 and not any(room.room._exposed for room in rooms))
+    assert all(room.told == [] and room.room._waiting == {} for room in rooms)
+
+
 def test_room_twenty_peers_on_one_machine_of_whom_five_mistype():
     """The fifteen are all together within seconds, and stay; when the five try again, rightly, they are in as well."""
     world = World(by="none")
@@ -10925,6 +10939,94 @@ def _busy(pipe: Any) -> None:
 
 # -- all of them ---------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def _closed_room() -> Iterator[None]:
+    """Programs that are started meanwhile are in a closed room."""
+    global LOOPBACK_ONLY
+    before = LOOPBACK_ONLY
+    LOOPBACK_ONLY, os.environ["P2PCHAT_PASSPHRASE"] = (*before, "--room", "bench"), "correct horse"
+    try:
+        yield
+    finally:
+        LOOPBACK_ONLY = before
+        del os.environ["P2PCHAT_PASSPHRASE"]
+
+
+def _bench_room(rounds: int = 3, count: int = 20_000, receivers: int = 20, newcomers: int = 1000) -> List[_Row]:
+    """What a closed room costs beside an open one."""
+    rows = [_judged("handshake and proof, CPU ms a side", [_proofs(50) for _ in range(rounds)], 5, 3)]
+    for figure, others, least in (("one to one", 1, 0.6), (f"one to {receivers}", receivers, 0.5)):
+        with contextlib.ExitStack() as stack:
+            casts = [stack.enter_context(_cast("plain", others))]
+            with _closed_room():
+                casts.append(stack.enter_context(_cast("plain", others)))
+            rates = [[count / _burst(*cast, count // others) for cast in casts] for _ in range(rounds)]
+        its, ours = zip(*rates)
+        ratio = statistics.median(ours) / statistics.median(its)
+        rows.append(_judged(f"{figure}, closed room, --plain, deliveries/s", [ratio], least, 0.8)._replace(
+            measured=_spread(ours), reference=f"open {_spread(its)}", ratio=f"{ratio:.3g}"))
+    with tempfile.TemporaryDirectory() as kept:
+        _start_once(kept, ["-m", "p2pchat", *_peer("real")], b"real")
+        its = [_start_once(kept, ["-m", "p2pchat", *_peer("real")], b"real") for _ in range(rounds)]
+        with _closed_room():
+            ours = [_start_once(kept, ["-m", "p2pchat", *_peer("real")], b"real") for _ in range(rounds)]
+    more = statistics.median(ours) - statistics.median(its)
+    rows.append(_judged("start in a closed room, ms more", [more], 40, 20)._replace(reference=f"open {_spread(its)}"))
+    rows.append(_judged(f"{newcomers} register at once in a closed room, s", [_register_in_room(newcomers)], 10, 4))
+    return rows
+
+
+def _proofs(count: int) -> float:
+    """Milliseconds of CPU for each end of a connection until it is open in a closed room."""
+    play = real_script()
+    room = p2pchat.make_room(play.loop, LAB, lambda *what: None)
+    opened: List[Any] = []
+    listener = room.listen("127.0.0.1", 0, lambda connection: opened.append(connection) or p2pchat.Handler(), {})
+    started = time.process_time()
+    for _ in range(count):
+        room.connect(listener.address, p2pchat.Handler(), 5.0)
+    play.run_until(lambda: len(opened) == count)
+    return 1e3 * (time.process_time() - started) / (2 * count)
+
+
+def _register_in_room(count: int) -> float:
+    """Seconds until so many, in four processes, have the server's answer."""
+    with _closed_room(), _real_server() as (_, port), contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(_Worker(_register_some, port, count // 4, number)) for number in range(4)]
+        for worker in workers:
+            worker.ask()
+        started = time.monotonic()
+        for worker in workers:
+            worker.pipe.send("go")
+        for worker in workers:
+            worker.ask()
+        return time.monotonic() - started
+
+
+def _register_some(pipe: Any, port: int, count: int, number: int) -> None:
+    """Register so many peers at a server of the closed room, all at once."""
+    class Registering(p2pchat.Handler):
+        def __init__(self, at: int) -> None:
+            self.at = at
+            self.connection = room.connect(("127.0.0.1", port), self, 5.0)
+
+        def on_open(self) -> None:
+            content = {"username": f"u{self.at}", "port": 1000 + self.at}
+            self.connection.send(p2pchat.create_message("MSG_REGISTER", "u@127.0.0.1:1", content))
+
+        def on_messages(self, messages: List[Dict[str, Any]]) -> None:
+            registered.extend(self.at for message in messages if message["type"] == "MSG_REGISTER_ACK")
+
+    loop, registered = p2pchat.Loop(), []  # type: ignore[var-annotated]
+    room = p2pchat.make_room(loop, p2pchat.Room("bench", b"correct horse"), lambda *what: None)
+    pipe.send("ready")
+    pipe.recv()
+    ends = [Registering(number * count + at) for at in range(count)]
+    turn_until(loop, lambda: len(registered) == len(ends), _LIMIT, "not all are registered")
+    pipe.send(len(registered))
+    pipe.recv()
+
+
 _BENCHES: Dict[str, Callable[..., List[_Row]]] = {
     "plain": _bench_one_to_one,
     "json": lambda: _bench_one_to_one("json", 0.30, 0.41),  # an event for each message sent, delivered and received
@@ -10939,6 +11041,7 @@ _BENCHES: Dict[str, Callable[..., List[_Row]]] = {
     "start": _bench_start,
     "screen": _bench_screen,
     "register": _bench_register,
+    "room": _bench_room,
     "many": lambda: _turn_rows("5,000 texts to 500", [_turns_of_sender(5000, 500)], 100),
     "list": lambda: _turn_rows(f"a list of {_LISTED}", [_turns_of_list()]),
     "lines": lambda: _turn_rows("100,000 lines at once", [_turns_of_sender(100_000, 1)]),
