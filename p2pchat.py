@@ -3565,7 +3565,10 @@ def make_room(loop: Loop, room: Optional[Room], on_mismatch: OnMismatch) -> Open
     try:
         return ClosedRoom(loop, on_mismatch, room)
     except OSError as error:
-        raise RoomError(f"the certificate of this process can't be kept in a file: {error_text(error)}") from None
+        import ssl
+        why = "its ssl module can't do what that needs" if isinstance(error, ssl.SSLError) else \
+            "its certificate can't be kept in a file for a moment"
+        raise RoomError(f"no closed room on this machine: {why}: {error_text(error)}") from None
 
 
 # ======================================================================================================

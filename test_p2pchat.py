@@ -6264,6 +6264,17 @@ def test_gossip_bytes_do_not_grow():
     assert large["bytes a round"] <= 1.1 * small["bytes a round"] < 1000
 
 
+@pytest.mark.parametrize("scenario, sizes", [
+    (scenario_lan, {"size": 5}), (scenario_server, {}), (scenario_restart, {}), (scenario_sleep, {"size": 4}), (scenario_walled, {"minutes": 1}),
+    (scenario_delivery, {"size": 4, "minutes": 1}), (scenario_churn, {"size": 8, "minutes": 3, "crashes": 1, "leaves": 1, "restarts": 1}),
+    (scenario_newcomer, {"size": 12})], ids=lambda value: getattr(value, "__name__", ""))
+def test_room_scenarios_hold_in_a_closed_one(scenario, sizes, monkeypatch):
+    begin = World.__init__
+    monkeypatch.setattr(World, "__init__", lambda self, *names, settings=None, **more: begin(
+        self, *names, settings={"room": LAB, **(settings or {})}, **more))
+    scenario(1, **sizes)
+
+
 def simulate_one(job):
     """One scenario with one seed, in a process of its own: (seed, figures or the failure, CPU seconds)."""
     name, seed = job
