@@ -3106,6 +3106,7 @@ class SealedConnection(Connection, Handler):
         self.room = room
         self.address = remote  # as it was named, if we dialled
         self.number = next(room.numbers)  # the lower, the older
+        self.is_trusted = False  # its address comes from the user or from a member, and waits for no guesses of others
         self.raw = Connection(room.loop, remote, CLOSED)
         self.proof: Optional[Proof] = None
         self.is_exposed = False  # the far end that we dialled may know whether it guessed right, and we do not
@@ -3393,8 +3394,8 @@ class OpenRoom:
             return accept(connection)
         return self.loop.listen(host, port, accept_any)
 
-    def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
-        """Dial a member."""
+    def connect(self, address: Address, handler: Handler, timeout: float, is_trusted: bool = True) -> Connection:
+        """Dial a member. One that only strangers named is not trusted: it may get no more guesses than others."""
         return self.loop.connect(address, handler, timeout)
 
     def beacon(self) -> Dict[str, Any]:
@@ -3449,9 +3450,9 @@ class ClosedRoom(OpenRoom):
             return sealed
         return self.loop.listen(host, port, accept_any)
 
-    def connect(self, address: Address, handler: Handler, timeout: float) -> Connection:
+    def connect(self, address: Address, handler: Handler, timeout: float, is_trusted: bool = True) -> Connection:
         sealed = SealedConnection(self, address, None)
-        sealed.handler = handler
+        sealed.handler, sealed.is_trusted = handler, is_trusted
         sealed.raw = self.loop.connect(address, sealed, timeout)
         sealed.start_tls(sealed.raw)
         return sealed
@@ -3484,7 +3485,7 @@ class ClosedRoom(OpenRoom):
 
     def seconds_to_wait(self, connection: SealedConnection) -> float:
         """How long the far end must wait for an answer that tells it whether it guessed right."""
-        if connection.proof is None or not connection.proof.is_next_exposing:
+        if connection.proof is None or not connection.proof.is_next_exposing or connection.is_trusted:
             return 0.0
         ip, now = connection.remote[0], self.loop.now()
         wait, under_way = self.guesses.may_start(ip, now), self._exposed.get(ip, 0)
@@ -4252,6 +4253,7 @@ class Whereabouts:
 # What an address was dialled for.
 LOST_PEER, HEARSAY, PRESENT_PEER = "a lost peer's", "named by a peer", "a peer's"
 BEACON, SERVER, NAMED = "heard on the local network", "a server's", "named by hand"
+STRANGERS_WORD = (BEACON, HEARSAY)  # anybody can have us dial an address for these reasons
 ONLINE = "online"  # the result of a server that has registered us
 
 
@@ -4381,11 +4383,17 @@ class OtherRooms:
         until = self._barred.get(address, (0.0, float("-inf")))[1]
         if (self.is_paused and not self.node.room.has_proved) or self.node.loop.now() < until:
             return False
-        return why not in (BEACON, HEARSAY) or self.node.room.may_dial(address[0])
+        return why not in STRANGERS_WORD or self.node.room.may_dial(address[0])
 
     def forgive(self, address: Address) -> None:
-        """A member is there, or the user wants it dialled."""
+        """A member is there, or the user wants it dialled, and to be told what comes of it."""
         self._barred.pop(address, None)
+        for about in (ROOM, PASSPHRASE):
+            self._limits.pop((format_address(address), about), None)
+
+    def has_told(self, address: Address) -> bool:
+        """Whether the user was told that who is there is in another room."""
+        return any((format_address(address), about) in self._limits for about in (ROOM, PASSPHRASE))
 
     def on_mismatch(self, address: Address, is_dialled: bool, about: str, words: str) -> None:
         """A connection failed because the far end is in another room, has another passphrase, or proves nothing."""
@@ -4464,7 +4472,7 @@ class Links:
         target.tried_at = node.loop.now()
         target.link = link = Link(node, address, dialled=True)
         self.all[link] = None
-        link.connection = node.room.connect(address, link, node.settings.timeout)
+        link.connection = node.room.connect(address, link, node.settings.timeout, why not in STRANGERS_WORD)
 
     def verify_address(self, address: Address, why: str = HEARSAY) -> None:
         """Dial an address that somebody named, to see which peer answers: few at a time, none twice in QUIET_AFTER."""
@@ -5284,6 +5292,7 @@ class Discovery(Endpoint):
         self.has_registered = False  # ever
         self._first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
         self._first_tried_at = float("-inf")
+        self._named: Tuple[Address, ...] = ()  # servers that the user named otherwise
         self.candidates: List[Address] = [self._first]  # the one that is used, or tried next, and further ones
         self.connection = Connection(node.loop, self._first, CLOSED)
         self._wait = 0.0
@@ -5314,14 +5323,17 @@ class Discovery(Endpoint):
             self._first_tried_at = now
         self.peer_id = ""
         self.traffic = RateLimit(MAX_MESSAGES)
-        self.connection = self.node.room.connect(self.address, self, self.node.settings.timeout)
+        is_trusted = self.address in (self._first, *self._named)
+        self.connection = self.node.room.connect(self.address, self, self.node.settings.timeout, is_trusted)
 
-    def on_found(self, address: Address) -> None:
+    def on_found(self, address: Address, why: str = BEACON) -> None:
         """A server was found on the network, or named with --join."""
         if self.is_connected or self.node.stopping or not self.node.whereabouts.may_reach(address[0]):
             return
-        if not self.node.other_rooms.may_dial(address, BEACON):
+        if not self.node.other_rooms.may_dial(address, why):
             return
+        if why == NAMED:
+            self._named = (address, *self._named)[:MAX_SERVERS]
         if address not in self.candidates:
             limited_log("server", logging.INFO, "[Discovery] found a server at %s:%d", *address)
         now = self.node.loop.now()
@@ -5851,7 +5863,7 @@ class Finder:
         if content.get("role") == "server" and link.dialled and target is not None and target.why == NAMED:
             in_use = f"; the one at {format_address(node.discovery.address)} stays" * bool(node.discovery.is_online)
             self.on_dialled(link.address, f"a discovery server{in_use}")
-            node.discovery.on_found(link.address)
+            node.discovery.on_found(link.address, NAMED)
             link.connection.close("a discovery server")
             return
         if content.get("about") == ROOM and link.peer is None and link.dialled:
@@ -5953,6 +5965,8 @@ class Finder:
         """A dial has ended. If the user waits for it, say how."""
         if address in self._asked:
             del self._asked[address]
+            if has_failed and self.node.other_rooms.has_told(address):
+                return
             again = "; it is tried again" * (has_failed and address not in self.node.links.met_ourselves_at)
             self.node.emit({"event": "notice", "text": f"{format_address(address)}: {outcome}{again}."})
 

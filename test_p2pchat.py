@@ -5519,6 +5519,28 @@ def test_room_two_that_dial_each_other_at_once_do_not_wait_for_each_other(make):
     assert all(room.told == [] and room.room._waiting == {} for room in rooms)
 
 
+def test_room_what_the_user_names_is_dialled_whatever_others_at_its_address_have_guessed():
+    """On one machine with somebody who mistyped; and the user is told once what comes of a dial."""
+    world = World(by="none")
+    machine = world.network.host("one for all", "10.0.0.1")
+    bob = world.add("Bob", machine=machine, room=LAB)
+    for _ in range(4):
+        bob.node.room.guesses.count("10.0.0.1", bob.loop.now())
+    assert not bob.node.room.may_dial("10.0.0.1")
+    ann = world.add("Ann", machine=machine, room=LAB, port=5000)
+    wrong = world.add("Eve", machine=machine, room=WRONG_LAB, port=5001)
+    bob.hear_beacon(p2pchat.make_beacon(ann.me.id, {"role": "peer", "port": 5000, "room": "class-3b"}, 512), "10.0.0.1")
+    world.run(3)
+    assert not bob.names() and ("10.0.0.1", 5000) not in bob.loop.dialled
+    bob.loop.enter(bob.node.connect, "10.0.0.1:5000")
+    world.until(lambda: bob.names() == ["Ann"], 3)
+    for count in (1, 2):
+        bob.loop.enter(bob.node.connect, "10.0.0.1:5001")
+        world.run(4)
+        assert len([text for text in bob.texts("notice") if text.startswith("10.0.0.1:5001: it says")]) == count
+    assert not any("tried again" in text for text in bob.texts("notice")) and not wrong.names()
+
+
 def test_room_twenty_peers_on_one_machine_of_whom_five_mistype():
     """The fifteen are all together within seconds, and stay; when the five try again, rightly, they are in as well."""
     world = World(by="none")
