@@ -6386,7 +6386,7 @@ def _begins_alike(name: str) -> str:
 
 def is_surely_text(line: str) -> bool:
     """Whether an entered line is a text without a closer look: nothing that begins so can be a command."""
-    return line[:1].isalnum()
+    return line[:1].isalnum() and line[0] not in _INVISIBLE  # some blanks of Korean script count as letters
 
 
 class CommandLine:

@@ -584,7 +584,7 @@ def test_chat_and_slashes():
     assert "* Alice waves" in "".join(view_screen(view))
 
 
-@pytest.mark.parametrize("blank", [" ", "\t", "  \n", "\u00a0", "\u3000", "\ufeff", "\u200b \u2060", "\x85"])
+@pytest.mark.parametrize("blank", [" ", "\t", "  \n", "\u00a0", "\u3000", "\ufeff", "\u200b \u2060", "\x85", "\u3164", "\u115f"])
 def test_what_stands_before_a_slash_makes_no_private_text_public(blank):
     view = view_make("Bob")
     view.enter(f"{blank}/msg Bob psst")
