@@ -2116,6 +2116,7 @@ class Loop:
             callback, owner = key.data
             if owner is self:
                 callback(events)
+                end = self.now() + TURN_TIME  # the sockets have theirs, however long keys took
             else:
                 self._run(callback, owner, events)
             if self.now() >= end:

@@ -3997,6 +3997,22 @@ def test_loop_a_turn_handles_no_more_sockets_than_there_is_time_for(monkeypatch)
             end.close()
 
 
+def test_loop_keys_that_take_long_leave_sockets_their_time(wire):
+    """Even if more is typed all the time: else nobody's acknowledgement would be read while lines are pasted."""
+    keys, typing = socket.socketpair()
+    keys_taken = []
+    wire.loop.now = lambda: float(len(keys_taken))  # each key takes a second
+    wire.loop.watch(keys, lambda: keys_taken.append("k"))
+    typing.send(b"k")
+    wire.far.sendall(chat_line("x"))
+    for _ in range(3):
+        wire.loop.turn(0)
+    assert len(keys_taken) == 3 and wire.log == ["c received x"]
+    wire.loop.unwatch(keys)
+    keys.close()
+    typing.close()
+
+
 def test_loop_sends_to_no_more_connections_than_there_is_time_for(monkeypatch):
     """The others come first in the next turns."""
     monkeypatch.setattr(p2pchat, "FLUSH_TIME", 0.0)
