@@ -2189,6 +2189,7 @@ class Loop:
             callback, owner = key.data
             if owner is self:
                 callback(events)
+                end = self.now() + TURN_TIME  # the sockets have theirs, however long keys took
             else:
                 self._run(callback, owner, events)
             if self.now() >= end:
@@ -7615,7 +7616,7 @@ def _begins_alike(name: str) -> str:
 
 def is_surely_text(line: str) -> bool:
     """Whether an entered line is a text without a closer look: nothing that begins so can be a command."""
-    return line[:1].isalnum()
+    return line[:1].isalnum() and line[0] not in _INVISIBLE  # some blanks of Korean script count as letters
 
 
 class CommandLine:

@@ -590,7 +590,7 @@ def test_chat_and_slashes():
     assert "* Alice waves" in "".join(view_screen(view))
 
 
-@pytest.mark.parametrize("blank", [" ", "\t", "  \n", "\u00a0", "\u3000", "\ufeff", "\u200b \u2060", "\x85"])
+@pytest.mark.parametrize("blank", [" ", "\t", "  \n", "\u00a0", "\u3000", "\ufeff", "\u200b \u2060", "\x85", "\u3164", "\u115f"])
 def test_what_stands_before_a_slash_makes_no_private_text_public(blank):
     view = view_make("Bob")
     view.enter(f"{blank}/msg Bob psst")
@@ -4666,6 +4666,22 @@ def test_loop_a_turn_handles_no_more_sockets_than_there_is_time_for(monkeypatch)
         for end in itertools.chain(*pairs):
             rig.loop.set_interest(end, 0)
             end.close()
+
+
+def test_loop_keys_that_take_long_leave_sockets_their_time(wire):
+    """Even if more is typed all the time: else nobody's acknowledgement would be read while lines are pasted."""
+    keys, typing = socket.socketpair()
+    keys_taken = []
+    wire.loop.now = lambda: float(len(keys_taken))  # each key takes a second
+    wire.loop.watch(keys, lambda: keys_taken.append("k"))
+    typing.send(b"k")
+    wire.far.sendall(chat_line("x"))
+    for _ in range(3):
+        wire.loop.turn(0)
+    assert len(keys_taken) == 3 and wire.log == ["c received x"]
+    wire.loop.unwatch(keys)
+    keys.close()
+    typing.close()
 
 
 def test_loop_sends_to_no_more_connections_than_there_is_time_for(monkeypatch):
