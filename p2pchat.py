@@ -9862,7 +9862,7 @@ def ask_passphrase(room: str) -> str:
     """Ask for a passphrase on the terminal, which does not show it. Raises ValueError."""
     import getpass
     try:
-        text = getpass.getpass(f"Passphrase of the closed room {room} (it is not shown; Enter alone makes one up): ")
+        text = getpass.getpass(f"Passphrase of {room} (not shown; Enter alone makes one up): ")
         if not text:
             text = make_passphrase()
             sys.stderr.write(f"Made up: {text}\nTell it to the others now; it is not shown again.\n")
