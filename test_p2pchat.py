@@ -11021,7 +11021,7 @@ def _bench_room(rounds: int = 3, count: int = 20_000, receivers: int = 20, newco
             ours = [_start_once(kept, ["-m", "p2pchat", *_peer("real")], b"real") for _ in range(rounds)]
     more = statistics.median(ours) - statistics.median(its)
     rows.append(_judged("start in a closed room, ms more", [more], 40, 20)._replace(reference=f"open {_spread(its)}"))
-    rows.append(_judged(f"{newcomers} register at once in a closed room, s", [_register_in_room(newcomers)], 10, 4))
+    rows.append(_judged(f"{newcomers} register at once in a closed room, s", [_register_in_room(newcomers)], 4, 4))
     return rows
 
 
