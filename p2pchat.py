@@ -2315,39 +2315,53 @@ class Ticker:
 
 
 class Backlog:
-    """Long lists, worked off in portions, one list after the other and a portion a turn, so that no turn takes long.
+    """Long lists, worked off in portions, so that no turn takes long: a portion a turn, from each owner in turn.
 
-    The first portion of each is done at once. A list that would make more than `most` items wait ends with that."""
+    The first portion of a list is done at once, unless another list of its owner waits. If more than `most` items
+    would wait, those of lists in work included, all that is done of the list is its first portion."""
 
     def __init__(self, loop: Loop, portion: int, most: int) -> None:
         self._loop = loop
         self._portion = portion
         self._most = most
-        self._lists: Deque[Tuple[Sequence[Any], Callable[[Any], None], Callable[[], None]]] = collections.deque()
-        self._waiting = 0  # items
+        self._lists: Dict[Any, Deque[Tuple[Sequence[Any], int, Callable[[Any], None], Callable[[], None]]]] = {}
+        self._waiting = 0  # items, and one more for each list
         self._timer = Timer()  # of the next portion
 
-    def work_off(self, items: Sequence[Any], handle: Callable[[Any], None], then: Callable[[], None]) -> None:
-        """Call `handle` with each item, and `then` at the end."""
-        self._waiting += len(items)
-        if self._waiting > self._most:
-            self._waiting -= len(items[self._portion:])
-            items = items[:self._portion]
-        self._do_portion(items, handle, then)
+    def work_off(self, owner: Any, items: Sequence[Any], handle: Callable[[Any], None],
+                 then: Callable[[], None]) -> None:
+        """Call `handle` with each item, and `then` at the end, both in the order of the owner's lists."""
+        if self._waiting + len(items) >= self._most:
+            owner, items = object(), items[:self._portion]
+        self._waiting += len(items) + 1
+        lists = self._lists.setdefault(owner, collections.deque())
+        lists.append((items, 0, handle, then))
+        if len(lists) == 1:
+            self._do_portion(owner)
+
+    def close(self) -> None:
+        """Drop what waits."""
+        self._timer.cancel()
+        self._lists.clear()
 
     def _continue(self) -> None:
-        self._do_portion(*self._lists.popleft())
+        self._do_portion(next(iter(self._lists)))
 
-    def _do_portion(self, items: Sequence[Any], handle: Callable[[Any], None], then: Callable[[], None]) -> None:
-        portion, rest = items[:self._portion], items[self._portion:]
-        self._waiting -= len(portion)
-        if rest:
-            self._lists.appendleft((rest, handle, then))
+    def _do_portion(self, owner: Any) -> None:
+        lists = self._lists.pop(owner)
+        items, start, handle, then = lists.popleft()
+        end = start + self._portion
+        if end < len(items):
+            lists.appendleft((items, end, handle, then))
+        else:
+            self._waiting -= len(items) + 1
+        if lists:
+            self._lists[owner] = lists  # behind the others
         if self._lists and not self._timer.active:
             self._timer = self._loop.call_later(0, self._continue)
-        for item in portion:
+        for item in items[start:end]:
             handle(item)
-        if not rest:
+        if end >= len(items):
             then()
 
 
@@ -5216,7 +5230,7 @@ class Gossip:
             self._send_news(link, answers[:NEWS_BATCH])
             then()
 
-        self.node.backlog.work_off(records, merge, finish)
+        self.node.backlog.work_off(link, records, merge, finish)
 
     def _merge_record(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Contact]:
         node = self.node
@@ -5440,7 +5454,7 @@ class Discovery(Endpoint):
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
                 self.node.gossip.merge_hearsay(record, server_ip)
 
-        self.node.backlog.work_off(records, merge, then)
+        self.node.backlog.work_off(self, records, merge, then)
 
     # -- without a server ------------------------------------------------------------------------------
 
@@ -6107,8 +6121,7 @@ class PeerNode:
         self.undelivered = 0  # messages reported as failed
         self.leaving = False  # no new messages; what is under way may still arrive
         self.stopping = False  # saying goodbye
-        self._is_settled = False
-        self._has_stopped = False
+        self._is_settled = self._has_stopped = False
         self._turn = Turn(self)
         self.emit = self._turn.emit
         self.acknowledge_later = self._turn.acknowledge_later
@@ -6188,6 +6201,7 @@ class PeerNode:
         for ticker in self._tickers:
             ticker.close()
         self.finder.stop()
+        self.backlog.close()
         self.discovery.leave()
         self._turn.acknowledge()
         self.links.close_all()
