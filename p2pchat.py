@@ -8405,6 +8405,7 @@ WHEEL_ROWS = 3  # that a notch scrolls where the terminal tells of the mouse its
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
 PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
 SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
+KEYS_SIZE = 512  # bytes of a turn that are typed at a prompt: pasted, they may be 256 texts to everyone
 INPUT_TIME = 0.006  # seconds of a turn for lines of input: the others wait for the next turn
 INPUT_LINES = 64  # lines of input that are sent together
 INPUT_PORTION = 64 * 1024  # bytes of them, on the wire: a few of the longest texts
@@ -9417,7 +9418,7 @@ class PlainInterface(Interface):
     def _on_keys(self) -> None:
         """Do what keys say."""
         try:
-            data = os.read(0, PIPE_SIZE)
+            data = os.read(0, KEYS_SIZE)
         except OSError:
             data = b""
         if not data:  # the terminal is gone

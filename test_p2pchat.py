@@ -9666,6 +9666,17 @@ def test_json_objects_are_data_or_commands():
     assert not interface._sent_about and not node.leaving
 
 
+def test_lines_pasted_at_a_prompt_come_in_portions(monkeypatch):
+    """However many the terminal has, a turn does not take long."""
+    node = ViewNode("Bob")
+    interface = p2pchat.PlainInterface.__new__(p2pchat.PlainInterface)
+    interface.view, interface._keys = p2pchat.ChatView(node, str, p2pchat.Transcript(str)), p2pchat.KeyReader()
+    interface._writer = types.SimpleNamespace(write=lambda line: None, flush=lambda: None)
+    monkeypatch.setattr(os, "read", lambda descriptor, size: (b"x\r" * 5000)[:size])
+    interface._on_keys()
+    assert 100 <= len(node.sent) <= 256
+
+
 def test_the_bot_of_the_readme():
     """It answers with a text that is data, whatever the name of whoever asked."""
     with open(os.path.join(os.path.dirname(PROGRAM_FILE), "README.md"), encoding="utf-8") as file:
