@@ -1535,7 +1535,7 @@ class Connection:
         """Close what carries the bytes, a socket for example. Each kind of connection overrides this."""
 
     def send(self, data: bytes, may_wait: bool = False) -> None:
-        """Queue bytes, which are sent at the end of this turn. Does nothing once the connection is closing.
+        """Queue bytes, which are sent in this turn, or the next. Does nothing once the connection is closing.
 
         Those that `may_wait` are sent with what else is sent within ACK_DELAY, or at its end: that saves a call and
         the far end a turn."""
@@ -5582,7 +5582,8 @@ class Delivery:
             messages.append(message)
             encoded.append(data)
             node.emit({"event": "sent", "to": to, "text": text, "id": message.message_id, "receivers": receiver_ids})
-        log.log(DETAIL, "[Chat] sent %s, the last of %d, to %d", message.message_id, len(texts), len(receivers))
+        message_ids = [message.message_id for message in messages]
+        log.log(DETAIL, "[Chat] sent %s to %d", message_ids, len(receivers))
         self._sent += len(texts)
         together = b"".join(encoded)
         for peer in receivers:
@@ -5594,7 +5595,7 @@ class Delivery:
                 self._on_failed(peer, message, "too much is waiting for it already")
         if not self._timer.active:
             self._timer = node.loop.call_later(1.0, self._check_progress)
-        return [message.message_id for message in messages]
+        return message_ids
 
     def _enqueue(self, peer: Contact, messages: List[Pending], size: int) -> int:
         """Queue messages for a receiver, as many as there is room for; return how many. `size` is that of all."""
@@ -6624,7 +6625,9 @@ def _first_word(text: str) -> int:
 
 
 def wire_size(text: str) -> int:
-    """Return the most bytes that a text can have in a message: beyond ASCII a character is one escape, or two."""
+    """Return about the most bytes of a text in a message: beyond ASCII a character is one escape, or two.
+
+    A quote, a backslash and a line break have two bytes, and count as one: the bounds have room for that."""
     return len(text) if text.isascii() else 12 * len(text)
 
 

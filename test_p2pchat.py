@@ -6579,6 +6579,10 @@ def test_node_texts_sent_together_fare_as_if_sent_one_by_one(monkeypatch, most, 
     assert [event["id"] for event in rig.ann.saw("failed")] == ids[arrive:]
 
 
+def test_node_no_texts_sent_together_are_no_messages(rig):
+    assert rig.ann.node.send_chat_messages("*", []) == [] and not rig.ann.node.delivery.in_flight
+
+
 @pytest.mark.parametrize("texts", [["a", " ", "c"], ["a", "b" * 17_000]])
 def test_node_of_texts_sent_together_none_is_sent_if_one_can_not_be(rig, texts):
     with pytest.raises(p2pchat.ChatError):
