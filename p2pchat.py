@@ -1535,7 +1535,7 @@ class Connection:
         """Close what carries the bytes, a socket for example. Each kind of connection overrides this."""
 
     def send(self, data: bytes, may_wait: bool = False) -> None:
-        """Queue bytes, which are sent at the end of this turn. Does nothing once the connection is closing.
+        """Queue bytes, which are sent in this turn, or the next. Does nothing once the connection is closing.
 
         Those that `may_wait` are sent with what else is sent within ACK_DELAY, or at its end: that saves a call and
         the far end a turn."""
@@ -2315,39 +2315,53 @@ class Ticker:
 
 
 class Backlog:
-    """Long lists, worked off in portions, one list after the other and a portion a turn, so that no turn takes long.
+    """Long lists, worked off in portions, so that no turn takes long: a portion a turn, from each owner in turn.
 
-    The first portion of each is done at once. A list that would make more than `most` items wait ends with that."""
+    The first portion of a list is done at once, unless another list of its owner waits. If more than `most` items
+    would wait, those of lists in work included, all that is done of the list is its first portion."""
 
     def __init__(self, loop: Loop, portion: int, most: int) -> None:
         self._loop = loop
         self._portion = portion
         self._most = most
-        self._lists: Deque[Tuple[Sequence[Any], Callable[[Any], None], Callable[[], None]]] = collections.deque()
-        self._waiting = 0  # items
+        self._lists: Dict[Any, Deque[Tuple[Sequence[Any], int, Callable[[Any], None], Callable[[], None]]]] = {}
+        self._waiting = 0  # items, and one more for each list
         self._timer = Timer()  # of the next portion
 
-    def work_off(self, items: Sequence[Any], handle: Callable[[Any], None], then: Callable[[], None]) -> None:
-        """Call `handle` with each item, and `then` at the end."""
-        self._waiting += len(items)
-        if self._waiting > self._most:
-            self._waiting -= len(items[self._portion:])
-            items = items[:self._portion]
-        self._do_portion(items, handle, then)
+    def work_off(self, owner: Any, items: Sequence[Any], handle: Callable[[Any], None],
+                 then: Callable[[], None]) -> None:
+        """Call `handle` with each item, and `then` at the end, both in the order of the owner's lists."""
+        if self._waiting + len(items) >= self._most:
+            owner, items = object(), items[:self._portion]
+        self._waiting += len(items) + 1
+        lists = self._lists.setdefault(owner, collections.deque())
+        lists.append((items, 0, handle, then))
+        if len(lists) == 1:
+            self._do_portion(owner)
+
+    def close(self) -> None:
+        """Drop what waits."""
+        self._timer.cancel()
+        self._lists.clear()
 
     def _continue(self) -> None:
-        self._do_portion(*self._lists.popleft())
+        self._do_portion(next(iter(self._lists)))
 
-    def _do_portion(self, items: Sequence[Any], handle: Callable[[Any], None], then: Callable[[], None]) -> None:
-        portion, rest = items[:self._portion], items[self._portion:]
-        self._waiting -= len(portion)
-        if rest:
-            self._lists.appendleft((rest, handle, then))
+    def _do_portion(self, owner: Any) -> None:
+        lists = self._lists.pop(owner)
+        items, start, handle, then = lists.popleft()
+        end = start + self._portion
+        if end < len(items):
+            lists.appendleft((items, end, handle, then))
+        else:
+            self._waiting -= len(items) + 1
+        if lists:
+            self._lists[owner] = lists  # behind the others
         if self._lists and not self._timer.active:
             self._timer = self._loop.call_later(0, self._continue)
-        for item in portion:
+        for item in items[start:end]:
             handle(item)
-        if not rest:
+        if end >= len(items):
             then()
 
 
@@ -5216,7 +5230,7 @@ class Gossip:
             self._send_news(link, answers[:NEWS_BATCH])
             then()
 
-        self.node.backlog.work_off(records, merge, finish)
+        self.node.backlog.work_off(link, records, merge, finish)
 
     def _merge_record(self, link: Link, record: Dict[str, Any]) -> Tuple[str, Contact]:
         node = self.node
@@ -5440,7 +5454,7 @@ class Discovery(Endpoint):
             if record.get("instance") != self.node.me.instance and record["id"] != self.node.me.id:
                 self.node.gossip.merge_hearsay(record, server_ip)
 
-        self.node.backlog.work_off(records, merge, then)
+        self.node.backlog.work_off(self, records, merge, then)
 
     # -- without a server ------------------------------------------------------------------------------
 
@@ -5568,7 +5582,8 @@ class Delivery:
             messages.append(message)
             encoded.append(data)
             node.emit({"event": "sent", "to": to, "text": text, "id": message.message_id, "receivers": receiver_ids})
-        log.log(DETAIL, "[Chat] sent %s, the last of %d, to %d", message.message_id, len(texts), len(receivers))
+        message_ids = [message.message_id for message in messages]
+        log.log(DETAIL, "[Chat] sent %s to %d", message_ids, len(receivers))
         self._sent += len(texts)
         together = b"".join(encoded)
         for peer in receivers:
@@ -5580,7 +5595,7 @@ class Delivery:
                 self._on_failed(peer, message, "too much is waiting for it already")
         if not self._timer.active:
             self._timer = node.loop.call_later(1.0, self._check_progress)
-        return [message.message_id for message in messages]
+        return message_ids
 
     def _enqueue(self, peer: Contact, messages: List[Pending], size: int) -> int:
         """Queue messages for a receiver, as many as there is room for; return how many. `size` is that of all."""
@@ -6107,8 +6122,7 @@ class PeerNode:
         self.undelivered = 0  # messages reported as failed
         self.leaving = False  # no new messages; what is under way may still arrive
         self.stopping = False  # saying goodbye
-        self._is_settled = False
-        self._has_stopped = False
+        self._is_settled = self._has_stopped = False
         self._turn = Turn(self)
         self.emit = self._turn.emit
         self.acknowledge_later = self._turn.acknowledge_later
@@ -6188,6 +6202,7 @@ class PeerNode:
         for ticker in self._tickers:
             ticker.close()
         self.finder.stop()
+        self.backlog.close()
         self.discovery.leave()
         self._turn.acknowledge()
         self.links.close_all()
@@ -6610,7 +6625,9 @@ def _first_word(text: str) -> int:
 
 
 def wire_size(text: str) -> int:
-    """Return the most bytes that a text can have in a message: beyond ASCII a character is one escape, or two."""
+    """Return about the most bytes of a text in a message: beyond ASCII a character is one escape, or two.
+
+    A quote, a backslash and a line break have two bytes, and count as one: the bounds have room for that."""
     return len(text) if text.isascii() else 12 * len(text)
 
 
@@ -8391,6 +8408,7 @@ WHEEL_ROWS = 3  # that a notch scrolls where the terminal tells of the mouse its
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
 PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
 SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
+KEYS_SIZE = 512  # bytes of a turn that are typed at a prompt: pasted, they may be 256 texts to everyone
 INPUT_TIME = 0.006  # seconds of a turn for lines of input: the others wait for the next turn
 INPUT_LINES = 64  # lines of input that are sent together
 INPUT_PORTION = 64 * 1024  # bytes of them, on the wire: a few of the longest texts
@@ -9403,7 +9421,7 @@ class PlainInterface(Interface):
     def _on_keys(self) -> None:
         """Do what keys say."""
         try:
-            data = os.read(0, PIPE_SIZE)
+            data = os.read(0, KEYS_SIZE)
         except OSError:
             data = b""
         if not data:  # the terminal is gone

@@ -4723,23 +4723,27 @@ def test_loop_what_may_wait_travels_with_what_may_not(wire):
 
 
 @pytest.mark.parametrize("lists, most, turns", [
-    ([""], 9, ["|"]),  # the items of each list; then what each turn does, "|" for the end of a list
-    (["abc"], 9, ["abc|"]), (["abcd"], 9, ["abc", "d|"]), (["abcdefgh"], 9, ["abc", "def", "gh|"]),
-    (["abcdef", "uvwxyz"], 12, ["abcuvw", "xyz|", "def|"]),  # a portion a turn, however many lists
-    (["abcdef", "uv"], 9, ["abcuv|", "def|"]),  # a short list need not wait
-    (["abcdef", "uvwxyz"], 8, ["abcuvw|", "def|"]),  # one that is too much ends with its first portion
+    # The owner and the items of each list; then what each turn does, "|" for the end of a list.
+    (["1"], 9, ["|"]), (["1abc"], 9, ["abc|"]), (["1abcd"], 9, ["abc", "d|"]), (["1abcdefgh"], 9, ["abc", "def", "gh|"]),
+    (["1abcdef", "2uvwxyz"], 14, ["abcuvw", "def|", "xyz|"]),  # a portion a turn, however many lists
+    (["1abcdefghi", "2uvwxyz"], 17, ["abcuvw", "def", "xyz|", "ghi|"]),  # each owner in turn: none holds up the others
+    (["1abcdef", "2uv"], 10, ["abcuv|", "def|"]),  # a short list need not wait
+    (["1abcdef", "1uvwxyz"], 14, ["abc", "def|", "uvw", "xyz|"]),  # unless its owner's lists would change places
+    (["1abcdef", "1uv", "1"], 11, ["abc", "def|", "uv|", "|"]),
+    (["1abcdef", "2uvwxyz"], 13, ["abcuvw|", "def|"]),  # one that is too much ends with its first portion
+    (["1abcdef", "1", "1", "1"], 9, ["abc|", "def|", "|", "|"]),  # empty lists take room, too
 ], ids=str)
 def test_loop_backlog(lists, most, turns):
     loop = p2pchat.Loop()
     backlog, seen, done = p2pchat.Backlog(loop, 3, most), [], []
-    for items in lists:
-        backlog.work_off(items, seen.append, lambda: seen.append("|"))
+    for owner, *items in lists:
+        backlog.work_off(owner, items, seen.append, lambda: seen.append("|"))
     while seen:
         done.append("".join(seen))
         seen.clear()
         loop.turn(0.001)
     loop.close()
-    assert done == turns
+    assert done == turns and not backlog._waiting and not backlog._lists
 
 
 def loop_taker(accepted):
@@ -6520,6 +6524,29 @@ def test_node_long_lists_are_merged_in_portions(monkeypatch, by, settled):
     assert all(len(peer.node.peers) == 5 for peer in world.peers)
 
 
+def test_node_whoever_leaves_merges_no_more(monkeypatch):
+    """"stopped" is the last event, though a long list waits."""
+    monkeypatch.setattr(p2pchat, "MERGE_PORTION", 1)
+    late = World("Ann", "Bob", "Cy", by="server").add("Late")
+    late.answers["joined"] = lambda event: late.node.depart()
+    late.world.run(5)
+    assert [event["event"] for event in late.events][-2:] == ["joined", "stopped"]
+
+
+def test_node_who_left_while_the_list_is_merged_is_no_ghost(monkeypatch):
+    """What a server says is done in its order."""
+    monkeypatch.setattr(p2pchat, "MERGE_PORTION", 1)
+    world = World(by="none")
+    records = [wire_record(name, f"10.8.0.{ord(name)}", instance=name) for name in "GHI"]
+    gone = {"joined": [], "left": [{"id": records[2]["id"], "instance": "I", "reason": "left"}]}
+    server = Client(world.process_at(EVIL), answers={"MSG_REGISTER": lambda content: (
+        server.taken[0].say("MSG_REGISTER_ACK", {"peer_id": "Ann@10.0.0.2:5000", "peer_list": records}),
+        ("MSG_PEER_LIST_UPDATE", gone))[1]}).listen()
+    ann = world.add("Ann", server=(EVIL, 666))
+    world.run(3)
+    assert ann.names() == ["G", "H"]
+
+
 def test_node_a_full_queue_is_reported(monkeypatch, rig):
     monkeypatch.setattr(p2pchat, "OUTBOX_MESSAGES", 3)
     rig.bob.loop.freeze()
@@ -6550,6 +6577,10 @@ def test_node_texts_sent_together_fare_as_if_sent_one_by_one(monkeypatch, most, 
     assert [event["id"] for event in rig.ann.saw("sent")] == ids
     assert [event["id"] for event in rig.ann.saw("delivered")] == ids[:arrive]
     assert [event["id"] for event in rig.ann.saw("failed")] == ids[arrive:]
+
+
+def test_node_no_texts_sent_together_are_no_messages(rig):
+    assert rig.ann.node.send_chat_messages("*", []) == [] and not rig.ann.node.delivery.in_flight
 
 
 @pytest.mark.parametrize("texts", [["a", " ", "c"], ["a", "b" * 17_000]])
@@ -9637,6 +9668,17 @@ def test_json_objects_are_data_or_commands():
         elif expected:
             assert sent == [expected] and printed[-1]["event"] == "sent" and printed[-1]["text"] == expected[0], line
     assert not interface._sent_about and not node.leaving
+
+
+def test_lines_pasted_at_a_prompt_come_in_portions(monkeypatch):
+    """However many the terminal has, a turn does not take long."""
+    node = ViewNode("Bob")
+    interface = p2pchat.PlainInterface.__new__(p2pchat.PlainInterface)
+    interface.view, interface._keys = p2pchat.ChatView(node, str, p2pchat.Transcript(str)), p2pchat.KeyReader()
+    interface._writer = types.SimpleNamespace(write=lambda line: None, flush=lambda: None)
+    monkeypatch.setattr(os, "read", lambda descriptor, size: (b"x\r" * 5000)[:size])
+    interface._on_keys()
+    assert 100 <= len(node.sent) <= 256
 
 
 def test_the_bot_of_the_readme():
