@@ -3879,6 +3879,7 @@ def check_bounds(node):
         "own": (len(node.links.met_ourselves_at), p2pchat.MAX_DIALS),
         "news": (len(node.news._left), most),
         "servers": (len(node.discovery.candidates), p2pchat.MAX_SERVERS),
+        "merging": (node.backlog._waiting, p2pchat.MAX_MERGING),
         "budgets": (len(node.delivery._unidentified), most),
         "questions": (max((len(link._questions) for link in node.links.all), default=0), p2pchat.MAX_QUESTIONS),
         "askers": (max((len(peer.askers) for peer in known), default=0), p2pchat.IDLE_LINKS),
