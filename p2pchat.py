@@ -28,7 +28,7 @@ One thread, one loop, and no call that blocks. Each section uses only the sectio
     Interfaces         curses, plain lines, JSON lines
     Command line       argparse and main()
 
-An open room is not encrypted: whoever is on the network can read and can join. In a closed one, --room NAME, both take
+An open room is not encrypted: whoever is on the network can read and can join. In a closed one, --room NAME, both need
 its passphrase.
 """
 
@@ -982,7 +982,7 @@ class Peer:
         self.added_at = 0.0  # when we learned of it
         self.heard_at = 0.0  # when it last sent us anything itself; 0: never
         self.confirmed_at = 0.0  # when another peer last said that it lives
-        self.unconfirmed_since: Optional[float] = None  # nobody has confirmed it since then: our network was down
+        self.unconfirmed_since: Optional[float] = None  # since when nobody has confirmed it; None: confirmed
         self.removed_at = 0.0  # when it became a tombstone
         self.quiet = False  # shown as quiet: nobody has heard it for a while
         self.rtt: Optional[float] = None  # round trip time of the last probe, or of the hellos, seconds
@@ -1103,7 +1103,7 @@ class PeerList(Generic[P]):
         return self._sorted
 
     def tombstones(self) -> List[P]:
-        """Return the tombstones, the oldest first."""
+        """Return the tombstones, the latest last."""
         return [peer for peer in self._by_key.values() if peer.gone]
 
     def get(self, peer_id: str) -> Optional[P]:
@@ -1169,7 +1169,7 @@ class PeerList(Generic[P]):
         self._take_out(peer)
         peer.status, peer.removed_at, peer.quiet = status, now, False
         self._by_key.pop(peer.key, None)
-        self._by_key[peer.key] = peer  # moved to the end, so that tombstones are sorted by age
+        self._by_key[peer.key] = peer  # moved to the end: tombstones are in order of entry
         self._bound_tombstones(now)
         return [Change(GONE, peer, reason)]
 
@@ -1198,7 +1198,7 @@ class PeerList(Generic[P]):
         return next(iter(self.sample(rng, 1, self.present())), None)
 
     def neighbours(self, count: int) -> Tuple[List[P], List[P]]:
-        """Return the `count` peers behind us on the ring, which we probe, and those before us, which probe us.
+        """Return the `count` peers after us on the ring, which we probe, and those before us, which probe us.
 
         So every peer is probed by `count` others, and the cost for each does not grow with their number."""
         if self._ring is None:
@@ -1313,7 +1313,7 @@ class PeerList(Generic[P]):
 
     def _update(self, known: P, peer: P) -> Merged[P]:
         """Take over a newer record of a present peer, perhaps with another name or address."""
-        if peer.incarnation <= known.incarnation:  # by its own word, or a program passed it on that knows no "away"
+        if peer.incarnation <= known.incarnation:  # its own word: whoever passed it on may have dropped "away"
             return KNOWN, known, self._set_away(known, peer.away)
         if peer.id == known.id:
             known.incarnation = peer.incarnation
@@ -1374,7 +1374,7 @@ class News:
         return bool(self._left)
 
     def add(self, peer: Peer, status: str, size: int) -> None:
-        """Pass a peer's status on to `size` peers; it replaces earlier news of the same peer."""
+        """Pass on a peer's status; `size` peers are present. It replaces earlier news of that peer."""
         self._left.pop(peer.key, None)
         if len(self._left) < MAX_PEERS:
             self._left[peer.key] = [peer, status, NEWS_ROUNDS * len(str(size + 1))]
@@ -1405,8 +1405,8 @@ def hash64(text: str) -> int:
 # One thread, one loop, no call that blocks. A turn waits until a socket is ready or a timer is due. Then it
 # handles the ready sockets, then the due timers, and at last sends what each connection has queued, in one
 # send. Everything that uses time, randomness or the network goes through a Loop, so a test can pass in a
-# simulated one. This section knows nothing of chat. An exception in a handler ends the connection that it
-# belongs to, never the loop.
+# simulated one. This section knows nothing of chat. An exception in a socket's handler ends its
+# connection, never the loop.
 # ======================================================================================================
 
 CONNECTING, OPEN, DRAINING, CLOSED = "connecting", "open", "draining", "closed"
@@ -1537,8 +1537,8 @@ class Connection:
     def send(self, data: bytes, may_wait: bool = False) -> None:
         """Queue bytes, which are sent in this turn, or the next. Does nothing once the connection is closing.
 
-        Those that `may_wait` are sent with what else is sent within ACK_DELAY, or at its end: that saves a call and
-        the far end a turn."""
+        With `may_wait` they wait up to ACK_DELAY for more to send: that saves us a system call, and the far end a
+        turn."""
         if self.state not in (OPEN, CONNECTING):
             return
         self._output.append(data)
@@ -1552,7 +1552,7 @@ class Connection:
                 self._flush_later()
 
     def send_now(self, data: bytes) -> None:
-        """Send bytes within this turn's end, where a connection inside this one has just been flushed."""
+        """Send bytes at once. A connection inside this one calls this while it is flushed itself."""
         self._flush_pending = True
         self.send(data)
         self.flush()
@@ -1560,7 +1560,7 @@ class Connection:
     def close(self, reason: str, timeout: float = 0.0) -> None:
         """Send what is queued, end the stream, wait for the far end to do the same, close.
 
-        All this may take up to `timeout` seconds, or else DRAIN_TIMEOUT."""
+        All this may take `timeout` seconds; 0.0: DRAIN_TIMEOUT."""
         if self.state == CONNECTING:
             self.abort(reason)
         elif self.state == OPEN:
@@ -1844,7 +1844,7 @@ class SocketListener:
             connection.handler = self._accept(connection)
 
     def _pause(self, error: OSError) -> None:
-        """Without free descriptors accepting rests: newcomers wait in the backlog, and the loop does not spin."""
+        """Accept nobody while no descriptor is free: newcomers wait in the backlog; the loop does not spin."""
         limited_log("descriptors", logging.WARNING, "[P2P] accepting pauses: %s", error_text(error))
         self._loop.set_interest(self._socket, 0)
         self._loop.call_later(ACCEPT_PAUSE, self._watch)
@@ -1855,7 +1855,7 @@ class SocketListener:
 
 
 class Unidentified:
-    """Connections without a hello or registration so far. There is a bound for each address, and one for all."""
+    """Connections that have not said yet who they are or what they want; bounded for each address and in all."""
 
     def __init__(self, most: int = MAX_UNIDENTIFIED, in_all: float = float("inf")) -> None:
         self._most = most
@@ -2030,9 +2030,9 @@ class Resolver:
     """Looks up names of machines, and never waits for that: the system's call may take half a minute.
 
     So a lookup has a thread, the second exception to "one thread" beside the keyboard on Windows. The thread makes
-    that one call, touches nothing of ours, and tells the loop by a socket what it found. A child process would do
-    the same for a second Python at each start. One that asks name servers itself would not know what the system
-    knows from /etc/hosts, mDNS or NetBIOS, and these are the names in a room. A program that ends does not wait for it.
+    that one call, touches nothing of ours, and tells the loop by a socket what it found. A child process would
+    cost a second Python. If we asked name servers ourselves, we would miss the names that the system knows from
+    /etc/hosts, mDNS or NetBIOS, and these are the names in a room. The program can end while the thread waits.
     Names come from the user alone, so they are few."""
 
     def __init__(self, loop: "Loop") -> None:
@@ -2180,8 +2180,8 @@ class Loop:
     def turn(self, longest: Optional[float] = None) -> None:
         """Wait for a socket or a timer, at most `longest` seconds, then handle those that are ready or due.
 
-        Ready sockets get TURN_TIME together, and sending gets FLUSH_TIME. The rest of them come first in the next
-        turn, behind nothing but the keyboard, so none waits for long."""
+        The ready sockets share TURN_TIME; each of two flushes has FLUSH_TIME. Sockets that are left come first in
+        the next turn, after only the keyboard; so none waits long."""
         self._select(longest)
         end = self.now() + TURN_TIME
         while self._ready:
@@ -2189,7 +2189,7 @@ class Loop:
             callback, owner = key.data
             if owner is self:
                 callback(events)
-                end = self.now() + TURN_TIME  # the sockets have theirs, however long keys took
+                end = self.now() + TURN_TIME  # keys do not use up the sockets' time
             else:
                 self._run(callback, owner, events)
             if self.now() >= end:
@@ -2238,7 +2238,7 @@ class Loop:
         self._to_flush_soon.clear()
 
     def _flush(self) -> None:
-        """Send what is queued. Connections for which there is no time have theirs sent in the next turn."""
+        """Send what is queued. Connections for which there is no time come first in the next flush."""
         end = self.now() + FLUSH_TIME
         queued, self._unflushed = self._unflushed, []
         for number, connection in enumerate(queued, 1):  # one that has closed meanwhile has nothing queued
@@ -2270,7 +2270,7 @@ class Loop:
             connection.abort("an error in the program")
 
     def _run(self, callback: Callable[..., None], connection: Optional[Connection], *args: Any) -> None:
-        """Call back and catch every exception. All handlers are called from here."""
+        """Call back and catch exceptions. Only watched files are not called here."""
         try:
             callback(*args)
         except Exception:
@@ -2315,10 +2315,10 @@ class Ticker:
 
 
 class Backlog:
-    """Long lists, worked off in portions, so that no turn takes long: a portion a turn, from each owner in turn.
+    """Handles long lists in portions, one in each turn of the loop, so that no turn is long; owners alternate.
 
-    The first portion of a list is done at once, unless another list of its owner waits. If more than `most` items
-    would wait, those of lists in work included, all that is done of the list is its first portion."""
+    The first portion of a list is handled at once, unless another list of its owner waits. If that would make `most`
+    items wait, begun lists included, only the first portion of the new list is handled."""
 
     def __init__(self, loop: Loop, portion: int, most: int) -> None:
         self._loop = loop
@@ -2469,7 +2469,7 @@ def room_option(name: str) -> str:
 
 
 def start_line(option: str, address: Address, host: str, room: str = "") -> str:
-    """Return what starts a peer that meets us at an address by an option of its; `host` and `room` are our own."""
+    """Return the command that starts a peer and gives it our address by `option`; `host` and `room` are ours."""
     only = (f" --host {host}" if is_loopback(host) else "") + (f" {room_option(room)}" if room else "")
     return f"python3 p2pchat.py peer{only} {option} {format_address(address)}"
 
@@ -3590,7 +3590,7 @@ def make_room(loop: Loop, room: Optional[Room], on_mismatch: OnMismatch) -> Open
 # ======================================================================================================
 # Discovery server
 #
-# Introduces peers to one another, and does nothing else: no chat passes through it. Each connection has
+# Introduces peers to one another. No chat passes through it. Each connection has
 # a Session; the Session of a registered peer stands in `_peers` under the peer's id. Joins and leaves are
 # gathered for UPDATE_GATHER_TIME seconds, encoded once and sent to everybody: a thousand peers that come at once
 # cost each of them one list and a few messages. Besides, server and peers hand out this program over HTTP.
@@ -3598,7 +3598,7 @@ def make_room(loop: Loop, room: Optional[Room], on_mismatch: OnMismatch) -> Open
 
 
 class RequestReader(Reader):
-    """The reader of an HTTP request, which becomes {"method", "target"}. What comes behind the first is ignored."""
+    """The reader of an HTTP request, which becomes {"method", "target"}. What comes after the first is ignored."""
 
     __slots__ = ("_done",)
 
@@ -3691,7 +3691,7 @@ class Download(Handler):
 class FileServer:
     """Hands out this program over HTTP: the file at /p2pchat.py, and at / a page that says what to type.
 
-    The file is read once, so everybody gets what runs here. Too many requests wait for their turn."""
+    The file is read once, so everybody gets what runs here. Requests wait for their turn."""
 
     def __init__(self, loop: Loop, option: str, room: str = "") -> None:
         """`option` is the one by which a peer names us, --server or --join; `room` is the name of a closed room."""
@@ -3700,7 +3700,7 @@ class FileServer:
         self._loop = loop
         self._option = option
         self._room = room
-        self._unasked = Unidentified()  # connections whose request is not complete
+        self._partial = Unidentified()  # connections whose request is not complete
         self._waiting: Dict[Download, None] = {}
         self._serving: Dict[Download, None] = {}
         self._limits: Dict[str, RateLimit] = {}  # by address
@@ -3713,7 +3713,7 @@ class FileServer:
 
     def on_request(self, download: Download) -> None:
         """Answer a request, now or when it is its turn."""
-        self._unasked.discard(download.connection)
+        self._partial.discard(download.connection)
         if len(self._waiting) >= HTTP_WAITING:
             download.connection.send(http_response("503 Service Unavailable", b"Too many requests; try again.\n"))
             download.connection.close("too many requests")
@@ -3723,7 +3723,7 @@ class FileServer:
 
     def on_closed(self, download: Download) -> None:
         """Forget a connection; the next one may have its turn."""
-        self._unasked.discard(download.connection)
+        self._partial.discard(download.connection)
         self._waiting.pop(download, None)
         if download in self._serving:
             del self._serving[download]
@@ -3742,7 +3742,7 @@ class FileServer:
     def _accept(self, connection: Connection) -> None:
         connection.reader = RequestReader()
         connection.hand_over(Download(self, connection), "it asks for the program")
-        self._unasked.add(connection)
+        self._partial.add(connection)
 
     def _serve(self) -> None:
         """Answer those whose turn it is. Those who asked too often are looked at again after a while."""
@@ -4068,9 +4068,9 @@ def make_beacon(sender_id: str, content: Dict[str, Any], size: int) -> bytes:
 #   Discovery    the connection to a discovery server
 #   Delivery     chat messages: numbered, kept until acknowledged, shown once and in order
 #   Finder       looks for others: addresses named by hand, beacons on the local network
-# Each calls only those above it. What goes the other way is an upcall to PeerNode, which holds, in one
-# short method for each, the order in which the helpers learn of it. Everything that they keep about one
-# peer stands in its Contact. The node tells its listeners by events and never draws. A hello proves
+# Each calls only those above it. To reach others it makes an upcall: it calls a short method of PeerNode,
+# which calls the helpers concerned, in the right order. Everything that they keep about one peer stands in
+# its Contact. The node tells its listeners by events and shows nothing. A hello proves
 # nothing: its sender must be seen at the address that it claims, or answer there.
 # ======================================================================================================
 
@@ -4284,7 +4284,7 @@ class Target:
         self.link: Optional[Link] = None  # while it is being dialled
         self.tried_at = float("-inf")
         self.wait = 0.0  # seconds from the last failure to the next try
-        self.retry_at = float("-inf")  # until then the peer is not dialled as one of ours
+        self.retry_at = float("-inf")  # until then is_due() is False
         self.result = ""  # of the last try, in words, for the report
 
 
@@ -4394,20 +4394,20 @@ class OtherRooms:
         return lines
 
     def may_dial(self, address: Address, why: str) -> bool:
-        """Whether to dial an address: not if the passphrase is wrong, or if it has refused us just now."""
+        """Whether to dial an address: not while our passphrase seems wrong or the address is barred."""
         until = self._barred.get(address, (0.0, float("-inf")))[1]
         if (self.is_paused and not self.node.room.has_proved) or self.node.loop.now() < until:
             return False
         return why not in STRANGERS_WORD or self.node.room.may_dial(address[0])
 
     def forgive(self, address: Address) -> None:
-        """A member is there, or the user wants it dialled, and to be told what comes of it."""
+        """Forget that an address failed: a member is there, or the user wants it dialled."""
         self._barred.pop(address, None)
         for about in (ROOM, PASSPHRASE):
             self._limits.pop((format_address(address), about), None)
 
     def has_told(self, address: Address) -> bool:
-        """Whether the user was told that who is there is in another room."""
+        """Whether the user was told that this address is not in our room."""
         return any((format_address(address), about) in self._limits for about in (ROOM, PASSPHRASE))
 
     def on_mismatch(self, address: Address, is_dialled: bool, about: str, words: str) -> None:
@@ -4702,7 +4702,7 @@ class Links:
         link.refuse("you sent too much; come back later")
 
     def close_all(self) -> None:
-        """Say goodbye to all and close: our last incarnation first, or late news of it would call us alive again."""
+        """Announce our last incarnation, or late news of it would revive us. Then say goodbye to all and close."""
         self.announce()
         for link in list(self.all):
             if link.peer is None and not link.dialled:
@@ -4788,7 +4788,7 @@ class Suspicion:
 
     @property
     def reason(self) -> str:
-        """What its user is told if the peer is removed."""
+        """What our user is told if the peer is removed."""
         if SAID_LEFT in self.evidence:
             return "left"
         return "connection refused" if REFUSES in self.evidence else self.words
@@ -4807,7 +4807,7 @@ class Detector:
         self._last_tick = (0.0, 0.0)  # when we last probed, by the loop's clock and by the wall clock
 
     def start(self) -> None:
-        """Trust no silence from before now."""
+        """Count silence from now on."""
         self.contact_at = self.node.loop.now()
         self._last_tick = (self.contact_at, self.node.loop.wall())
 
@@ -4903,7 +4903,7 @@ class Detector:
             self.node.loop.call_later(QUIET_SHOWN, self._check_still_silent, peer, peer.suspicion)
 
     def _patience(self) -> int:
-        """By how much to wait longer than usual: a sign of life may have come that we are too busy to read.
+        """How many times the usual to wait: a sign of life may have come that we are too busy to read.
 
         That is Lifeguard's local health: who is late doubts itself before it doubts others."""
         return BUSY_PATIENCE if self.node.loop.is_behind else 1
@@ -5034,7 +5034,7 @@ class Detector:
         self.node.start_over()
 
     def start_over(self) -> List[Contact]:
-        """Trust no silence from before now, and no list either: peers may have gone meanwhile. Return those probed."""
+        """Count silence from now on, and confirm the list anew: peers may have gone meanwhile. Return those probed."""
         now, present = self.node.loop.now(), self.node.peers.present()
         for peer in present:
             peer.added_at = now
@@ -5064,7 +5064,7 @@ class Detector:
             log.warning("[P2P] the clock jumped by %d s: looking who is still there", max(late, jump))
             self.node.check_server()
         for peer in self.node.peers.tombstones():
-            peer.removed_at += max(0.0, late)  # they did not grow older for the others
+            peer.removed_at += max(0.0, late)  # the time of the pause does not count
         if late >= QUIET_AFTER - PROBE_INTERVAL:  # its senders may have given up what came meanwhile
             self.node.links.abort_all("this process was stopped")
         self.node.start_over()
@@ -5556,7 +5556,7 @@ class Inbox:
 
 class Delivery:
     """Chat messages, out and in. Sent ones are kept until acknowledged and sent again on every new link;
-    the receiver shows each number once. So nothing is lost, doubled or out of order while both live."""
+    the receiver shows each number once. None comes twice or out of order; failures are reported."""
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
@@ -5687,7 +5687,7 @@ class Delivery:
             self._timer = node.loop.call_later(1.0, self._check_progress)
 
     def start_over(self) -> None:
-        """Count no waiting from before now: our clock stood still."""
+        """Count waiting from now on: we slept, or were cut off."""
         now = self.node.loop.now()
         for peer in self.node.peers.present():
             if peer.outbox is not None:
@@ -5891,7 +5891,7 @@ class Finder:
     def on_server_failed(self) -> None:
         """The server does not answer. If we know nobody and never did, look on the local network as well.
 
-        Who has been registered does not: two rooms, each with a server, would become one when both servers stop."""
+        A peer that was registered does not: two groups, each with a server, would merge when both servers stop."""
         node = self.node
         if self._lan is None and not node.discovery.has_registered and not len(node.peers):
             self._open_lan()
@@ -6070,9 +6070,9 @@ class Turn:
 
     def _end(self) -> None:
         """Hand over the events, then acknowledge the messages in them. So a listener's reply is sent before the
-        acknowledgement, and still reaches a peer that waits only for that before it leaves.
+        acknowledgement, and reaches a peer that leaves as soon as it is acknowledged.
 
-        An exception in one of them costs the others nothing: it is raised in the next turn, and the loop reports it."""
+        An exception in a listener does not stop the others: it is raised in the next turn; the loop reports it."""
         self._is_end_scheduled = False
         events, self._events = self._events, []
         for listener in self._node.listeners if events else ():
@@ -6136,12 +6136,11 @@ class PeerNode:
         self.delivery = Delivery(self)
         self.finder = Finder(self)
         self.handlers = node_handlers(self)
-        # For interfaces: everybody else, by name; the peers that a typed text names; the shortest text that tells a
-        # peer from the others; what was found, or why nothing; a table of who is here.
+        # Methods of the helpers that interfaces call as methods of the node. `alone` says why nobody is here.
         self.present, self.find, self.label = self.peers.present, self.peers.find, self.peers.label_of
         self.first_look, self.alone, self.connect = self.finder.first_look, self.finder.report, self.finder.connect
         self.who, self.encryption, self.sync = self.finder.who, self.finder.encryption, self.gossip.sync_for_user
-        self.dialled, self.check_clock = self.finder.on_dialled, self.detector.check_clock  # upcalls of Links
+        self.dialled, self.check_clock = self.finder.on_dialled, self.detector.check_clock  # upcalls
 
     # -- starting and leaving --------------------------------------------------------------------------
 
