@@ -2631,10 +2631,10 @@ class Endpoint(Handler):
 # Encrypted, and only for those who know the passphrase. Every process makes a key and a certificate for
 # itself; that hides a conversation from listeners, but proves nothing to anybody. So both ends then prove that
 # they know the passphrase, by CPACE-X25519-SHA512 as draft-irtf-cfrg-cpace has it. Its messages are of no use
-# to anybody who does not know the passphrase: whoever takes part learns whether one guess was right, and
-# nothing to try others with at home. The proof is bound to the certificate, so a man in the middle, who must
-# show one of his own, is refused at both ends. Guesses are counted by address. Pure: randomness and time are
-# arguments. One corner is cut: Python's integers take more or less time with their values. All secrets of
+# to anybody who does not know the passphrase: whoever takes part without it learns whether one guess was
+# right, but gets nothing with which to try others at home. The proof is bound to the certificate, so a man in the middle, who must
+# show one of his own, is refused at both ends. Guesses are counted by address. Proof and Guesses
+# are pure. One corner is cut: the time of Python's arithmetic depends on the values. All secrets of
 # the exchange are drawn anew for each run, so nobody can measure the same one twice.
 # ======================================================================================================
 
@@ -2821,8 +2821,8 @@ class Proof:
                MSG_PAKE {confirm}  -->                                   the dialler is exposed
                                         <--  MSG_PAKE {confirm}          only if the dialler's was right
 
-    Whoever gets a right `confirm` first knows that its guess was right, and may hang up. So a run that ends while
-    `exposed` is True counts as a guess of the far end, however it ends. A run that failed takes no more messages.
+    Whoever gets a right `confirm` first knows that its guess was right, and may hang up. So ClosedRoom counts
+    a guess if a run that we dialled ends while it is exposed. A run that failed takes no more messages.
     Messages of the run name no sender: names are for members, and whether the far end is one is not known yet."""
 
     __slots__ = ("room", "dialled", "proved", "exposed", "_certificate", "_nonce", "_scalar", "_sid", "_y",
@@ -2896,7 +2896,7 @@ class Proof:
     def _handle_confirm(self, content: Message) -> List[Message]:
         import hmac
 
-        self.exposed = True  # to refuse it is an answer, too
+        self.exposed = True  # a refusal is an answer, too
         if not hmac.compare_digest(self._expected, bytes.fromhex(content["confirm"])):
             raise ProofError("passphrase", f"the passphrases for the closed room {self.room.name} differ")
         self.exposed = False
@@ -2930,8 +2930,8 @@ class Guesses:
     """How many passphrases each address has tried lately, and when it may try the next.
 
     Before a run handles a message that exposes it (Proof.is_next_exposing), may_start() must return 0.0; else the
-    run waits for so long, or for the next proved(), and asks again. As soon as it is exposed, count() is called, so
-    that a hundred runs at once do not get a hundred answers; proved() takes that back.
+    run waits that long, or until another run with the address ends, and asks again. count() is called when a run
+    has failed and the far end may know whether it guessed right.
 
     Only a guess or a proof makes an entry, and those with the fewest guesses make room. So to have a count of three
     cleared takes some 3,600 addresses that guess three times each in the same minute: it costs more than it wins."""
@@ -2945,13 +2945,13 @@ class Guesses:
         return guesser.limit(now).wait(now) if guesser is not None else 0.0
 
     def count(self, ip: str, now: float) -> None:
-        """Count a guess of an address: a run with it is exposed."""
+        """Count a guess of an address: a run with it failed."""
         guesser = self._find(ip, now)
         guesser.limit(now).take(now)
         guesser.guessed_at = [*guesser.guessed_at[1 - MEMBER_GUESSES:], now]
 
     def proved(self, ip: str, now: float, counted: bool = False) -> None:
-        """An address has proved that it knows the passphrase. If the run was counted as a guess, it was none."""
+        """An address has proved that it knows the passphrase. If its run was `counted`, take that back."""
         guesser = self._find(ip, now)
         guesser.proved_at = now
         if counted and guesser.guessed_at:
@@ -2960,7 +2960,7 @@ class Guesses:
             limit.level = max(0.0, limit.level - 1)
 
     def wrong_in_last_minute(self, ip: str, now: float) -> int:
-        """Return how many guesses of an address in the last minute were wrong, or are not answered yet."""
+        """Return how many guesses of an address in the last minute were wrong, or may have been."""
         guesser = self._guessers.get(ip)
         return sum(now - at < 60.0 for at in guesser.guessed_at) if guesser is not None else 0
 
@@ -3121,7 +3121,7 @@ class SealedConnection(Connection, Handler):
         self.room = room
         self.address = remote  # as it was named, if we dialled
         self.number = next(room.numbers)  # the lower, the older
-        self.is_trusted = False  # its address comes from the user or from a member, and waits for no guesses of others
+        self.is_trusted = False  # its address comes from the user or from a member, and need not wait until its address may guess
         self.raw = Connection(room.loop, remote, CLOSED)
         self.proof: Optional[Proof] = None
         self.is_exposed = False  # the far end that we dialled may know whether it guessed right, and we do not
@@ -3176,7 +3176,7 @@ class SealedConnection(Connection, Handler):
 
     def on_close(self, reason: str) -> None:
         if self._is_queued:
-            self._reason = self._reason or reason  # first comes what it has sent before
+            self._reason = self._reason or reason  # first handle what it has sent
         else:
             self.abort(reason)
 
@@ -3186,7 +3186,7 @@ class SealedConnection(Connection, Handler):
                   else "no proof of the passphrase came in time")
 
     def take(self, data: bytes) -> None:
-        """Take bytes from below; without any, the far end sends no more. What strangers cause waits for its turn."""
+        """Take bytes from `raw`; none: the far end sends no more. Bytes before the proof wait for their turn."""
         if self.state == OPEN and data:
             self._receive(data)
         elif self.state == OPEN:
@@ -3290,7 +3290,7 @@ class SealedConnection(Connection, Handler):
         self._handle_held()
         if self.reader.error is not None:
             self.fail(PROTOCOL, self.reader.error)
-            self._bad_input(self.reader.error)  # if it came behind the proof
+            self._bad_input(self.reader.error)  # if the proof has succeeded
 
     def _say_all(self, messages: List[Message]) -> None:
         for message in messages:
@@ -3303,7 +3303,7 @@ class SealedConnection(Connection, Handler):
             self.room.strangers.add(self.remote[0], self.number, self._handle_held)
 
     def _handle_held(self) -> None:
-        """Handle the messages that came before the proof; those behind its last one are for the owner."""
+        """Handle the messages that came before the proof; those after its last one are for the owner."""
         while self._held and self.state == CONNECTING:
             message = self._held[0]
             wait = self.room.seconds_to_wait(self)
@@ -3343,7 +3343,7 @@ class SealedConnection(Connection, Handler):
         """Both ends have proved that they know the passphrase: the owner gets the connection."""
         self._timer.cancel()
         self.state = OPEN
-        self._line_started = self.loop.now()  # of what came behind the proof
+        self._line_started = self.loop.now()  # of what came after the proof
         self.room.on_proved(self)
         if self._accept is not None:
             self.handler = self._accept(self)
@@ -3353,21 +3353,21 @@ class SealedConnection(Connection, Handler):
 
 
 class FairQueue:
-    """Work that strangers cause: their addresses in turn, for each the oldest first, at most PROOF_TIME of it a turn.
+    """Work that strangers cause. Addresses take turns, each with its oldest connection, for PROOF_TIME a turn.
 
-    The loop goes round without waiting as long as there is any, so it also gets all the time that is idle."""
+    While there is work, the loop does not wait for sockets, so this work also gets all idle time."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._count = itertools.count()
         self._by_ip: Dict[str, List[Tuple[int, int, Callable[[], None]]]] = {}  # heaps; two for each connection at most
 
-    def add(self, ip: str, age: int, work: Callable[[], None]) -> None:
-        """Call back when it is the turn of that address. Of its work that of the least age comes first: connections are
+    def add(self, ip: str, number: int, work: Callable[[], None]) -> None:
+        """Call back when it is the turn of that address. Its work with the lowest number comes first: connections are
         opened one after the other, while to open all of them at once would take too long for each."""
         if not self._by_ip:
             self._loop.call_later(0, self._run)
-        heapq.heappush(self._by_ip.setdefault(ip, []), (age, next(self._count), work))
+        heapq.heappush(self._by_ip.setdefault(ip, []), (number, next(self._count), work))
 
     def _run(self) -> None:
         end = self._loop.now() + PROOF_TIME
@@ -3387,7 +3387,7 @@ class FairQueue:
                 self._loop.call_later(0, self._run)
 
 
-OnMismatch = Callable[[Address, bool, str, str], None]  # address, whether we dialled it, ROOM or so, and in words
+OnMismatch = Callable[[Address, bool, str, str], None]  # address, whether we dialled it, `about`, and in words
 
 
 class OpenRoom:
@@ -3429,7 +3429,7 @@ class OpenRoom:
         """Prove another one from now on."""
 
     def close(self) -> None:
-        """Close what no member has."""
+        """Close what is unproved."""
 
     def _on_tls(self, connection: Connection) -> None:
         """Somebody in a closed room dialled us."""
@@ -3505,7 +3505,7 @@ class ClosedRoom(OpenRoom):
         ip, now = connection.remote[0], self.loop.now()
         wait, under_way = self.guesses.may_start(ip, now), self._exposed.get(ip, 0)
         if connection.is_dialled and under_way and under_way >= GUESSES - self.guesses.wrong_in_last_minute(ip, now):
-            wait = max(wait, HELLO_TIMEOUT)  # a hundred runs at once get no hundred answers: until one of them ends
+            wait = max(wait, HELLO_TIMEOUT)  # until a run ends: a hundred runs must not get a hundred answers
         if wait > 0:
             self._waiting.setdefault(ip, {})[connection] = None
         return wait
@@ -3521,17 +3521,17 @@ class ClosedRoom(OpenRoom):
         """A run failed. If the far end may know by now whether it guessed right, that was a guess, however it ends."""
         if connection.is_exposed or has_guessed:
             self.guesses.count(connection.remote[0], self.loop.now())
-        self._cover(connection)
+        self._free(connection)
 
     def on_proved(self, connection: SealedConnection) -> None:
         """A connection is a member's."""
         self.has_proved = True
         self._unproved.discard(connection)
         self.guesses.proved(connection.remote[0], self.loop.now())
-        self._cover(connection)
+        self._free(connection)
 
-    def _cover(self, connection: SealedConnection) -> None:
-        """A run is not exposed any more, so the next with that address may be."""
+    def _free(self, connection: SealedConnection) -> None:
+        """A run is not exposed any more: let the next at that address go on."""
         ip = connection.remote[0]
         self._leave_queue(connection)
         if connection.is_exposed:
