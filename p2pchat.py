@@ -2632,10 +2632,10 @@ class Endpoint(Handler):
 # itself; that hides a conversation from listeners, but proves nothing to anybody. So both ends then prove that
 # they know the passphrase, by CPACE-X25519-SHA512 as draft-irtf-cfrg-cpace has it. Its messages are of no use
 # to anybody who does not know the passphrase: whoever takes part without it learns whether one guess was
-# right, but gets nothing with which to try others at home. The proof is bound to the certificate, so a man in the middle, who must
-# show one of his own, is refused at both ends. Guesses are counted by address. Proof and Guesses
-# are pure. One corner is cut: the time of Python's arithmetic depends on the values. All secrets of
-# the exchange are drawn anew for each run, so nobody can measure the same one twice.
+# right, but gets nothing with which to try others at home. The proof is bound to the certificate, so a man
+# in the middle, who must show one of his own, is refused at both ends. Guesses are counted by address. Proof
+# and Guesses are pure. One corner is cut: the time of Python's arithmetic depends on the values. All secrets
+# of the exchange are drawn anew for each run, so nobody can measure the same one twice.
 # ======================================================================================================
 
 _P = 2**255 - 19  # the prime of Curve25519
@@ -2950,14 +2950,9 @@ class Guesses:
         guesser.limit(now).take(now)
         guesser.guessed_at = [*guesser.guessed_at[1 - MEMBER_GUESSES:], now]
 
-    def proved(self, ip: str, now: float, counted: bool = False) -> None:
-        """An address has proved that it knows the passphrase. If its run was `counted`, take that back."""
-        guesser = self._find(ip, now)
-        guesser.proved_at = now
-        if counted and guesser.guessed_at:
-            guesser.guessed_at.pop()
-            limit = guesser.limit(now)
-            limit.level = max(0.0, limit.level - 1)
+    def proved(self, ip: str, now: float) -> None:
+        """An address has proved that it knows the passphrase."""
+        self._find(ip, now).proved_at = now
 
     def wrong_in_last_minute(self, ip: str, now: float) -> int:
         """Return how many guesses of an address in the last minute were wrong, or may have been."""
@@ -3121,7 +3116,7 @@ class SealedConnection(Connection, Handler):
         self.room = room
         self.address = remote  # as it was named, if we dialled
         self.number = next(room.numbers)  # the lower, the older
-        self.is_trusted = False  # its address comes from the user or from a member, and need not wait until its address may guess
+        self.is_trusted = False  # dialled, and not on a stranger's word: it need not wait until its address may guess
         self.raw = Connection(room.loop, remote, CLOSED)
         self.proof: Optional[Proof] = None
         self.is_exposed = False  # the far end that we dialled may know whether it guessed right, and we do not
