@@ -6442,11 +6442,15 @@ Place = Tuple[int, int]  # in a scrollback: the seq of an entry, and one of its 
 Clock = Callable[[float], str]  # turns Unix time into what is shown
 
 
-class Area(NamedTuple):
-    """The size of the part of the screen that shows messages."""
+class Layout(NamedTuple):
+    """How many rows each part of the screen has, and how many columns the messages and the list of peers have."""
 
-    height: int
-    cols: int
+    bar: int
+    height: int  # of the messages: 1 even if there is no room for them
+    rule: int
+    input: int
+    cols: int  # of the messages
+    side: int  # with its border
 
 
 class Screen(NamedTuple):
@@ -6468,14 +6472,13 @@ class LineEditor:
         self._history: List[str] = []
         self._at = 0  # index in the history; its length stands for the line that is being written
         self._draft = ""  # that line, while the history is shown
-        self._cut = ""
+        self.was_cut = ""
         self._doing = ""  # what the last key did and the next one may go on with: "cutting", "typing", "last word"
         self._former: List[Tuple[str, str]] = []  # both parts before each change, for undo()
         self._last_word: Tuple[int, str] = (0, "")  # where in the history the inserted word stands, and the word
 
     @property
     def text(self) -> str:
-        """The whole line."""
         return self.left + self.right
 
     @property
@@ -6487,29 +6490,24 @@ class LineEditor:
 
     def set(self, text: str) -> None:
         """Replace the line, and put the cursor at its end."""
-        self._change(text, "")
+        self.change(text, "")
 
     def insert(self, text: str) -> None:
         """Insert a text at the cursor. A word that is typed is one step for undo()."""
         goes_on = self._doing == "typing" and not text.isspace()
-        self._change(self.left + text, self.right, "typing", goes_on)
+        self.change(self.left + text, self.right, "typing", goes_on)
 
     def move(self, left: int) -> None:
         """Put the cursor so many characters from the beginning."""
         self.left, self.right, self._doing = self.text[:left], self.text[left:], ""
 
-    def replace_left(self, left: str) -> None:
-        """Replace what stands left of the cursor."""
-        self._change(left, self.right)
-
-    def _change(self, left: str, right: str, doing: str = "", goes_on: bool = False) -> None:
+    def change(self, left: str, right: str, doing: str = "", goes_on: bool = False) -> None:
         """Replace both parts, and keep the former ones for undo() unless this goes on with the change before."""
         if not goes_on and left + right != self.text:
             self._former = [*self._former[1 - MAX_UNDO:], (self.left, self.right)]
         self.left, self.right, self._doing = left, right, doing
 
     def undo(self) -> None:
-        """Take back the last change."""
         if self._former:
             self.left, self.right = self._former.pop()
         self._doing = ""
@@ -6537,26 +6535,18 @@ class LineEditor:
 
     def delete(self, where: int) -> str:
         """Delete what stands between the cursor and an index; return it."""
-        if where < len(self.left):
-            gone, left, right = self.left[where:], self.left[:where], self.right
-        else:
-            at = where - len(self.left)
-            gone, left, right = self.right[:at], self.left, self.right[at:]
-        self._change(left, right)
-        return gone
+        text, (start, end) = self.text, sorted((where, len(self.left)))
+        self.change(text[:start], text[end:])
+        return text[start:end]
 
     def cut(self, where: int) -> None:
-        """Delete, and keep it for yank(); pieces that are cut one after the other are kept as one."""
+        """Delete, and keep it in `was_cut`; pieces that are cut one after the other are kept as one."""
         backwards, is_cutting = where < len(self.left), self._doing == "cutting"
         gone = self.delete(where)
         if is_cutting:
-            gone = gone + self._cut if backwards else self._cut + gone
+            gone = gone + self.was_cut if backwards else self.was_cut + gone
         if gone:
-            self._cut, self._doing = gone, "cutting"
-
-    def yank(self) -> None:
-        """Insert what was cut last."""
-        self.insert(self._cut)
+            self.was_cut, self._doing = gone, "cutting"
 
     def enter(self) -> str:
         """Return the line, add it to the history, and begin an empty one."""
@@ -6583,12 +6573,12 @@ class LineEditor:
         left, right = self.text[:middle], self.text[middle:]
         first, second = (graphemes(left[-64:]) or [""])[-1], (graphemes(right[:64]) or [""])[0]
         if first and second:
-            self._change(left[:len(left) - len(first)] + second + first, right[len(second):])
+            self.change(left[:len(left) - len(first)] + second + first, right[len(second):])
 
     def convert(self, change: Callable[[str], str]) -> None:
         """Change the rest of the word right of the cursor, and go behind it."""
         end = self.word_behind() - len(self.left)
-        self._change(self.left + change(self.right[:end]), self.right[end:])
+        self.change(self.left + change(self.right[:end]), self.right[end:])
 
     def insert_last_word(self) -> None:
         """Insert the last word of the line entered before; again: in its place that of the line before that one."""
@@ -6597,7 +6587,7 @@ class LineEditor:
         if at > 0:
             found = (self._history[at - 1].split() or [""])[-1]
             self._last_word = (at - 1, found)
-            self._change(self.left[:len(self.left) - len(word)] + found, self.right, "last word", goes_on)
+            self.change(self.left[:len(self.left) - len(word)] + found, self.right, "last word", goes_on)
 
     def find(self, wanted: str, before: Optional[int] = None) -> Optional[int]:
         """Show the last line of the history that holds a text, above index `before`; return its index."""
@@ -6638,24 +6628,9 @@ class Receipts:
         self.waiting = len(self.outcomes)  # receivers with no outcome yet
         self.failed = 0  # receivers that do not get it
 
-    def settle(self, peer_id: str, outcome: str) -> bool:
-        """Note what became of it at one receiver; return whether there was no outcome yet."""
-        is_first = self.outcomes.get(peer_id, outcome) is None
-        self.outcomes[peer_id] = outcome
-        if is_first:
-            self.waiting -= 1
-        if outcome:
-            self.failed += 1
-        return is_first
-
     def forget_delivered(self) -> None:
         """Keep only the failures, which are shown for good."""
         self.outcomes = {each: outcome for each, outcome in self.outcomes.items() if outcome} if self.failed else {}
-
-    def rename(self, old: str, new: str) -> None:
-        """Note that a receiver has another id."""
-        if old in self.outcomes:
-            self.outcomes[new] = self.outcomes.pop(old)
 
     def failures(self, label: Callable[[str], str]) -> List[str]:
         """Return lines that say whom it was not delivered to, one for each reason."""
@@ -6696,19 +6671,17 @@ class Outgoing:
         receipts = self.under_way.get(message_id)
         if receipts is None:
             return None
-        if receipts.settle(peer_id, outcome):
+        if receipts.outcomes.get(peer_id, outcome) is None:  # the first outcome counts
+            receipts.waiting -= 1
             self._deliveries -= 1
+        receipts.outcomes[peer_id] = outcome
+        receipts.failed += bool(outcome)
         if not receipts.waiting:
             del self.under_way[message_id]
             self._size -= receipts.size
             if receipts is not self.last:  # /info tells all about the last one
                 receipts.forget_delivered()
         return receipts
-
-    def rename(self, old: str, new: str) -> None:
-        """Note that a receiver has another id."""
-        for receipts in self.under_way.values():
-            receipts.rename(old, new)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -6792,7 +6765,7 @@ class Scrollback:
         self._size = 0  # characters of all entries
         self._drawn: Dict[int, Tuple[Tuple[Any, ...], List[EntryRow]]] = {}  # by seq: the state that is shown, and rows
         self._drawn_rows = 0  # at most so many
-        self._portion = DRAW_PORTION  # characters that may still be wrapped for this drawing
+        self.portion = DRAW_PORTION  # characters that may still be wrapped for this drawing; if none, texts are missing
         self.anchor: Optional[Place] = None
         self._left_at = -1  # seq of the newest entry when the reader scrolled away from the bottom
         self.unread: Optional[int] = None  # seq of the entry below which "new" is drawn
@@ -6849,9 +6822,9 @@ class Scrollback:
         known = self._drawn.get(entry.seq)
         if known is not None and known[0] == state:
             return known[1]
-        if self._portion <= 0:
+        if self.portion <= 0:
             return self._draw(entry, cols, style, "…")
-        self._portion -= len(entry.text) * (1 if entry.text.isascii() else 3)
+        self.portion -= len(entry.text) * (1 if entry.text.isascii() else 3)
         if self._drawn_rows > MAX_DRAWN:
             self._drawn.clear()
             self._drawn_rows = 0
@@ -6859,15 +6832,6 @@ class Scrollback:
         self._drawn[entry.seq] = (state, rows)
         self._drawn_rows += len(rows)
         return rows
-
-    def start_drawing(self) -> None:
-        """Begin another drawing, which may wrap another portion of texts."""
-        self._portion = DRAW_PORTION
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether the drawing has all texts."""
-        return self._portion > 0
 
     def _draw(self, entry: Entry, cols: int, style: str, text: str) -> List[EntryRow]:
         """Draw an entry: its head, the text wrapped beside it, and below it the failures."""
@@ -6896,11 +6860,12 @@ class Scrollback:
             rows += [(rest, text, "error") for text in wrap(failure, max(1, cols - indent))]
         return rows
 
-    def visible(self, area: Area) -> List[Line]:
+    def visible(self, area: Layout) -> List[Line]:
         """Return exactly as many rows as fit, filled to their width; the anchor or the newest row is the lowest."""
-        height, cols = area
+        height, cols = area.height, area.cols
+        self.portion = DRAW_PORTION
         rows: List[EntryRow] = []
-        if height > 0 and self.entries:
+        if self.entries:
             low = (self.entries[-1].seq, sys.maxsize)
             if self.anchor is not None:
                 low = self._clamped(self.moved(self.anchor, 0, cols), area)
@@ -6919,12 +6884,12 @@ class Scrollback:
 
     # -- where the reader is ---------------------------------------------------------------------------
 
-    def scroll(self, by: int, area: Area) -> None:
+    def scroll(self, by: int, area: Layout) -> None:
         """Go down by some rows; up if `by` is negative."""
         if self.entries:
             self.go_to(self.moved(self.anchor or self._bottom(area.cols), by, area.cols), area)
 
-    def go_to(self, place: Place, area: Area) -> None:
+    def go_to(self, place: Place, area: Layout) -> None:
         """Make a place the lowest on screen, as far as that is possible."""
         place, bottom = self._clamped(place, area), self._bottom(area.cols)
         if self.anchor is None and place < bottom:
@@ -6933,7 +6898,7 @@ class Scrollback:
                 self.unread, self._is_missed = self._left_at, False
         self.anchor = place if place < bottom else None
 
-    def to_top(self, area: Area) -> None:
+    def to_top(self, area: Layout) -> None:
         """Go to the oldest entry."""
         if self.entries:
             self.go_to((self.entries[0].seq, 0), area)
@@ -6948,7 +6913,7 @@ class Scrollback:
         if self.anchor is None:
             self.unread, self._is_missed = self.next - 1, True
 
-    def is_on_screen(self, seq: int, area: Area) -> bool:
+    def is_on_screen(self, seq: int, area: Layout) -> bool:
         """Whether an entry is on screen, or at least its end."""
         if not self.entries:
             return False
@@ -6982,7 +6947,7 @@ class Scrollback:
         last = self.entries[-1]
         return last.seq, len(self.rows(last, cols)) - 1
 
-    def _clamped(self, place: Place, area: Area) -> Place:
+    def _clamped(self, place: Place, area: Layout) -> Place:
         """Return a place, or the highest one with a screenful above it if that is lower."""
         return max(place, self.moved((self.entries[0].seq, 0), area.height - 1, area.cols))
 
@@ -7064,14 +7029,6 @@ class People:
             return "z "
         return "+ " if now - self.fresh.get(peer.id, float("-inf")) < FRESH_TIME else "● " if peer.is_direct else "◐ "
 
-    def rename(self, old: str, new: str) -> None:
-        """Note that a peer has another id."""
-        tables: Tuple[Dict[str, Any], ...] = (self.ignored, self.spoke_at, self.fresh)
-        for table in tables:
-            if old in table:
-                table[new] = table.pop(old)
-        self.private = new if self.private == old else self.private
-
 
 def _mentions(text: str, name: str) -> bool:
     """Whether a text contains a name as a word of its own."""
@@ -7100,43 +7057,33 @@ def _shortened(text: str) -> str:
 # Pure functions from the view and a size to lines. What has no room is left out, the input line last of all.
 
 
-class Layout(NamedTuple):
-    """How many rows each part of the screen has, and how many columns the list of peers with its border."""
-
-    bar: int
-    messages: int
-    rule: int
-    input: int
-    side: int
-
-
 def layout(view: "ChatView", rows: int, cols: int) -> Layout:
-    """Divide a screen."""
     bar, rule = int(rows >= 3), int(rows >= 6)
     wanted = len(_input_rows(view, cols)[0]) if rows >= 4 else 1
     lines = max(1, min(wanted, (rows - bar - rule) // 3))
     has_side = view.has_side and cols >= SIDE_COLS and rows >= 4 and view.node.present()
     side = min(cols // 4, 40) if has_side else 0  # whatever the names: text should not move whenever somebody comes
-    return Layout(bar, rows - bar - rule - lines, rule, lines, side)
+    return Layout(bar, max(1, rows - bar - rule - lines), rule, lines, cols - side, side)
 
 
 def render(view: "ChatView", rows: int, cols: int) -> Screen:
     """Draw the screen: the status bar, messages beside the list of peers, a rule with a hint, the input line."""
     part, scrollback = layout(view, rows, cols), view.window.scrollback
-    scrollback.start_drawing()
-    messages = scrollback.visible(Area(part.messages, cols - part.side))
+    messages = scrollback.visible(part)
     hint = _hint(view)
-    if hint and not part.rule and messages:
-        messages[-1] = fill((Span(hint, "rule"),), cols - part.side)
+    if hint and not part.rule:
+        messages[-1] = fill((Span(hint, "rule"),), part.cols)
     if part.side:
-        messages = _side_by_side(messages, _side_rows(view, part.messages, part.side - 3))
+        blank: Line = []
+        peers = itertools.zip_longest(messages, _side_rows(view, part.height, part.side - 3), fillvalue=blank)
+        messages = [[*left, Span(" │ ", "dim"), *right] for left, right in peers]
     start = f"── {hint} " if hint else ""
     rule = [Span(start, "rule"), Span("─" * (cols - width(start)), "dim")]
     typed, (row, column) = _input_rows(view, cols)
     top = max(0, row - part.input + 1)
     below = [_prompted(view, text, top + at == 0) for at, text in enumerate(typed[top:top + part.input])]
     lines = [*[_status_bar(view, cols)] * part.bar, *messages, *[clip(rule, cols)] * part.rule, *below]
-    return Screen(lines, (rows - part.input + row - top, column), scrollback.is_drawn)
+    return Screen(lines[-rows:], (rows - part.input + row - top, column), scrollback.portion > 0)
 
 
 def render_bare(view: "ChatView", rows: int, cols: int) -> List[str]:
@@ -7218,12 +7165,6 @@ def _side_rows(view: "ChatView", height: int, cols: int) -> List[Line]:
     if room < len(peers):
         rows.append([Span(f"{below} more: Alt-PgDn" if below else f"{people.top} more: Alt-PgUp", "dim")])
     return [clip(row, cols) for row in rows]
-
-
-def _side_by_side(left: List[Line], right: List[Line]) -> List[Line]:
-    """Put two blocks of rows side by side, with a line between them that no text touches."""
-    blank: List[Line] = [[]] * (len(left) - len(right))
-    return [[*line, Span(" │ ", "dim"), *other] for line, other in zip(left, right + blank)]
 
 
 def _input_rows(view: "ChatView", cols: int) -> Tuple[List[str], Tuple[int, int]]:
@@ -7409,9 +7350,13 @@ class Narrator:
 
     def on_renamed(self, event: Event) -> None:
         """Say that a peer or the user has another name or address, and go on with the new id."""
-        view, old, new = self.view, event["old"], event["peer"]
-        view.people.rename(old["id"], new["id"])
-        view.outgoing.rename(old["id"], new["id"])
+        view, people, old, new = self.view, self.view.people, event["old"], event["peer"]
+        receipts = [each.outcomes for each in view.outgoing.under_way.values()]
+        tables: List[Dict[str, Any]] = [people.ignored, people.spoke_at, people.fresh, *receipts]
+        for table in tables:
+            if old["id"] in table:
+                table[new["id"]] = table.pop(old["id"])
+        people.private = new["id"] if people.private == old["id"] else people.private
         view.window.target = new["id"] if view.window.target == old["id"] else view.window.target
         subject = "You are" if new["id"] == view.node.me.id else f"{old['username']} is"
         if old["username"] != new["username"]:
@@ -7486,7 +7431,7 @@ EDIT_KEYS: Tuple[Key, ...] = (
     Key("Alt-D", "cut the word to the right", lambda line: line.cut(line.word_behind())),
     Key("Ctrl-U", "cut back to the beginning", lambda line: line.cut(0)),
     Key("Ctrl-K", "cut to the end", lambda line: line.cut(len(line.text))),
-    Key("Ctrl-Y", "insert what was cut", lambda line: line.yank()),
+    Key("Ctrl-Y", "insert what was cut", lambda line: line.insert(line.was_cut)),
     Key("Up, Ctrl-P", "the line entered before", lambda line: line.recall(-1)),
     Key("Down, Ctrl-N", "the line entered after it", lambda line: line.recall(1)),
     Key("Ctrl-_", "undo", lambda line: line.undo()),
@@ -7999,7 +7944,7 @@ class Completion:
             start = line.blank_before() if line.left[-1:].strip() else len(line.left)
             self._before, self._candidates, self._at = line.left[:start], self._find(line.left, start), 0
         if self._candidates:
-            line.replace_left(self._before + self._candidates[self._at])
+            line.change(self._before + self._candidates[self._at], line.right)
 
     def _find(self, text: str, start: int) -> List[str]:
         """Return what the word at `start` can become: commands, or names, the latest speakers first."""
@@ -8169,17 +8114,15 @@ class Keyboard:
 
     def page(self, pages: int) -> None:
         """Scroll by screenfuls; one row stays on screen."""
-        area = self.view.area()
-        self.view.window.scrollback.scroll(pages * max(1, area.height - 1), area)
+        self.scroll(pages * max(1, self.view.area().height - 1))
 
     def wheel(self, value: str) -> None:
         """Scroll what the pointer is over; `value` is the rows and the pointer's column, 0 if that is not known."""
         rows, column = map(int, value.split())
-        area = self.view.area()
-        if column > area.cols:
+        if column > self.view.area().cols:
             self.view.people.top += rows
         else:
-            self.view.window.scrollback.scroll(rows, area)
+            self.scroll(rows)
 
     def show_bare(self) -> None:
         self.view.is_bare = True
@@ -8242,15 +8185,8 @@ class ChatView:
         self.on_answer: Callable[[str, str], None] = lambda text, kind: None
         self.keyboard = Keyboard(self)
         self.commands = Commands(self)
-        self._narrator = Narrator(self)
-
-    def handle(self, events: List[Event]) -> None:
-        """Take in the events of one turn."""
-        self._narrator.handle(events)
-
-    def enter(self, text: str) -> bool:
-        """Do what an entered line says; return whether that was possible."""
-        return self.commands.enter(text)
+        self.enter = self.commands.enter
+        self.handle = Narrator(self).handle
 
     def ask_passphrase(self) -> None:
         """What is typed next is the passphrase: it is neither shown nor kept among the lines that were entered."""
@@ -8309,10 +8245,9 @@ class ChatView:
         """Return how many columns the text of an answer has; without a screen there is no limit."""
         return self.area().cols - (8 if self.cols >= TIME_COLS else 2) if self.on_screen else sys.maxsize
 
-    def area(self) -> Area:
-        """Return the size of the part of the screen that shows messages."""
-        part = layout(self, self.rows, self.cols)
-        return Area(max(1, part.messages), self.cols - part.side)
+    def area(self) -> Layout:
+        """Return the size of the part of the screen that shows messages, among others."""
+        return layout(self, self.rows, self.cols)
 
 
 # -- the start form ------------------------------------------------------------------------------------

@@ -1224,8 +1224,7 @@ def test_a_receipt_finds_a_receiver_that_was_renamed():
 
 def test_outgoing_counts_what_is_under_way():
     outgoing = p2pchat.Outgoing()
-    receipts = outgoing.add("m-1", "text", ["a", "b"])
-    outgoing.rename("b", "c")
+    receipts = outgoing.add("m-1", "text", ["a", "c"])
     assert outgoing.settle("m-1", "a", "") is receipts and receipts.waiting == 1
     assert outgoing.settle("m-1", "a", "again").waiting == 1  # only the first outcome counts
     assert outgoing.settle("m-1", "c", "silent").waiting == 0 and not outgoing.under_way
@@ -9363,7 +9362,7 @@ def test_a_terminal_that_goes_away():
             assert bob.event("left")["reason"] == "left" and alice.process.wait(PTY_LIMIT) == 0
 
 
-@pytest.mark.parametrize("where", ["ChatView.handle", "render", "Keyboard.press"])
+@pytest.mark.parametrize("where", ["Narrator.handle", "render", "Keyboard.press"])
 def test_the_terminal_is_restored_after_an_exception(where):
     code = f"""if True:
         import p2pchat, sys
