@@ -8337,7 +8337,6 @@ WHEEL_ROWS = 3  # that a notch scrolls where the terminal tells of the mouse its
 MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
 PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
 SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
-KEYS_SIZE = 512  # bytes of a turn that are typed at a prompt: pasted, they may be 256 texts to everyone
 INPUT_TIME = 0.006  # seconds of a turn for lines of input: the others wait for the next turn
 INPUT_LINES = 64  # lines of input that are sent together
 INPUT_PORTION = 64 * 1024  # bytes of them, on the wire: a few of the longest texts
@@ -8435,7 +8434,6 @@ class KeyReader:
             presses.append((PRESS, "alt-" + name if found["alt"] or found["meta"] else name))
         return found.end()
 
-
     @staticmethod
     def _mouse(button: str, place: str, presses: List[Press]) -> None:
         """Take a report of the mouse: only its wheel counts."""
@@ -8462,6 +8460,12 @@ def without_burst(presses: List[Press]) -> List[Press]:
     return [(PASTE, "".join(plain.get(press, press[1]) for press in presses))]
 
 
+def complain(why: object, status: int = 1) -> int:
+    """Say in a line on stderr what is wrong; return the exit status that says so, too."""
+    sys.stderr.write(f"p2pchat: {why}\n")
+    return status
+
+
 class LogTail(logging.Handler):
     """Keeps the last lines of the log, for /log. What is critical is told to the user at once."""
 
@@ -8473,38 +8477,36 @@ class LogTail(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.CRITICAL:
             self._tell(record.getMessage())
-        self._lines.append(f"{_time_of_second(int(record.created))} {clean(record.getMessage())}")
+        self._lines.append(f"{show_time(record.created, '%H:%M:%S', 1)} {clean(record.getMessage())}")
 
 
-def show_time(when: float) -> str:
-    """Return hours and minutes of a Unix time. Each minute is formatted once."""
-    return _time_of_minute(int(when // 60))
+def show_time(when: float, layout: str = "%H:%M", unit: int = 60) -> str:
+    """Return a Unix time in words. Each minute, or other unit, is formatted once."""
+    return _strftime(layout, int(when // unit) * unit)
 
 
 def show_day(when: float) -> str:
-    """Return the date of a Unix time."""
-    return _day_of_minute(int(when // 60))
+    return show_time(when, "%A, %d %B %Y")
 
 
 @functools.lru_cache(maxsize=64)
-def _day_of_minute(minute: int) -> str:
-    return time.strftime("%A, %d %B %Y", time.localtime(minute * 60))
+def _strftime(layout: str, when: int) -> str:
+    return time.strftime(layout, time.localtime(when))
 
 
-@functools.lru_cache(maxsize=64)
-def _time_of_minute(minute: int) -> str:
-    return time.strftime("%H:%M", time.localtime(minute * 60))
-
-
-@functools.lru_cache(maxsize=1)
-def _time_of_second(second: int) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(second))
+def read_input(size: int) -> bytes:
+    """Read from standard input; return nothing at its end, or if that can't be done."""
+    try:
+        return os.read(0, size)
+    except OSError:
+        return b""
 
 
 class Interface:
     """What the three have in common. A `failure` is a bug of ours; it ends the program in an orderly way."""
 
     transcript: Optional[Transcript] = None  # of an interface without a screen
+    keys_size = PIPE_SIZE  # bytes of a turn that are typed or pasted
 
     def __init__(self, loop: Loop, settings: Settings, room: Optional[Room] = None) -> None:
         """`room` is a closed one; the form asks for its passphrase if that is empty."""
@@ -8525,20 +8527,15 @@ class Interface:
         try:
             self.chat()
         except RoomError as error:
-            sys.stderr.write(f"p2pchat: {error}\n")
-            return 1
+            return complain(error)
         except Exception as error:
             if isinstance(error, OSError) and self.node is not None and not self.node.me.port:
-                sys.stderr.write(f"p2pchat: {port_problem(self.settings.host, self.settings.port, error)}\n")
-                return 1  # the port can't be had
+                return complain(port_problem(self.settings.host, self.settings.port, error))
             self.failure = error
         finally:
             log.removeHandler(tail)
             self.loop.close()
-        if self.failure is not None:
-            sys.stderr.write(self._report(self.failure))
-            return 1
-        return self.status()
+        return self.status() if self.failure is None else complain(self._report(self.failure))
 
     def chat(self) -> None:
         """Set up, run the loop, clean up."""
@@ -8594,11 +8591,30 @@ class Interface:
         else:
             self.leave()
 
-    def watch_terminal(self, terminal: Any) -> None:
-        """Give the terminal back while this program is suspended."""
+    def run_on(self, terminal: Any) -> None:
+        """Run the loop. Meanwhile the terminal is ours, but not while this program is suspended."""
         self.terminal = terminal
         self.loop.on_signal(signal.SIGTSTP, self.suspend)
         self.loop.on_signal(signal.SIGCONT, self.on_continue)
+        self.loop.watch(0, self._on_typed)
+        try:
+            terminal.resume()
+            self.changed()
+            self.loop.run()
+        finally:
+            terminal.suspend()
+
+    def _on_typed(self) -> None:
+        data = read_input(self.keys_size)
+        if data:
+            self.on_keys(data)
+        else:  # the terminal is gone
+            self.loop.unwatch(0)
+            self.leave()
+
+    def on_keys(self, data: bytes) -> None:
+        """Do what keys say."""
+        raise NotImplementedError
 
     def suspend(self) -> None:
         """Stop, as Ctrl-Z asks. The terminal is put back before, so it is in order even if we never go on."""
@@ -8609,7 +8625,6 @@ class Interface:
         self.on_continue()
 
     def on_continue(self) -> None:
-        """Take the terminal again."""
         self.terminal.resume()
         self.changed()
 
@@ -8628,7 +8643,7 @@ class Interface:
                 file.write("\n".join(self.log) + "\n")
                 file.write("".join(traceback.format_exception(type(failure), failure, failure.__traceback__)))
         what = f"{type(failure).__name__}: {clean(str(failure))}"
-        return f"p2pchat: an error in the program: {what}; the log is in {path}\n"
+        return f"an error in the program: {what}; the log is in {path}"
 
 
 # -- the screen -----------------------------------------------------------------------------------------
@@ -8666,7 +8681,7 @@ def emoji_over(line: Line, row: int, cols: int, sgr: Callable[[str], str]) -> st
 
 
 class Terminal:
-    """The terminal while it shows our screen: a context manager that puts it back as it was."""
+    """The terminal while it shows our screen. suspend() puts it back as it was."""
 
     # Modes, each as what switches it on and what puts it back. Terminals that do not know one ignore it. The wheel's
     # (alternate scroll) is saved and restored: it may have been on before.
@@ -8689,33 +8704,23 @@ class Terminal:
             except locale.Error:
                 continue
         self._utf8 = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
+        self._before = termios.tcgetattr(0)
         self._window: Any = None
         self._styles: Dict[str, int] = {}
         self._modes: Dict[str, bool] = {}  # those that this terminal can have; whether they are on
         self._with_emoji: Dict[int, Line] = {}  # rows on screen over which emoji were drawn
         self._title = ""
-
-    def __enter__(self) -> "Terminal":
-        self._before = self._termios.tcgetattr(0)
-        self._window = self._curses.initscr()
-        try:
-            ansi = (self._curses.tigetstr("cup") or b"").startswith(b"\x1b[")
-            if ansi:
-                self._modes = {"paste": True, "focus": True, "wheel": True, "mouse": False}
-                if not os.environ.get("TERM", "").startswith(_NO_TITLE):
-                    self._modes["title"] = True
-            self._make_styles()
-            self.resume()
-        except BaseException:
-            self.suspend()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.suspend()
+        curses.setupterm()
+        if (curses.tigetstr("cup") or b"").startswith(b"\x1b["):
+            self._modes = {"paste": True, "focus": True, "wheel": True, "mouse": False}
+            if not os.environ.get("TERM", "").startswith(_NO_TITLE):
+                self._modes["title"] = True
 
     def resume(self) -> None:
         """Take the screen, for the first time or again."""
+        if self._window is None:
+            self._window = self._curses.initscr()
+            self._make_styles()
         for call in (self._curses.raw, self._curses.noecho, self._curses.nonl):
             self._quietly(call)
         self._quietly(self._curses.typeahead, -1)  # curses reads no keys, and so need not look for them
@@ -8867,18 +8872,15 @@ class CursesInterface(Interface):
             self.form = StartForm(login_name(), f"{server[0]}:{server[1]}" if server else "", port, room)
         else:
             self.start_node(self.settings)
-        with Terminal() as terminal:
-            self.watch_terminal(terminal)
-            self._keys = KeyReader(self.terminal.keys())
-            self.listen_for_signals()
-            self.loop.on_signal(signal.SIGWINCH, self._on_resize)
-            self.loop.watch(0, self._on_readable)
-            self.changed()
-            self.loop.run()
+        terminal = Terminal()
+        self._keys = KeyReader(terminal.keys())
+        self.listen_for_signals()
+        self.loop.on_signal(signal.SIGWINCH, self._on_resize)
+        self.run_on(terminal)
         lost = self.view.lost if self.node is not None else []
         more = [f"and {_count(len(lost) - 5, 'message')} more"] if len(lost) > 5 else []
         for line in lost[:5] + more:
-            sys.stderr.write(f"p2pchat: {line}\n")
+            complain(line)
 
     # -- out -------------------------------------------------------------------------------------------
 
@@ -8943,26 +8945,14 @@ class CursesInterface(Interface):
 
     # -- in --------------------------------------------------------------------------------------------
 
-    def _on_readable(self) -> None:
-        try:
-            data = os.read(0, 65536)
-        except OSError:
-            data = b""
-        if not data:  # the terminal is gone
-            self.loop.unwatch(0)
-            self.leave()
-            return
+    def on_keys(self, data: bytes) -> None:
         self._escape.cancel()
         presses = self._keys.feed(data)
         if self.form is None and self.view.is_on["wheel"]:
             presses = with_wheel(presses)
         self._press(presses if self._keys.has_brackets else without_burst(presses))
         if self._keys.is_waiting:
-            self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, self._on_escape_time)
-
-    def _on_escape_time(self) -> None:
-        if self._keys.is_waiting:
-            self._press(self._keys.flush())
+            self._escape = self.loop.call_later(ESCAPE_TIME, self.guard, lambda: self._press(self._keys.flush()))
 
     def _press(self, presses: List[Press]) -> None:
         if self.is_bare:
@@ -9080,51 +9070,44 @@ class CursesInterface(Interface):
 class LineReader:
     """Reads lines from standard input, be it a terminal, a pipe, a file or nothing. Never waits for it."""
 
-    def __init__(self, loop: Loop, on_lines: Callable[[List[str]], None], on_end: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, on_lines: Callable[[List[str]], None]) -> None:
         self._loop = loop
-        self._on_lines = on_lines  # is called with all lines of one read
-        self._on_end = on_end
+        self._on_lines = on_lines  # is called with all lines of one read, and at the end
         self._rest = b""  # the beginning of a line
         self._is_too_long = False  # the beginning of this line was handed over as a line, and the rest is dropped
         self._source: Any = 0
-        self._read: Callable[[int], bytes] = functools.partial(os.read, 0)
-        self._state = "paused"  # watching, polling (a file: it can't be watched), paused, ended
+        self._read: Callable[[int], bytes] = read_input
+        self.state = "paused"  # watching, polling (a file: it can't be watched), paused, ended
         self._poll = Timer()
         if sys.platform == "win32":
             self._start_thread()
 
     def resume(self) -> None:
-        """Read, from now on or again."""
-        if self._state == "paused":
+        if self.state == "paused":
             try:
                 self._loop.watch(self._source, self._on_readable)
-                self._state = "watching"
+                self.state = "watching"
             except (OSError, ValueError):
-                self._state = "polling"
+                self.state = "polling"
                 self._poll = self._loop.call_later(0, self._on_readable)
 
     def pause(self) -> None:
-        """Read nothing more for now."""
-        if self._state == "watching":
+        if self.state == "watching":
             self._loop.unwatch(self._source)
         self._poll.cancel()
-        if self._state != "ended":
-            self._state = "paused"
+        if self.state != "ended":
+            self.state = "paused"
 
     def _on_readable(self) -> None:
-        try:
-            data = self._read(PIPE_SIZE)
-        except OSError:
-            data = b""
-        if self._state == "polling":
+        data = self._read(PIPE_SIZE)
+        if self.state == "polling":
             self._poll = self._loop.call_later(0, self._on_readable)
         lines = self._cut(data)
-        if lines:
-            self._on_lines(lines)
         if not data:
             self.pause()
-            self._state = "ended"
-            self._on_end()
+            self.state = "ended"
+        if lines or not data:
+            self._on_lines(lines)
 
     def _cut(self, data: bytes) -> List[str]:
         """Return the lines that these bytes complete; the end of input completes one. Of too long a line, which is
@@ -9160,7 +9143,7 @@ class Prompt:
     """The line that is typed on a terminal without a screen: it makes room while other lines are printed.
 
     The terminal hands over each key and shows none. The row with the cursor is drawn here, by carriage returns, blanks
-    and backspaces alone, which every terminal knows. A context manager that puts the terminal back as it was."""
+    and backspaces alone, which every terminal knows. suspend() puts the terminal back as it was."""
 
     def __init__(self, window: Window) -> None:
         import termios
@@ -9168,13 +9151,6 @@ class Prompt:
         self._window = window  # holds the line
         self._before = termios.tcgetattr(0)
         self._shown = ""  # what stands on the row of the cursor
-
-    def __enter__(self) -> "Prompt":
-        self.resume()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.suspend()
 
     def resume(self) -> None:
         """Have keys handed over one by one, and not shown."""
@@ -9214,9 +9190,8 @@ class LineWriter:
         self._output = bytearray()
         self._state = "idle"  # idle, waiting, broken
         self._on_empty: Optional[Callable[[], None]] = None
-        own = _own_pipe()
-        self._descriptor: Any = 1 if own is None else own
-        self._is_own = own is not None
+        self._descriptor: Any = _own_pipe()
+        self._is_own = self._descriptor != 1
         self._most = PIPE_SIZE if self._is_own or stat.S_ISREG(os.fstat(1).st_mode) else SAFE_WRITE  # bytes of a write
 
     def write(self, line: str) -> None:
@@ -9272,8 +9247,8 @@ class LineWriter:
         self._on_broken(why)
 
 
-def _own_pipe() -> Optional[int]:
-    """If standard output is a pipe, open it once more, non-blocking, for ourselves. Return None if that can't be done.
+def _own_pipe() -> int:
+    """If standard output is a pipe, open it once more, non-blocking, for ourselves. Return 1 if that can't be done.
 
     O_NONBLOCK belongs to the open file, not to the descriptor: set on standard output, it would hold for all programs
     that share it, such as a shell. Linux opens the same pipe here, but as a file that is ours alone. So a write takes
@@ -9284,21 +9259,21 @@ def _own_pipe() -> Optional[int]:
             return os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         pass  # there is no /proc, or the pipe is another user's, or nobody reads it
-    return None
+    return 1
 
 
 class PlainInterface(Interface):
     """Lines in, lines out: what is typed is what the screen's input line takes."""
 
+    keys_size = 512  # they may be 256 texts to everyone
+
     def __init__(self, loop: Loop, settings: Settings, room: Optional[Room] = None) -> None:
         super().__init__(loop, settings._replace(username=settings.username or login_name()), room)
         self._by_hand = os.isatty(0)  # if so, what was typed is on the screen already
-        self.reader = LineReader(loop, functools.partial(self.guard, self._on_lines),
-                                  functools.partial(self.guard, self._on_end))
+        self.reader = LineReader(loop, functools.partial(self.guard, self._on_lines))
         self._writer = LineWriter(loop, self._on_broken)
         self.transcript = self.make_transcript()
         self._input: Deque[str] = collections.deque()  # lines that came and wait
-        self._has_ended = False  # the input has
         self._goes_on = False  # more of them will be entered at the end of this turn
         self._own_lines = Timer()  # of writing them
         self._keys = KeyReader()
@@ -9317,11 +9292,9 @@ class PlainInterface(Interface):
         self.start_node(self.settings)
         self.listen_for_signals()
         if self._by_hand and os.isatty(1) and sys.platform != "win32":
-            with Prompt(self.view.window) as self._writer.prompt:
-                self.view.has_keyboard = True
-                self.watch_terminal(self._writer.prompt)
-                self.loop.watch(0, self._on_keys)
-                self.loop.run()
+            self._writer.prompt = Prompt(self.view.window)
+            self.view.has_keyboard = True
+            self.run_on(self._writer.prompt)
             return
         if self._by_hand:
             self.reader.resume()
@@ -9344,18 +9317,9 @@ class PlainInterface(Interface):
             self._writer.when_empty(self.loop.stop)
 
     def changed(self, by_user: bool = False) -> None:
-        """Show what has changed."""
         self._writer.flush()
 
-    def _on_keys(self) -> None:
-        """Do what keys say."""
-        try:
-            data = os.read(0, KEYS_SIZE)
-        except OSError:
-            data = b""
-        if not data:  # the terminal is gone
-            self.loop.unwatch(0)
-            self.leave()
+    def on_keys(self, data: bytes) -> None:
         for kind, value in self._keys.feed(data):
             if value in ("enter", "ctrl-j") and kind == PRESS:  # here a line is a message, however it ends
                 value = "enter"
@@ -9370,10 +9334,6 @@ class PlainInterface(Interface):
 
     def _on_lines(self, lines: List[str]) -> None:
         self._input += lines
-        self._enter_lines()
-
-    def _on_end(self) -> None:
-        self._has_ended = True
         self._enter_lines()
 
     def _enter_lines(self) -> None:
@@ -9395,7 +9355,7 @@ class PlainInterface(Interface):
             if not self.view.outgoing.is_full and not self._goes_on:  # if it is, the next deliveries go on with it
                 self._goes_on = True
                 self.loop.at_turn_end(functools.partial(self.guard, self._go_on))
-        elif self._has_ended:
+        elif self.reader.state == "ended":
             self.leave()
         else:
             self.reader.resume()
@@ -9423,7 +9383,6 @@ class PlainInterface(Interface):
         return lines, size
 
     def enter(self, line: str) -> None:
-        """Do what a line of input says."""
         self.view.enter(line)
 
     def _on_broken(self, why: str) -> None:
@@ -9431,7 +9390,7 @@ class PlainInterface(Interface):
         self._is_broken = True
         if why:
             log.error("[P2P] the output can't be written: %s", why)
-            sys.stderr.write(f"p2pchat: the output can't be written: {why}\n")
+            complain(f"the output can't be written: {why}")
         self.leave()
 
 
@@ -9576,19 +9535,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     options = parser.parse_args(with_command(parser, list(sys.argv[1:] if argv is None else argv)))
     problem = start_logging(options)
     if problem:
-        sys.stderr.write(f"p2pchat: {problem}\n")
-        return 2
+        return complain(problem, 2)
     if raise_descriptor_limit() < MIN_DESCRIPTORS:
-        sys.stderr.write(f"p2pchat: too few files may be open at once; {MIN_DESCRIPTORS} are needed: "
-                         f"ulimit -n {MIN_DESCRIPTORS}\n")
-        return 1
+        needed = MIN_DESCRIPTORS
+        return complain(f"too few files may be open at once; {needed} are needed: ulimit -n {needed}")
     try:
         return int(options.run(options, secret))
     except KeyboardInterrupt:
         return 130
     except RoomError as error:
-        sys.stderr.write(f"p2pchat: {error}\n")
-        return 1
+        return complain(error)
 
 
 def with_command(parser: Parser, arguments: List[str]) -> List[str]:
@@ -9784,7 +9740,7 @@ def find_room(options: argparse.Namespace, secret: Optional[str], has_form: bool
     if not passphrase:
         raise ValueError("the passphrase is empty")
     if is_short(passphrase):
-        sys.stderr.write(f"p2pchat: {IS_SHORT}.\n")
+        complain(f"{IS_SHORT}.")
     return Room(options.room, passphrase)
 
 
@@ -9794,7 +9750,7 @@ def read_passphrase(path: str) -> str:
         with open(path, "rb") as file:
             mode, data = os.fstat(file.fileno()).st_mode, file.read(MAX_PASSPHRASE + 1)
         if os.name == "posix" and stat.S_ISREG(mode) and mode & 0o077:
-            sys.stderr.write(f"p2pchat: others may read {clean(path)}, which holds the passphrase: chmod 600 it\n")
+            complain(f"others may read {clean(path)}, which holds the passphrase: chmod 600 it")
         text = data.decode("utf-8")
     except OSError as error:
         raise ValueError(f"--passphrase-file {clean(path)}: {error_text(error)}") from None
@@ -9824,8 +9780,7 @@ def run_server(options: argparse.Namespace, secret: Optional[str]) -> int:
     try:
         room = find_room(options, secret)
     except ValueError as error:
-        sys.stderr.write(f"p2pchat: {error}\n")
-        return 2
+        return complain(error, 2)
     loop = Loop()
     server = DiscoveryServer(loop, ServerSettings(**_chosen(options, ServerSettings._fields)), room)
 
@@ -9836,8 +9791,7 @@ def run_server(options: argparse.Namespace, secret: Optional[str]) -> int:
     try:
         server.start()
     except OSError as error:
-        sys.stderr.write(f"p2pchat: {port_problem(options.host, options.port, error)}\n")
-        return 1
+        return complain(port_problem(options.host, options.port, error))
     sys.stderr.write("\n".join([*server.how_to_join(), ""]))
     for number in _ENDING:
         loop.on_signal(number, stop)
@@ -9849,8 +9803,7 @@ def run_server(options: argparse.Namespace, secret: Optional[str]) -> int:
 def run_peer(options: argparse.Namespace, secret: Optional[str]) -> int:
     """The chat, in one of the three ways."""
     if options.name and options.username not in (None, options.name):
-        sys.stderr.write(f"p2pchat: you gave two names, {options.name} and {options.username}: leave out one\n")
-        return 2
+        return complain(f"you gave two names, {options.name} and {options.username}: leave out one", 2)
     settings = Settings(**_chosen(options, Settings._fields))
     settings = settings._replace(join=tuple(options.join), username=options.username or options.name)
     kind: Type[Interface] = options.kind or (CursesInterface if has_screen() else PlainInterface)
@@ -9858,8 +9811,7 @@ def run_peer(options: argparse.Namespace, secret: Optional[str]) -> int:
         check_reach(settings.host, [*settings.join, *([settings.server] if settings.server else [])])
         room = find_room(options, secret, has_form=kind is CursesInterface and settings.username is None)
     except ValueError as error:
-        sys.stderr.write(f"p2pchat: {error}\n")
-        return 2
+        return complain(error, 2)
     return kind(Loop(), settings, room).run()
 
 

@@ -9657,7 +9657,7 @@ def test_lines_pasted_at_a_prompt_come_in_portions(monkeypatch):
     interface.view, interface._keys = p2pchat.ChatView(node, str, p2pchat.Transcript(str)), p2pchat.KeyReader()
     interface._writer = types.SimpleNamespace(write=lambda line: None, flush=lambda: None)
     monkeypatch.setattr(os, "read", lambda descriptor, size: (b"x\r" * 5000)[:size])
-    interface._on_keys()
+    interface._on_typed()
     assert 100 <= len(node.sent) <= 256
 
 
@@ -9868,8 +9868,7 @@ class LineSource:
     def __init__(self, loop, pieces):
         self.loop = loop
         self.lists = []
-        self.ended = 0
-        self.reader = p2pchat.LineReader(loop, self.lists.append, self.end)
+        self.reader = p2pchat.LineReader(loop, self.lists.append)
         self.reader._source = object()  # can't be waited for, as a file can't
         self.reads = 0
         self.pieces = list(pieces)
@@ -9878,9 +9877,6 @@ class LineSource:
     def read(self, size):
         self.reads += 1
         return self.pieces.pop(0) if self.pieces else b""
-
-    def end(self):
-        self.ended += 1
 
     def turns(self, count):
         for _ in range(count):
@@ -9901,7 +9897,7 @@ def test_the_lines_of_one_read_come_together(pieces, lists):
     source = LineSource(p2pchat.Loop(), pieces)
     source.reader.resume()
     source.turns(len(pieces) + 3)
-    assert source.lists == lists and source.ended == 1
+    assert list(filter(None, source.lists)) == lists and source.reader.state == "ended"
 
 
 def test_a_file_is_read_once_a_turn_however_often_reading_pauses():
