@@ -6656,7 +6656,6 @@ class Outgoing:
         return self._deliveries >= MAX_DELIVERIES or self._size >= MAX_SENDING
 
     def add(self, message_id: str, text: str, receivers: List[str]) -> Receipts:
-        """Note that a message was sent."""
         if self.last is not None and not self.last.waiting:
             self.last.forget_delivered()
         receipts = self.last = Receipts(text, receivers)
@@ -6786,7 +6785,6 @@ class Scrollback:
         return entry
 
     def change(self, entry: Entry, text: str) -> None:
-        """Give an entry another text."""
         self._size += len(text) - len(entry.text)
         entry.text = text
         self._drawn.pop(entry.seq, None)
@@ -6899,12 +6897,10 @@ class Scrollback:
         self.anchor = place if place < bottom else None
 
     def to_top(self, area: Layout) -> None:
-        """Go to the oldest entry."""
         if self.entries:
             self.go_to((self.entries[0].seq, 0), area)
 
     def to_bottom(self) -> None:
-        """Go back to the newest entry."""
         self._is_missed = self._is_missed and self.anchor is None
         self.anchor = self.found = None
 
@@ -7001,7 +6997,7 @@ class Window:
     def __init__(self, scrollback: Scrollback) -> None:
         self.scrollback = scrollback
         self.line = LineEditor()
-        self.target: Optional[str] = None  # id of the only receiver of what is entered; None: everyone
+        self.target = EVERYONE  # the receiver of what is entered, or the id of the only one
 
 
 class People:
@@ -7015,7 +7011,6 @@ class People:
         self.private: Optional[str] = None  # id of the peer that last wrote privately
 
     def on_spoke(self, peer_id: str, now: float) -> None:
-        """Note that a peer said something."""
         self.spoke_at.pop(peer_id, None)
         self.spoke_at[peer_id] = now
         if len(self.spoke_at) > 2 * MAX_PEERS:
@@ -7172,14 +7167,14 @@ def _input_rows(view: "ChatView", cols: int) -> Tuple[List[str], Tuple[int, int]
     window = view.window
     if window.line.is_secret:
         return flow("Passphrase: " if cols >= 24 else "", *window.line.shown, cols)
-    prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target else PROMPT
+    prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target != EVERYONE else PROMPT
     prompt = prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else ""
     return flow(prompt, *window.line.shown, cols)
 
 
 def _prompted(view: "ChatView", text: str, first: bool) -> Line:
     """Draw a row of the input line; nobody should overlook that it goes to one peer only."""
-    end = text.find(PROMPT) + len(PROMPT) if first and view.window.target and text.startswith("[") else 0
+    end = text.find(PROMPT) + len(PROMPT) if first and view.window.target != EVERYONE and text.startswith("[") else 0
     return [Span(text[:end], "private"), Span(text[end:])]
 
 
@@ -7213,7 +7208,7 @@ class Narrator:
     def __init__(self, view: "ChatView") -> None:
         self.view = view
         self._labels: Dict[str, str] = {}  # by id; the same for all events of a turn, which come when all is done
-        self._failures: List[Receipts] = []  # of messages that failed and came to their end in this turn
+        self._failures: List[Receipts] = []  # of messages that failed and have one more outcome in this turn
         self._rang_at = float("-inf")
         self._has_met_server = False
         self._namesake = ""  # the user's own name, once it was said that somebody else has it, too
@@ -7266,7 +7261,6 @@ class Narrator:
             view.window.scrollback.pass_over(entry)
 
     def _say(self, sender: str, to: str, text: str, style: str, own: bool = False) -> Optional[Entry]:
-        """Show what somebody said."""
         kind = "chat"
         if text.startswith(ACTION):
             kind, text = "action", text[len(ACTION):]
@@ -7284,27 +7278,22 @@ class Narrator:
         """Note that a message was shown. There are so many of these that the usual case is all done here."""
         receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], "")
         if receipts is not None and receipts.failed:
-            self._on_settled(receipts)
+            self._failures.append(receipts)
 
     def on_failed(self, event: Event) -> None:
         """Say that a message was not delivered; on the screen that stands below the message itself."""
         receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], event["reason"] or "it failed")
         if receipts is not None:
-            self._on_settled(receipts)
+            self._failures.append(receipts)
         if receipts is None or not self.view.on_screen:
             name = self.view.node.label(event["to"]["id"])
             self.view.notice(f"✗ not delivered to {name} ({event['reason']}): {_shortened(event['text'])}", "error")
 
-    def _on_settled(self, receipts: Receipts) -> None:
-        """A message that failed somewhere has one more outcome: report it when it has all."""
-        if not receipts.waiting and self.view.on_screen:
-            self._failures.append(receipts)
-
     def _report_failures(self) -> None:
         """Say again what stands below messages that are out of sight; keep it if the screen will soon be gone."""
-        view, failures, area = self.view, self._failures, self.view.area()
-        self._failures = []
-        for receipts in failures:
+        view, area = self.view, self.view.area()
+        failures, self._failures = dict.fromkeys(self._failures), []
+        for receipts in (each for each in failures if not each.waiting and view.on_screen):
             lines = [f"{line}: {_shortened(receipts.text)}" for line in receipts.failures(view.node.label)]
             view.lost += lines if view.node.leaving else []
             if not view.window.scrollback.is_on_screen(receipts.seq, area):
@@ -7591,7 +7580,7 @@ class CommandLine:
     def enter_texts(self, texts: Sequence[str]) -> None:
         """Do what lines say, in order, which are surely texts and no commands: they are sent together."""
         try:
-            self.node.send_chat_messages(self.view.window.target or EVERYONE, texts)
+            self.node.send_chat_messages(self.view.window.target, texts)
         except ChatError:
             for text in texts:  # one of them can't be sent, or none: say which, and why
                 self.enter(text)
@@ -7620,14 +7609,13 @@ class CommandLine:
             self._send(text, self.view.window.target)
 
     def _say(self, text: str, to: str) -> None:
-        if to == EVERYONE:
-            self._send(text, None)
-        else:
-            self._send(text, self._only(self.node.find(to), to).id if to else self.view.window.target)
+        if to and to != EVERYONE:
+            to = self._only(self.node.find(to), to).id
+        self._send(text, to or self.view.window.target)
 
-    def _send(self, text: str, to: Optional[str]) -> None:
-        """Send a text to the peer with the id `to`, or to everyone."""
-        (self.sent_id,) = self.node.send_chat_messages(EVERYONE if to is None else to, [text])
+    def _send(self, text: str, to: str) -> None:
+        """Send a text to EVERYONE or to the peer with the id `to`."""
+        (self.sent_id,) = self.node.send_chat_messages(to, [text])
 
     def _run(self, text: str) -> None:
         """Run the command that a line begins with."""
@@ -7712,7 +7700,7 @@ class Commands(CommandLine):
     def _query(self, rest: str) -> None:
         """type to NAME only; /query alone: to everyone again."""
         peer, text = self._split_name(rest) if rest else (None, "")
-        self.view.window.target = peer.id if peer else None
+        self.view.window.target = peer.id if peer else EVERYONE
         receiver = f"{self.node.label(peer.id)} only" if peer else "everyone"
         self.view.answer(f"What you type goes to {receiver}.")
         if text:
@@ -7989,11 +7977,9 @@ class LookBack:
             self.type(wanted)
 
     def drop(self) -> None:
-        """Bring back what was written before."""
         self._line.set(self._draft)
 
     def hint(self) -> str:
-        """Say what is looked for."""
         if not self.wanted:
             return "Type a part of what you entered before. Ctrl-R: an older one, Enter takes it, Esc drops it."
         return f"{'Found' if self._at is not None else 'Nothing older has'}: {_shortened(self.wanted)}"
@@ -8010,7 +7996,6 @@ class Keyboard:
         self._look_back: Optional[LookBack] = None  # while a line that was entered is looked for
 
     def press(self, name: str) -> None:
-        """Do what a key says."""
         key = _KEYS.get(name)
         if key is not None and not self._press_while_looking(name):
             self._begin(name)
@@ -8032,7 +8017,6 @@ class Keyboard:
         return name in ("esc", "ctrl-c", "enter")  # what was found is not sent unseen
 
     def type(self, text: str) -> None:
-        """Insert what was typed."""
         self._begin("")
         if self._look_back is not None:
             self._look_back.type(text)
@@ -8104,7 +8088,6 @@ class Keyboard:
         self.view.hint = self._look_back.hint()
 
     def complete(self, step: int) -> None:
-        """Complete the word before the cursor."""
         if self.view.window.line.is_secret:
             return
         self._completion.complete(step, again=self._key_before in ("tab", "shift-tab"))
@@ -8235,7 +8218,6 @@ class ChatView:
         self.on_answer(text, kind)
 
     def title(self) -> str:
-        """Return the title of the terminal."""
         return (f"({self.unread}) " if self.unread else "") + f"{self.node.me.username} - p2pchat"
 
     def labels(self, peers: Iterable[Peer]) -> List[str]:
@@ -8571,7 +8553,6 @@ class Interface:
             self.loop.on_signal(number, self.interrupt if number == signal.SIGINT else self.leave)
 
     def tell(self, text: str) -> None:
-        """Tell the user what went wrong."""
         if self.node is not None:
             self.node.emit({"event": "notice", "text": f"{text}.", "error": True})
 
@@ -8767,7 +8748,6 @@ class Terminal:
         self._quietly(os.write, 1, text.encode("utf-8" if self._utf8 else "ascii", "replace"))
 
     def set_mode(self, mode: str, is_on: bool) -> None:
-        """Switch a mode on or put it back."""
         if self._modes.get(mode, is_on) != is_on:
             self._modes[mode] = is_on
             self._write(self._MODES[mode][0 if is_on else 1])
@@ -9266,22 +9246,20 @@ class PlainInterface(Interface):
     """Lines in, lines out: what is typed is what the screen's input line takes."""
 
     keys_size = 512  # they may be 256 texts to everyone
+    shows_chat = True  # what is said is printed as lines
 
     def __init__(self, loop: Loop, settings: Settings, room: Optional[Room] = None) -> None:
         super().__init__(loop, settings._replace(username=settings.username or login_name()), room)
         self._by_hand = os.isatty(0)  # if so, what was typed is on the screen already
         self.reader = LineReader(loop, functools.partial(self.guard, self._on_lines))
         self._writer = LineWriter(loop, self._on_broken)
-        self.transcript = self.make_transcript()
+        show = self._writer.write if self.shows_chat else None
+        self.transcript = Transcript(show_time, show, echo=not self._by_hand)
         self._input: Deque[str] = collections.deque()  # lines that came and wait
         self._goes_on = False  # more of them will be entered at the end of this turn
         self._own_lines = Timer()  # of writing them
         self._keys = KeyReader()
         self._is_broken = False  # the output is
-
-    def make_transcript(self) -> Transcript:
-        """Return where what is said goes."""
-        return Transcript(show_time, self._writer.write, echo=not self._by_hand)
 
     def status(self) -> int:
         """1 if something was not delivered, not written, or, in a script, not understood."""
@@ -9414,9 +9392,7 @@ def check_request(request: Dict[str, Any]) -> None:
 class JsonInterface(PlainInterface):
     """Input as lines or JSON objects. Every event is a JSON object on a line of its own, and so is every answer."""
 
-    def make_transcript(self) -> Transcript:
-        """Return where what is said goes. It is not printed, for the events are."""
-        return Transcript(show_time)
+    shows_chat = False  # for the events are printed
 
     def start_node(self, settings: Settings) -> None:
         super().start_node(settings)
