@@ -350,9 +350,7 @@ def cut(text: str, cols: int, mark: str = "") -> str:
     """Return as much of a text as fits into `cols` columns. It ends with `mark` if something was cut off."""
     if text.isascii() and len(text) <= cols:
         return text
-    if width(text) <= cols:
-        return "".join(glyph(cluster)[0] for cluster in graphemes(text))
-    room = cols - width(mark) if width(mark) < cols else cols
+    room = cols - width(mark) if width(mark) < cols < width(text) else cols
     return _fitting(graphemes(text), room)[0] + (mark if room < cols else "")
 
 
@@ -6911,8 +6909,6 @@ class Scrollback:
 
     def is_on_screen(self, seq: int, area: Layout) -> bool:
         """Whether an entry is on screen, or at least its end."""
-        if not self.entries:
-            return False
         low = self.anchor or self._bottom(area.cols)
         if not low[0] - area.height < seq <= low[0]:
             return False  # each entry has at least one row
@@ -8088,9 +8084,8 @@ class Keyboard:
         self.view.hint = self._look_back.hint()
 
     def complete(self, step: int) -> None:
-        if self.view.window.line.is_secret:
-            return
-        self._completion.complete(step, again=self._key_before in ("tab", "shift-tab"))
+        if not self.view.window.line.is_secret:
+            self._completion.complete(step, again=self._key_before in ("tab", "shift-tab"))
 
     def scroll(self, rows: int) -> None:
         self.view.window.scrollback.scroll(rows, self.view.area())
