@@ -7961,7 +7961,6 @@ class LookBack:
         self._at = self._line.find(self.wanted, None if self._at is None else self._at + 1)
 
     def older(self) -> None:
-        """Look for an older line with the same part."""
         found = self._line.find(self.wanted, self._at) if self.wanted else None
         self._at = self._at if found is None else found
 
@@ -8079,7 +8078,6 @@ class Keyboard:
             self.view.node.leave()
 
     def look_back(self) -> None:
-        """Look for a line that was entered before."""
         self._look_back = LookBack(self.view.window.line)
         self.view.hint = self._look_back.hint()
 
@@ -8249,7 +8247,6 @@ class StartForm:
 
     @property
     def line(self) -> LineEditor:
-        """The line that is being written."""
         return self.fields[self.at][1]
 
     def press(self, name: str) -> None:
@@ -8329,6 +8326,7 @@ _SEQUENCES = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F
               "I": "focus-in", "O": "focus-out", "Z": "shift-tab", "1~": "home", "3~": "delete", "4~": "end",
               "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end", "20~": "f9", "21~": "f10", "23~": "f11",
               "24~": "f12"}
+_WHEEL = {"<64": -WHEEL_ROWS, "<65": WHEEL_ROWS}
 _MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
 _CONTROLS = {"\x1f": "ctrl-_", "\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
 _TERMINFO_KEYS = {"kcuu1": "up", "kcud1": "down", "kcuf1": "right", "kcub1": "left", "khome": "home",
@@ -8398,8 +8396,10 @@ class KeyReader:
         name = ""
         if text:
             presses.append((TEXT, text))
-        elif final and number and number[0] == "<":
-            self._mouse(number[1:], found["held"], presses)
+        elif number and number[0] == "<":  # the mouse: only its wheel counts
+            column = found["held"].partition(";")[0]
+            if number in _WHEEL and column.isdecimal() and len(column) < 6:
+                presses.append((WHEEL, f"{_WHEEL[number]} {column}"))
         elif final:
             name = _SEQUENCES.get((number or "") + final if final == "~" else final, "")
             name = name and _MODIFIERS.get(found["held"], "") + name
@@ -8410,13 +8410,6 @@ class KeyReader:
         if name:
             presses.append((PRESS, "alt-" + name if found["alt"] or found["meta"] else name))
         return found.end()
-
-    @staticmethod
-    def _mouse(button: str, place: str, presses: List[Press]) -> None:
-        """Take a report of the mouse: only its wheel counts."""
-        column = place.partition(";")[0]
-        if button in ("64", "65") and column.isdecimal() and len(column) < 6:
-            presses.append((WHEEL, f"{WHEEL_ROWS if button == '65' else -WHEEL_ROWS} {column}"))
 
 
 def with_wheel(presses: List[Press]) -> List[Press]:
@@ -8446,15 +8439,15 @@ def complain(why: object, status: int = 1) -> int:
 class LogTail(logging.Handler):
     """Keeps the last lines of the log, for /log. What is critical is told to the user at once."""
 
-    def __init__(self, lines: Deque[str], tell: Callable[[str], None]) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
-        self._lines = lines
+        self.lines: Deque[str] = collections.deque(maxlen=500)
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.CRITICAL:
             self._tell(record.getMessage())
-        self._lines.append(f"{show_time(record.created, '%H:%M:%S', 1)} {clean(record.getMessage())}")
+        self.lines.append(f"{show_time(record.created, '%H:%M:%S', 1)} {clean(record.getMessage())}")
 
 
 def show_time(when: float, layout: str = "%H:%M", unit: int = 60) -> str:
@@ -8490,15 +8483,14 @@ class Interface:
         self.loop = loop
         self.settings = settings
         self.room = room
-        self.log: Deque[str] = collections.deque(maxlen=500)
+        self.log = LogTail(self.tell)
         self.failure: Optional[BaseException] = None
         self.node: Optional[PeerNode] = None
         self.view: ChatView
 
     def run(self) -> int:
         """Chat until somebody leaves; return the exit status."""
-        tail = LogTail(self.log, self.tell)
-        log.addHandler(tail)
+        log.addHandler(self.log)
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
         try:
@@ -8510,7 +8502,7 @@ class Interface:
                 return complain(port_problem(self.settings.host, self.settings.port, error))
             self.failure = error
         finally:
-            log.removeHandler(tail)
+            log.removeHandler(self.log)
             self.loop.close()
         return self.status() if self.failure is None else complain(self._report(self.failure))
 
@@ -8527,7 +8519,7 @@ class Interface:
         self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events),
                                     room=self.room)
         self.view = ChatView(node, show_time, self.transcript, show_day)
-        self.view.log = self.log
+        self.view.log = self.log.lines
         node.start()
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
@@ -8616,7 +8608,7 @@ class Interface:
         if not path:
             descriptor, path = tempfile.mkstemp(prefix="p2pchat-", suffix=".log")
             with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-                file.write("\n".join(self.log) + "\n")
+                file.write("\n".join(self.log.lines) + "\n")
                 file.write("".join(traceback.format_exception(type(failure), failure, failure.__traceback__)))
         what = f"{type(failure).__name__}: {clean(str(failure))}"
         return f"an error in the program: {what}; the log is in {path}"
