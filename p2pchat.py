@@ -7571,7 +7571,12 @@ class CommandLine:
 
     def enter(self, text: str) -> bool:
         """Do what a line says; return whether that was possible, and if not, say why."""
-        return self._attempt(self._enter, text)
+        try:
+            self._enter(text)
+        except ChatError as error:
+            self.view.refuse(str(error))
+            return False
+        return True
 
     def enter_texts(self, texts: Sequence[str]) -> None:
         """Do what lines say, in order, which are surely texts and no commands: they are sent together."""
@@ -7581,17 +7586,11 @@ class CommandLine:
             for text in texts:  # one of them can't be sent, or none: say which, and why
                 self.enter(text)
 
-    def say(self, text: str, to: str) -> bool:
+    def say(self, text: str, to: str) -> None:
         """Send a text that is data, never a command, to a name, to EVERYONE, or with "" to the window's receiver."""
-        return self._attempt(self._say, text, to)
-
-    def _attempt(self, do: Callable[..., None], *args: str) -> bool:
-        try:
-            do(*args)
-        except ChatError as error:
-            self.view.refuse(str(error))
-            return False
-        return True
+        if to and to != EVERYONE:
+            to = self._only(self.node.find(to), to).id
+        self._send(text, to or self.view.window.target)
 
     def _enter(self, text: str) -> None:
         if not is_surely_text(text):
@@ -7603,11 +7602,6 @@ class CommandLine:
             self._run(start)
         elif start:
             self._send(text, self.view.window.target)
-
-    def _say(self, text: str, to: str) -> None:
-        if to and to != EVERYONE:
-            to = self._only(self.node.find(to), to).id
-        self._send(text, to or self.view.window.target)
 
     def _send(self, text: str, to: str) -> None:
         """Send a text to EVERYONE or to the peer with the id `to`."""
@@ -9404,6 +9398,8 @@ class JsonInterface(PlainInterface):
             self._do(request)
         except BadMessage as error:
             self.view.refuse(f"Not done: {error}.")
+        except ChatError as error:
+            self.view.refuse(str(error))
         self._about = {}
 
     def may_be_command(self, line: str) -> bool:

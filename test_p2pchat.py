@@ -78,6 +78,12 @@ class ViewNode:
         self.sent = []
         self.calls = []
         self.emit = lambda event: None
+        self.alone = lambda: [] if self.present() else ["Nobody else is here."]
+        self.first_look = lambda: ""
+        self.encryption = lambda: "not encrypted"
+        self.server_status = lambda: (self.online, "10.0.0.9:9999", self.loop.seconds)
+        self.rename = lambda name: self.calls.append(("rename", name))
+        self.sync = lambda: self.calls.append("sync")
         for name in names:
             self.join(name)
 
@@ -109,12 +115,6 @@ class ViewNode:
         self.emit({"event": "sent", "to": to or "*", "text": text, "id": message_id, "receivers": receivers})
         return message_id
 
-    def rename(self, name):
-        self.calls.append(("rename", name))
-
-    def sync(self):
-        self.calls.append("sync")
-
     def connect(self, address):
         self.calls.append(("connect", address))
         return address
@@ -122,18 +122,6 @@ class ViewNode:
     def who(self):
         return [("name", "address", "heard", "ago", "trip")] + [
             (self.label(peer.id), f"{peer.ip}:{peer.port}", "through others", "12 s", "123.4 ms") for peer in self.present()]
-
-    def alone(self):
-        return [] if self.present() else ["Nobody else is here."]
-
-    def first_look(self):
-        return ""
-
-    def encryption(self):
-        return "not encrypted"
-
-    def server_status(self):
-        return self.online, "10.0.0.9:9999", self.loop.seconds
 
     def set_away(self, note):
         self.me.away = note
@@ -900,20 +888,13 @@ def test_styles_tell_messages_apart():
 
 def test_the_bell_rings_rarely():
     view = view_make("Bob")
-    view_chat(view, "Bob", "nothing")
-    assert not view.has_rung
-    view_chat(view, "Bob", "Alice!")
-    assert view.has_rung
-    view.has_rung = False
-    view_chat(view, "Bob", "Alice!")
-    assert not view.has_rung
-    view.node.loop.seconds += 10
-    view.enter("/bell off")
-    view_chat(view, "Bob", "private", private=True)
-    assert not view.has_rung
-    view.enter("/bell on")
-    view_chat(view, "Bob", "private", private=True)
-    assert view.has_rung
+    for wait, line, text, rings in ((0, "", "nothing", False), (0, "", "Alice!", True), (0, "", "Alice!", False),
+                                    (10, "/bell off", "private", False), (0, "/bell on", "private", True)):
+        view.node.loop.seconds += wait
+        view.enter(line)
+        view_chat(view, "Bob", text, private=text == "private")
+        assert view.has_rung is rings
+        view.has_rung = False
 
 
 def test_scrolling_is_anchored():
@@ -1488,24 +1469,19 @@ def test_a_burst_costs_one_drawing(monkeypatch):
     assert wrapped
 
 
-@pytest.mark.parametrize("changed", ["found", "new", "failed", "gathered"])
-def test_a_row_that_is_kept_shows_what_changed(changed):
+@pytest.mark.parametrize("change, word", [
+    (lambda view: setattr(view.window.scrollback, "unread", 0), "─ new ─"),
+    (lambda view: view_failed(view, 1, "Bob", "needle"), "not delivered to Bob (silent)"),
+    (lambda view: view.node.join("Dave", tell=True), "Carol, Dave joined")], ids=["new", "failed", "gathered"])
+def test_a_row_that_is_kept_shows_what_changed(change, word):
     view = view_make("Bob")
     view.enter("needle")
     view.node.join("Carol", tell=True)
-    before = view_screen(view)
-    if changed == "found":
-        view.enter("/search needle")
-        assert view_style(view, "needle") == "found"
-        return
-    if changed == "new":
-        view.window.scrollback.unread = 0
-    elif changed == "failed":
-        view_failed(view, 1, "Bob", "needle")
-    elif changed == "gathered":
-        view.node.join("Dave", tell=True)
-    word = {"new": "─ new ─", "failed": "not delivered to Bob (silent)", "gathered": "Carol, Dave joined"}[changed]
-    assert word not in "".join(before) and word in "".join(view_screen(view))
+    assert word not in "".join(view_screen(view)) and view_style(view, "needle") == "dim"
+    change(view)
+    assert word in "".join(view_screen(view))
+    view.enter("/search needle")
+    assert view_style(view, "needle") == "found"
 
 
 def test_rows_that_are_kept_are_bounded():
