@@ -469,22 +469,20 @@ def _clean_in_context(text: str) -> str:
     kept: List[str] = []
     marks = 0
     for position, character in enumerate(text):
-        before = kept[-1] if kept else "\n"
+        before, stays = kept[-1] if kept else "\n", True
         if character in _JOINERS:
-            if not _joins(character, before, text[position + 1:position + 2]):
-                continue
+            stays = _joins(character, before, text[position + 1:position + 2])
         elif character in (_TEXT_STYLE, _EMOJI_STYLE):
-            if not (_is_pictograph(before) or before in "0123456789#*©®"):
-                continue
+            stays = _is_pictograph(before) or before in "0123456789#*©®"
         elif unicodedata.category(character)[0] == "M":
             marks += 1
-            if marks > MAX_MARKS:
-                continue
+            stays = marks <= MAX_MARKS
             if before == "\n":
                 kept.append("\u25cc")  # a base for the mark, which would else combine with our own text
         else:
             marks = 0
-        kept.append(character)
+        if stays:
+            kept.append(character)
     return "".join(kept)
 
 
