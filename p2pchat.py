@@ -6468,7 +6468,7 @@ class LineEditor:
         self._history: List[str] = []
         self._at = 0  # index in the history; its length stands for the line that is being written
         self._draft = ""  # that line, while the history is shown
-        self.was_cut = ""
+        self.was_cut = ""  # by cut(), for Ctrl-Y
         self._doing = ""  # what the last key did and the next one may go on with: "cutting", "typing", "last word"
         self._former: List[Tuple[str, str]] = []  # both parts before each change, for undo()
         self._last_word: Tuple[int, str] = (0, "")  # where in the history the inserted word stands, and the word
@@ -6991,7 +6991,7 @@ class Window:
     def __init__(self, scrollback: Scrollback) -> None:
         self.scrollback = scrollback
         self.line = LineEditor()
-        self.target = EVERYONE  # the receiver of what is entered, or the id of the only one
+        self.target = EVERYONE  # the receiver of what is entered: the id of a peer, or EVERYONE
 
 
 class People:
@@ -8154,7 +8154,7 @@ class ChatView:
         self.keyboard = Keyboard(self)
         self.commands = Commands(self)
         self.enter = self.commands.enter
-        self.handle = Narrator(self).handle
+        self.handle = Narrator(self).handle  # takes in the events of one turn
 
     def ask_passphrase(self) -> None:
         """What is typed next is the passphrase: it is neither shown nor kept among the lines that were entered."""
@@ -8442,9 +8442,9 @@ class LogTail(logging.Handler):
         self.lines.append(f"{show_time(record.created, '%H:%M:%S', 1)} {clean(record.getMessage())}")
 
 
-def show_time(when: float, layout: str = "%H:%M", unit: int = 60) -> str:
-    """Return a Unix time in words. Each minute, or other unit, is formatted once."""
-    return _strftime(layout, int(when // unit) * unit)
+def show_time(when: float, form: str = "%H:%M", unit: int = 60) -> str:
+    """Return a Unix time as text. Each minute, or other unit, is formatted once."""
+    return _strftime(form, int(when // unit) * unit)
 
 
 def show_day(when: float) -> str:
@@ -8452,8 +8452,8 @@ def show_day(when: float) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _strftime(layout: str, when: int) -> str:
-    return time.strftime(layout, time.localtime(when))
+def _strftime(form: str, when: int) -> str:
+    return time.strftime(form, time.localtime(when))
 
 
 def read_input(size: int) -> bytes:
@@ -8559,7 +8559,6 @@ class Interface:
         self.loop.watch(0, self._on_typed)
         try:
             terminal.resume()
-            self.changed()
             self.loop.run()
         finally:
             terminal.suspend()
@@ -8835,6 +8834,7 @@ class CursesInterface(Interface):
         self._keys = KeyReader(terminal.keys())
         self.listen_for_signals()
         self.loop.on_signal(signal.SIGWINCH, self._on_resize)
+        self.changed()
         self.run_on(terminal)
         lost = self.view.lost if self.node is not None else []
         more = [f"and {_count(len(lost) - 5, 'message')} more"] if len(lost) > 5 else []

@@ -4458,6 +4458,7 @@ def test_loop_an_exception_costs_only_its_connection(caplog):
 def test_loop_accepting_pauses_when_descriptors_are_used_up(monkeypatch):
     """Those who are connected go on, nothing spins, and the newcomers get in once there is room."""
     monkeypatch.setattr(p2pchat, "ACCEPT_PAUSE", 0.1)
+    gc.collect()  # descriptors that earlier tests left would be closed meanwhile
     with LoopRig() as rig:
         accepted, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
         listener = rig.loop.listen("127.0.0.1", 0, loop_taker(accepted))
