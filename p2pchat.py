@@ -8439,21 +8439,22 @@ class LogTail(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.CRITICAL:
             self._tell(record.getMessage())
-        self.lines.append(f"{show_time(record.created, '%H:%M:%S', 1)} {clean(record.getMessage())}")
+        self.lines.append(f"{show_time(record.created)}:{int(record.created) % 60:02} {clean(record.getMessage())}")
 
 
-def show_time(when: float, form: str = "%H:%M", unit: int = 60) -> str:
-    """Return a Unix time as text. Each minute, or other unit, is formatted once."""
-    return _strftime(form, int(when // unit) * unit)
+def show_time(when: float) -> str:
+    """Return hours and minutes of a Unix time."""
+    return _time_and_day(int(when // 60))[0]
 
 
 def show_day(when: float) -> str:
-    return show_time(when, "%A, %d %B %Y")
+    return _time_and_day(int(when // 60))[1]
 
 
 @functools.lru_cache(maxsize=64)
-def _strftime(form: str, when: int) -> str:
-    return time.strftime(form, time.localtime(when))
+def _time_and_day(minute: int) -> Tuple[str, str]:
+    when = time.localtime(minute * 60)
+    return time.strftime("%H:%M", when), time.strftime("%A, %d %B %Y", when)
 
 
 def read_input(size: int) -> bytes:
