@@ -8874,17 +8874,16 @@ class CursesInterface(Interface):
 
     def _draw(self) -> None:
         rows, cols = self.terminal.size()
-        if self.form is not None:
-            screen = render_form(self.form, rows, cols)
-            self.terminal.draw(screen)
-        elif self.is_bare:
+        if self.is_bare:
             self.terminal.draw_bare(render_bare(self.view, rows, cols))
             return
+        if self.form is not None:
+            screen = render_form(self.form, rows, cols)
         else:
             self.view.rows, self.view.cols = rows, cols
             screen = render(self.view, rows, cols)
-            self.terminal.draw(screen)
             self._ask_for_attention()
+        self.terminal.draw(screen)
         self._drawn_at = self.loop.now()
         self._still.cancel()
         self._still = self.loop.call_later(REDRAW_INTERVAL, self.changed)
@@ -9119,7 +9118,6 @@ class Prompt:
         self._termios.tcsetattr(0, self._termios.TCSADRAIN, mode)
 
     def suspend(self) -> None:
-        """Put the terminal back as it was."""
         try:
             os.write(1, self.around("", is_over=True).encode("utf-8", "replace"))
             self._termios.tcsetattr(0, self._termios.TCSADRAIN, self._before)
@@ -9148,7 +9146,7 @@ class LineWriter:
         self._lines: List[str] = []  # since the last flush
         self.prompt: Optional[Prompt] = None  # of a user who types on the same terminal
         self._output = bytearray()
-        self._state = "idle"  # idle, waiting, broken
+        self.state = "idle"  # idle, waiting, broken
         self._on_empty: Optional[Callable[[], None]] = None
         self._descriptor: Any = _own_pipe()
         self._is_own = self._descriptor != 1
@@ -9164,7 +9162,7 @@ class LineWriter:
             text = "\n".join([*self._lines, ""]) if self._lines else ""
             self._output += (self.prompt.around(text) if self.prompt else text).encode("utf-8", "replace")
             self._lines.clear()
-        if self._state == "broken":
+        if self.state == "broken":
             self._output.clear()
             return
         try:
@@ -9183,7 +9181,7 @@ class LineWriter:
     def when_empty(self, call: Callable[[], None]) -> None:
         """Call back once everything is written, or never can be."""
         self._on_empty = call
-        if self._state in ("idle", "broken"):
+        if self.state in ("idle", "broken"):
             call()
 
     def _may_write(self) -> bool:
@@ -9193,16 +9191,16 @@ class LineWriter:
 
     def _await(self, more: bool) -> None:
         """Be called when there is room, if there is more to write."""
-        if more != (self._state == "waiting"):
+        if more != (self.state == "waiting"):
             self._loop.set_interest(self._descriptor, selectors.EVENT_WRITE if more else 0, self.flush)
-        self._state = "waiting" if more else "idle"
+        self.state = "waiting" if more else "idle"
         if not more and self._on_empty is not None:
             self._on_empty()
 
     def _break(self, why: str) -> None:
         """Give up: nothing can be written any more."""
         self._await(False)
-        self._state = "broken"
+        self.state = "broken"
         self._output.clear()
         self._on_broken(why)
 
@@ -9239,12 +9237,12 @@ class PlainInterface(Interface):
         self._goes_on = False  # more of them will be entered at the end of this turn
         self._own_lines = Timer()  # of writing them
         self._keys = KeyReader()
-        self._is_broken = False  # the output is
 
     def status(self) -> int:
         """1 if something was not delivered, not written, or, in a script, not understood."""
         assert self.node is not None
-        return int(bool(self.node.undelivered or self._is_broken or self.view.refused and not self._by_hand))
+        is_broken = self._writer.state == "broken"
+        return int(bool(self.node.undelivered or is_broken or self.view.refused and not self._by_hand))
 
     def chat(self) -> None:
         self.start_node(self.settings)
@@ -9345,7 +9343,6 @@ class PlainInterface(Interface):
 
     def _on_broken(self, why: str) -> None:
         """Leave: nobody would read what is said."""
-        self._is_broken = True
         if why:
             log.error("[P2P] the output can't be written: %s", why)
             complain(f"the output can't be written: {why}")
