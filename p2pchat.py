@@ -6408,7 +6408,7 @@ MAX_ENTRIES = 5000  # in a scrollback; with texts of the usual length some 3 MiB
 MAX_SCROLLBACK = 4 * 1024 * 1024  # characters of all entries: 250 of the longest texts, which /search reads in 30 ms
 DRAW_PORTION = 48 * 1024  # characters wrapped for one drawing, those beyond ASCII counted threefold: some 30 ms
 MAX_DRAWN = 50_000  # rows kept as they were drawn: more than the largest screen and the longest texts on it have
-MAX_DELIVERIES = 10_000  # awaited at a time while lines are piped in: enough to keep every link busy
+MAX_DELIVERIES = 3000  # awaited at a time while lines are piped in: one acknowledgement may end them all, in one turn
 MAX_SENDING = 1024 * 1024  # bytes of the texts under way meanwhile, on the wire: a quarter of a receiver's outbox
 GATHER_TIME = 60.0  # seconds within which joins, or leaves, that follow each other share a line
 GATHER_NAMES = 5  # names in such a line; the other peers are counted
@@ -8304,7 +8304,7 @@ MAX_PASTE = 4 * MAX_TEXT  # characters of a paste that are kept
 PIPE_SIZE = 64 * 1024  # bytes read or written at a time: a pipe holds no more
 SAFE_WRITE = 4096 if sys.platform == "linux" else 512  # bytes that a pipe or terminal takes whenever it is ready
 INPUT_TIME = 0.006  # seconds of a turn for lines of input: the others wait for the next turn
-INPUT_LINES = 64  # lines of input that are sent together
+INPUT_LINES = 64  # lines of input that are sent together, if that makes no more than MAX_DELIVERIES
 INPUT_PORTION = 64 * 1024  # bytes of them, on the wire: a few of the longest texts
 INPUT_ROOM = 512 * 1024  # bytes of a turn: what a turn adds to MAX_SENDING still fits an outbox
 MAX_UNREAD = 64 * 1024 * 1024  # bytes of output kept for a program that does not read them
@@ -9332,8 +9332,9 @@ class PlainInterface(Interface):
         Return them and their size on the wire."""
         lines = [self._input.popleft()]
         size = wire_size(lines[0])
+        most = min(INPUT_LINES, MAX_DELIVERIES // max(1, len(self.view.node.present())))
         if is_surely_text(lines[0]):
-            while self._input and size < INPUT_PORTION and len(lines) < INPUT_LINES and is_surely_text(self._input[0]):
+            while self._input and size < INPUT_PORTION and len(lines) < most and is_surely_text(self._input[0]):
                 lines.append(self._input.popleft())
                 size += wire_size(lines[-1])
         return lines, size
