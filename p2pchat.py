@@ -1781,14 +1781,16 @@ class FirstBytes(Reader):
     """Tells by its first bytes what an accepted connection speaks. It holds them until that is certain.
 
     `protocols` maps the beginning of a protocol to a call that prepares the connection for it, with another reader
-    or handler. All other beginnings are those of messages."""
+    or handler. All other beginnings are those of messages; `otherwise` is called for them."""
 
-    __slots__ = ("_connection", "_protocols")
+    __slots__ = ("_connection", "_protocols", "_otherwise")
 
-    def __init__(self, connection: Connection, protocols: Protocols) -> None:
+    def __init__(self, connection: Connection, protocols: Protocols,
+                 otherwise: Callable[[Connection], None] = lambda connection: None) -> None:
         super().__init__()
         self._connection = connection
         self._protocols = protocols
+        self._otherwise = otherwise
 
     def feed(self, data: bytes) -> List[Message]:
         self.partial += data
@@ -1796,8 +1798,7 @@ class FirstBytes(Reader):
         chosen = next((beginning for beginning in self._protocols if head.startswith(beginning)), None)
         if chosen is not None or not any(beginning.startswith(head) for beginning in self._protocols):
             self._connection.reader = MessageReader()
-            if chosen is not None:
-                self._protocols[chosen](self._connection)
+            (self._otherwise if chosen is None else self._protocols[chosen])(self._connection)
             held = bytes(self.partial)
             self.partial.clear()
             self._connection.feed(held)
@@ -3152,7 +3153,7 @@ class SealedConnection(Connection, Handler):
         """Wait for the first bytes of a connection that was accepted."""
         self.raw, self.local = raw, raw.local
         self._timer = self.loop.call_later(HELLO_TIMEOUT, self.on_late)
-        raw.reader = FirstBytes(raw, {**protocols, b"\x16": self.start_tls})
+        raw.reader = FirstBytes(raw, {**protocols, b"\x16": self.start_tls, b"{": self.on_clear}, self.on_noise)
 
     def start_tls(self, raw: Connection) -> None:
         """What is below speaks TLS: hand over its bytes."""
@@ -3166,13 +3167,13 @@ class SealedConnection(Connection, Handler):
         self._tls.receive(b"")  # begins the handshake
         self._answer()
 
-    def on_messages(self, messages: List[Message]) -> None:
-        """Somebody speaks to us in the clear."""
+    def on_clear(self, raw: Connection) -> None:
+        """Somebody speaks to us in the clear. What it says is not read: it could be long."""
         name = self.room.name
         self.fail(ROOM, f"this is the closed room {name}: {room_option(name)}")
 
-    def on_bad_input(self, reason: str) -> None:
-        self.fail(PROTOCOL, reason)
+    def on_noise(self, raw: Connection) -> None:
+        self.fail(PROTOCOL, "this is a closed room of p2pchat, and that is not TLS")
 
     def on_close(self, reason: str) -> None:
         if self._is_queued:

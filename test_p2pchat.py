@@ -5277,6 +5277,17 @@ def test_room_nothing_but_the_proof_is_read_before_it(what, at_server):
     assert world.ann.names() == ["Bob"] and not world.ann.texts() and not world.ann.texts("notice")
 
 
+@pytest.mark.parametrize("first, about", [(b'{"type":', "room"), (b"SSH-2.0-x", "protocol"), (b"\n{", "protocol")])
+def test_room_nothing_that_is_said_in_the_clear_is_read_or_kept(first, about):
+    """Not even until its line ends: a megabyte for each connection would fill the memory, and takes long to parse."""
+    world = room_world("Ann", by="none")
+    client = Client(world.process_at(EVIL)).dial(world.ann.me.address)
+    client.send(first)
+    world.run(0.5)
+    assert [content["about"] for content in client.got("MSG_ERROR")] == [about]
+    assert len(world.ann.saw("notice", about="room")) == (about == "room")
+
+
 def test_room_a_member_gets_everything():
     """Chat, names, the server: as in an open room, and nobody but members is registered or linked."""
     world = room_world("Ann", "Bob", "Cid", by="server")
