@@ -2905,6 +2905,11 @@ class Proof:
         return [] if self.dialled else [_proof_message(MSG_PAKE, confirm=self._confirm.hex())]
 
 
+def guesser_at(ip: str) -> str:
+    """Return for which address guesses are counted: those of this machine's loopback, 16 million, are one."""
+    return "127.0.0.1" if is_loopback(ip) else ip
+
+
 class Guesser:
     """What Guesses keeps about one address."""
 
@@ -2926,13 +2931,19 @@ class Guesser:
             self._limit.take(now, level)
         return self._limit
 
+    def guess(self, now: float) -> None:
+        """Count a guess. Runs at the same time may be too many: then the next one waits so much longer."""
+        limit = self.limit(now)
+        limit.level = min(limit.level + 1, 2.0 * self._amount)
+        self.guessed_at = [*self.guessed_at[1 - MEMBER_GUESSES:], now]
+
 
 class Guesses:
     """How many passphrases each address has tried lately, and when it may try the next.
 
     Before a run handles a message that exposes it (Proof.is_next_exposing), may_start() must return 0.0; else the
-    run waits for so long, or for the next proved(), and asks again. As soon as it is exposed, count() is called, so
-    that a hundred runs at once do not get a hundred answers; proved() takes that back.
+    run waits for so long, or for the next proved(), and asks again. When a run that was exposed ends, count() or
+    proved() is called; until then ClosedRoom sees to it that a hundred at once do not get a hundred answers.
 
     Only a guess or a proof makes an entry, and those with the fewest guesses make room. So to have a count of three
     cleared takes some 3,600 addresses that guess three times each in the same minute: it costs more than it wins."""
@@ -2947,9 +2958,7 @@ class Guesses:
 
     def count(self, ip: str, now: float) -> None:
         """Count a guess of an address: a run with it is exposed."""
-        guesser = self._find(ip, now)
-        guesser.limit(now).take(now)
-        guesser.guessed_at = [*guesser.guessed_at[1 - MEMBER_GUESSES:], now]
+        self._find(ip, now).guess(now)
 
     def proved(self, ip: str, now: float, counted: bool = False) -> None:
         """An address has proved that it knows the passphrase. If the run was counted as a guess, it was none."""
@@ -3144,6 +3153,11 @@ class SealedConnection(Connection, Handler):
         """Whether we dialled the far end."""
         return self._accept is None
 
+    @property
+    def guesser(self) -> str:
+        """The address that its guesses, and the work that it causes, count for."""
+        return guesser_at(self.remote[0])
+
     def describe(self) -> str:
         return self._tls.describe() if self._tls is not None else ""
 
@@ -3200,7 +3214,7 @@ class SealedConnection(Connection, Handler):
             self._unread.append(data)
             if not self._is_queued:
                 self._is_queued = True
-                self.room.strangers.add(self.remote[0], self.number, self._read_on)
+                self.room.strangers.add(self.guesser, self.number, self._read_on)
 
     def close(self, reason: str, timeout: float = 0.0) -> None:
         super().close(reason, timeout)
@@ -3254,8 +3268,9 @@ class SealedConnection(Connection, Handler):
             self._say(MSG_ERROR, {"reason": words, "about": about, "room": self.room.name})
         self.raw.close(words)
         self.proof = None
-        self.room.end_run(self)
-        self.room.on_failed(self, about, shown or words)
+        has_hidden = self.is_exposed and about == PROTOCOL  # what it knows now, behind silence or rubbish
+        self.room.end_run(self, has_guessed=bool(words) and about == PASSPHRASE)
+        self.room.on_failed(self, *(PASSPHRASE, "") if has_hidden else (about, shown or words))
         self.abort(shown or words)
 
     def _say(self, kind: str, content: Any) -> None:
@@ -3301,7 +3316,7 @@ class SealedConnection(Connection, Handler):
         """The far end may perhaps guess now: go on when it is its turn."""
         self._pause.cancel()
         if self.state == CONNECTING:
-            self.room.strangers.add(self.remote[0], self.number, self._handle_held)
+            self.room.strangers.add(self.guesser, self.number, self._handle_held)
 
     def _handle_held(self) -> None:
         """Handle the messages that came before the proof; those behind its last one are for the owner."""
@@ -3333,7 +3348,6 @@ class SealedConnection(Connection, Handler):
             try:
                 self._say_all(self.proof.handle(message))
             except ProofError as error:
-                self.room.end_run(self, has_guessed=error.about == PASSPHRASE)
                 other = f"the closed room {content.get('room')} is there, not {self.room.name}"
                 self.fail(error.about, str(error), other if error.about == ROOM else "")
                 return
@@ -3474,10 +3488,10 @@ class ClosedRoom(OpenRoom):
         return sealed
 
     def may_dial(self, ip: str) -> bool:
-        return not self.guesses.may_start(ip, self.loop.now())
+        return not self.guesses.may_start(guesser_at(ip), self.loop.now())
 
     def wrong_guesses(self, ip: str) -> int:
-        return self.guesses.wrong_in_last_minute(ip, self.loop.now())
+        return self.guesses.wrong_in_last_minute(guesser_at(ip), self.loop.now())
 
     def change_passphrase(self, passphrase: bytes) -> None:
         self._room = self._room._replace(passphrase=passphrase)
@@ -3503,7 +3517,7 @@ class ClosedRoom(OpenRoom):
         """How long the far end must wait for an answer that tells it whether it guessed right."""
         if connection.proof is None or not connection.proof.is_next_exposing or connection.is_trusted:
             return 0.0
-        ip, now = connection.remote[0], self.loop.now()
+        ip, now = connection.guesser, self.loop.now()
         wait, under_way = self.guesses.may_start(ip, now), self._exposed.get(ip, 0)
         if connection.is_dialled and under_way and under_way >= GUESSES - self.guesses.wrong_in_last_minute(ip, now):
             wait = max(wait, HELLO_TIMEOUT)  # a hundred runs at once get no hundred answers: until one of them ends
@@ -3516,24 +3530,24 @@ class ClosedRoom(OpenRoom):
 
         It waits for no run under way, either, or two that dial each other at the same time would wait for good."""
         connection.is_exposed = True
-        self._exposed[connection.remote[0]] = self._exposed.get(connection.remote[0], 0) + 1
+        self._exposed[connection.guesser] = self._exposed.get(connection.guesser, 0) + 1
 
     def end_run(self, connection: SealedConnection, has_guessed: bool = False) -> None:
         """A run failed. If the far end may know by now whether it guessed right, that was a guess, however it ends."""
         if connection.is_exposed or has_guessed:
-            self.guesses.count(connection.remote[0], self.loop.now())
+            self.guesses.count(connection.guesser, self.loop.now())
         self._cover(connection)
 
     def on_proved(self, connection: SealedConnection) -> None:
         """A connection is a member's."""
         self.has_proved = True
         self._unproved.discard(connection)
-        self.guesses.proved(connection.remote[0], self.loop.now())
+        self.guesses.proved(connection.guesser, self.loop.now())
         self._cover(connection)
 
     def _cover(self, connection: SealedConnection) -> None:
         """A run is not exposed any more, so the next with that address may be."""
-        ip = connection.remote[0]
+        ip = connection.guesser
         self._leave_queue(connection)
         if connection.is_exposed:
             connection.is_exposed = False
@@ -3556,10 +3570,10 @@ class ClosedRoom(OpenRoom):
         self._leave_queue(connection)
 
     def _leave_queue(self, connection: SealedConnection) -> None:
-        waiting = self._waiting.get(connection.remote[0], {})
+        waiting = self._waiting.get(connection.guesser, {})
         waiting.pop(connection, None)
         if not waiting:
-            self._waiting.pop(connection.remote[0], None)
+            self._waiting.pop(connection.guesser, None)
 
 
 class RoomError(Exception):
