@@ -3190,10 +3190,11 @@ class SealedConnection(Connection, Handler):
         self.fail(PROTOCOL, "this is a closed room of p2pchat, and that is not TLS")
 
     def on_close(self, reason: str) -> None:
-        if self._is_queued:
+        if self._is_queued and self.state != CLOSED:
             self._reason = self._reason or reason  # first comes what it has sent before
         else:
             self.abort(reason)
+            self.room.forget(self)
 
     def on_late(self) -> None:
         """The far end takes too long."""
@@ -3238,9 +3239,15 @@ class SealedConnection(Connection, Handler):
         if self.is_exposed:
             self.room.end_run(self)
             self.room.on_failed(self, PASSPHRASE, "")  # it hung up, and may know whether it guessed right
-        self.room.forget(self)
         if self.raw.state in (CONNECTING, OPEN) and self.raw.handler is self:  # else it is sending our last words,
             self.raw.abort("closed")  # or was handed over
+        if self.raw.state != DRAINING:  # it counts as long as it takes a descriptor
+            self.room.forget(self)
+
+    def abort(self, reason: str) -> None:
+        if self.state == CLOSED and self.raw.handler is self:
+            self.raw.abort(reason)  # and sends no last words any more
+        super().abort(reason)
 
     def _receive(self, data: bytes) -> None:
         assert self._tls is not None

@@ -5762,6 +5762,21 @@ def test_room_ten_thousand_half_open_handshakes():
     assert list(world.ann.node.room._unproved) == []
 
 
+def test_room_strangers_that_are_being_refused_take_no_more_descriptors_than_others():
+    """Who does not close stays for DRAIN_TIMEOUT; beyond the bound the oldest are dropped."""
+    world = room_world("Ann", by="none")
+    ann, loop = world.ann, world.process_at(EVIL)
+    for _ in range(p2pchat.MAX_UNIDENTIFIED + 500):
+        end = loop.connect(ann.me.address, p2pchat.Handler(), 5.0)
+        end.end_of_stream = lambda: None
+        end.send(b"no TLS")
+    world.run(1)
+    assert {each.state for each in ann.loop.connections} == {"draining"}
+    assert len(ann.loop.connections) <= p2pchat.MAX_UNIDENTIFIED
+    world.run(p2pchat.DRAIN_TIMEOUT + 1)
+    assert not ann.loop.connections and list(ann.node.room._unproved) == []
+
+
 def test_room_an_open_one_imports_no_ssl():
     code = ("import p2pchat, sys\nloop = p2pchat.Loop()\nnode = p2pchat.PeerNode(loop, p2pchat.Settings(host='127.0.0.1', lan=False), print)\n"
             "node.start()\nserver = p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(host='127.0.0.1', port=0, lan=False))\nserver.start()\n"
