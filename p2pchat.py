@@ -1777,14 +1777,16 @@ class FirstBytes(Reader):
     """Tells by its first bytes what an accepted connection speaks. It holds them until that is certain.
 
     `protocols` maps the beginning of a protocol to a call that prepares the connection for it, with another reader
-    or handler. All other beginnings are those of messages."""
+    or handler. All other beginnings are those of messages; `otherwise` is called for them."""
 
-    __slots__ = ("_connection", "_protocols")
+    __slots__ = ("_connection", "_protocols", "_otherwise")
 
-    def __init__(self, connection: Connection, protocols: Protocols) -> None:
+    def __init__(self, connection: Connection, protocols: Protocols,
+                 otherwise: Callable[[Connection], None] = lambda connection: None) -> None:
         super().__init__()
         self._connection = connection
         self._protocols = protocols
+        self._otherwise = otherwise
 
     def feed(self, data: bytes) -> List[Message]:
         self.partial += data
@@ -1792,8 +1794,7 @@ class FirstBytes(Reader):
         chosen = next((beginning for beginning in self._protocols if head.startswith(beginning)), None)
         if chosen is not None or not any(beginning.startswith(head) for beginning in self._protocols):
             self._connection.reader = MessageReader()
-            if chosen is not None:
-                self._protocols[chosen](self._connection)
+            (self._otherwise if chosen is None else self._protocols[chosen])(self._connection)
             held = bytes(self.partial)
             self.partial.clear()
             self._connection.feed(held)
@@ -2900,6 +2901,11 @@ class Proof:
         return [] if self.dialled else [_proof_message(MSG_PAKE, confirm=self._confirm.hex())]
 
 
+def guesser_at(ip: str) -> str:
+    """Return for which address guesses are counted: those of this machine's loopback, 16 million, are one."""
+    return "127.0.0.1" if is_loopback(ip) else ip
+
+
 class Guesser:
     """What Guesses keeps about one address."""
 
@@ -2920,6 +2926,12 @@ class Guesser:
             self._amount, self._limit = amount, RateLimit(amount)
             self._limit.take(now, level)
         return self._limit
+
+    def guess(self, now: float) -> None:
+        """Count a guess. Runs at the same time may be too many: then the next one waits so much longer."""
+        limit = self.limit(now)
+        limit.level = min(limit.level + 1, 2.0 * self._amount)
+        self.guessed_at = [*self.guessed_at[1 - MEMBER_GUESSES:], now]
 
 
 class Guesses:
@@ -2942,9 +2954,7 @@ class Guesses:
 
     def count(self, ip: str, now: float) -> None:
         """Count a guess of an address: a run with it failed."""
-        guesser = self._find(ip, now)
-        guesser.limit(now).take(now)
-        guesser.guessed_at = [*guesser.guessed_at[1 - MEMBER_GUESSES:], now]
+        self._find(ip, now).guess(now)
 
     def proved(self, ip: str, now: float) -> None:
         """An address has proved that it knows the passphrase."""
@@ -3134,6 +3144,11 @@ class SealedConnection(Connection, Handler):
         """Whether we dialled the far end."""
         return self._accept is None
 
+    @property
+    def guesser(self) -> str:
+        """The address that its guesses, and the work that it causes, count for."""
+        return guesser_at(self.remote[0])
+
     def describe(self) -> str:
         return self._tls.describe() if self._tls is not None else ""
 
@@ -3143,7 +3158,7 @@ class SealedConnection(Connection, Handler):
         """Wait for the first bytes of a connection that was accepted."""
         self.raw, self.local = raw, raw.local
         self._timer = self.loop.call_later(HELLO_TIMEOUT, self.on_late)
-        raw.reader = FirstBytes(raw, {**protocols, b"\x16": self.start_tls})
+        raw.reader = FirstBytes(raw, {**protocols, b"\x16": self.start_tls, b"{": self.on_clear}, self.on_noise)
 
     def start_tls(self, raw: Connection) -> None:
         """What is below speaks TLS: hand over its bytes."""
@@ -3157,19 +3172,20 @@ class SealedConnection(Connection, Handler):
         self._tls.receive(b"")  # begins the handshake
         self._answer()
 
-    def on_messages(self, messages: List[Message]) -> None:
-        """Somebody speaks to us in the clear."""
+    def on_clear(self, raw: Connection) -> None:
+        """Somebody speaks to us in the clear. What it says is not read: it could be long."""
         name = self.room.name
         self.fail(ROOM, f"this is the closed room {name}: {room_option(name)}")
 
-    def on_bad_input(self, reason: str) -> None:
-        self.fail(PROTOCOL, reason)
+    def on_noise(self, raw: Connection) -> None:
+        self.fail(PROTOCOL, "this is a closed room of p2pchat, and that is not TLS")
 
     def on_close(self, reason: str) -> None:
-        if self._is_queued:
+        if self._is_queued and self.state != CLOSED:
             self._reason = self._reason or reason  # first handle what it has sent
         else:
             self.abort(reason)
+            self.room.forget(self)
 
     def on_late(self) -> None:
         """The far end takes too long."""
@@ -3190,7 +3206,7 @@ class SealedConnection(Connection, Handler):
             self._unread.append(data)
             if not self._is_queued:
                 self._is_queued = True
-                self.room.strangers.add(self.remote[0], self.number, self._read_on)
+                self.room.strangers.add(self.guesser, self.number, self._read_on)
 
     def close(self, reason: str, timeout: float = 0.0) -> None:
         super().close(reason, timeout)
@@ -3214,9 +3230,15 @@ class SealedConnection(Connection, Handler):
         if self.is_exposed:
             self.room.end_run(self)
             self.room.on_failed(self, PASSPHRASE, "")  # it hung up, and may know whether it guessed right
-        self.room.forget(self)
         if self.raw.state in (CONNECTING, OPEN) and self.raw.handler is self:  # else it is sending our last words,
             self.raw.abort("closed")  # or was handed over
+        if self.raw.state != DRAINING:  # it counts as long as it takes a descriptor
+            self.room.forget(self)
+
+    def abort(self, reason: str) -> None:
+        if self.state == CLOSED and self.raw.handler is self:
+            self.raw.abort(reason)  # and sends no last words any more
+        super().abort(reason)
 
     def _receive(self, data: bytes) -> None:
         assert self._tls is not None
@@ -3244,8 +3266,9 @@ class SealedConnection(Connection, Handler):
             self._say(MSG_ERROR, {"reason": words, "about": about, "room": self.room.name})
         self.raw.close(words)
         self.proof = None
-        self.room.end_run(self)
-        self.room.on_failed(self, about, shown or words)
+        has_hidden = self.is_exposed and about == PROTOCOL  # what it knows now, behind silence or rubbish
+        self.room.end_run(self, has_guessed=bool(words) and about == PASSPHRASE)
+        self.room.on_failed(self, *(PASSPHRASE, "") if has_hidden else (about, shown or words))
         self.abort(shown or words)
 
     def _say(self, kind: str, content: Any) -> None:
@@ -3291,7 +3314,7 @@ class SealedConnection(Connection, Handler):
         """The far end may perhaps guess now: go on when it is its turn."""
         self._pause.cancel()
         if self.state == CONNECTING:
-            self.room.strangers.add(self.remote[0], self.number, self._handle_held)
+            self.room.strangers.add(self.guesser, self.number, self._handle_held)
 
     def _handle_held(self) -> None:
         """Handle the messages that came before the proof; those after its last one are for the owner."""
@@ -3323,7 +3346,6 @@ class SealedConnection(Connection, Handler):
             try:
                 self._say_all(self.proof.handle(message))
             except ProofError as error:
-                self.room.end_run(self, has_guessed=error.about == PASSPHRASE)
                 other = f"the closed room {content.get('room')} is there, not {self.room.name}"
                 self.fail(error.about, str(error), other if error.about == ROOM else "")
                 return
@@ -3464,10 +3486,10 @@ class ClosedRoom(OpenRoom):
         return sealed
 
     def may_dial(self, ip: str) -> bool:
-        return not self.guesses.may_start(ip, self.loop.now())
+        return not self.guesses.may_start(guesser_at(ip), self.loop.now())
 
     def wrong_guesses(self, ip: str) -> int:
-        return self.guesses.wrong_in_last_minute(ip, self.loop.now())
+        return self.guesses.wrong_in_last_minute(guesser_at(ip), self.loop.now())
 
     def change_passphrase(self, passphrase: bytes) -> None:
         self._room = self._room._replace(passphrase=passphrase)
@@ -3493,7 +3515,7 @@ class ClosedRoom(OpenRoom):
         """How long the far end must wait for an answer that tells it whether it guessed right."""
         if connection.proof is None or not connection.proof.is_next_exposing or connection.is_trusted:
             return 0.0
-        ip, now = connection.remote[0], self.loop.now()
+        ip, now = connection.guesser, self.loop.now()
         wait, under_way = self.guesses.may_start(ip, now), self._exposed.get(ip, 0)
         if connection.is_dialled and under_way and under_way >= GUESSES - self.guesses.wrong_in_last_minute(ip, now):
             wait = max(wait, HELLO_TIMEOUT)  # until a run ends: a hundred runs must not get a hundred answers
@@ -3506,24 +3528,24 @@ class ClosedRoom(OpenRoom):
 
         It waits for no run under way, either, or two that dial each other at the same time would wait for good."""
         connection.is_exposed = True
-        self._exposed[connection.remote[0]] = self._exposed.get(connection.remote[0], 0) + 1
+        self._exposed[connection.guesser] = self._exposed.get(connection.guesser, 0) + 1
 
     def end_run(self, connection: SealedConnection, has_guessed: bool = False) -> None:
         """A run failed. If the far end may know by now whether it guessed right, that was a guess, however it ends."""
         if connection.is_exposed or has_guessed:
-            self.guesses.count(connection.remote[0], self.loop.now())
+            self.guesses.count(connection.guesser, self.loop.now())
         self._free(connection)
 
     def on_proved(self, connection: SealedConnection) -> None:
         """A connection is a member's."""
         self.has_proved = True
         self._unproved.discard(connection)
-        self.guesses.proved(connection.remote[0], self.loop.now())
+        self.guesses.proved(connection.guesser, self.loop.now())
         self._free(connection)
 
     def _free(self, connection: SealedConnection) -> None:
         """A run is not exposed any more: let the next at that address go on."""
-        ip = connection.remote[0]
+        ip = connection.guesser
         self._leave_queue(connection)
         if connection.is_exposed:
             connection.is_exposed = False
@@ -3546,10 +3568,10 @@ class ClosedRoom(OpenRoom):
         self._leave_queue(connection)
 
     def _leave_queue(self, connection: SealedConnection) -> None:
-        waiting = self._waiting.get(connection.remote[0], {})
+        waiting = self._waiting.get(connection.guesser, {})
         waiting.pop(connection, None)
         if not waiting:
-            self._waiting.pop(connection.remote[0], None)
+            self._waiting.pop(connection.guesser, None)
 
 
 class RoomError(Exception):

@@ -5177,6 +5177,17 @@ def test_room_nothing_but_the_proof_is_read_before_it(what, at_server):
     assert world.ann.names() == ["Bob"] and not world.ann.texts() and not world.ann.texts("notice")
 
 
+@pytest.mark.parametrize("first, about", [(b'{"type":', "room"), (b"SSH-2.0-x", "protocol"), (b"\n{", "protocol")])
+def test_room_nothing_that_is_said_in_the_clear_is_read_or_kept(first, about):
+    """Not even until its line ends: a megabyte for each connection would fill the memory, and takes long to parse."""
+    world = room_world("Ann", by="none")
+    client = Client(world.process_at(EVIL)).dial(world.ann.me.address)
+    client.send(first)
+    world.run(0.5)
+    assert [content["about"] for content in client.got("MSG_ERROR")] == [about]
+    assert len(world.ann.saw("notice", about="room")) == (about == "room")
+
+
 def test_room_a_member_gets_everything():
     """Chat, names, the server: as in an open room, and nobody but members is registered or linked."""
     world = room_world("Ann", "Bob", "Cid", by="server")
@@ -5336,6 +5347,50 @@ def test_room_a_guesser_that_is_dialled_gets_three_answers_a_minute():
     answers = sum(any("confirm" in content for content in end.got("MSG_PAKE")) for end in learnt)
     assert 1 <= answers <= 6, answers
     assert any("wrong passphrase" in text for text in world.ann.texts("notice"))
+
+
+@pytest.mark.parametrize("ending", ["rubbish", "error", "silence", "closed"])
+def test_room_a_guesser_that_is_dialled_is_told_of_however_it_ends_the_run(ending):
+    world = room_world("Ann", by="lan")
+    shouter = SimShouter(world.network)
+
+    def accept(connection):
+        end = TlsEnd(shouter.loop, guess=WRONG_LAB, is_server=True).take_on(connection)
+
+        def take(data):
+            end.take(data)
+            if any("confirm" in content for content in end.got("MSG_PAKE")):
+                {"rubbish": lambda: end.say("MSG_CHAT", "x"), "error": lambda: end.say("MSG_ERROR", {"reason": "x"}),
+                 "silence": lambda: None, "closed": lambda: connection.abort("")}[ending]()
+        end.say_all = lambda messages: [end.say(each["type"], each["content"]) for each in messages if "confirm" not in each["content"]]
+        connection.reader = p2pchat.TlsReader(take)
+        return end
+    shouter.loop.listen("0.0.0.0", 700, accept)
+    shouter.broadcast(port=700, instance="x", room="class-3b")
+    world.run(p2pchat.HELLO_TIMEOUT + 2)
+    assert [(event["about"], event["text"].split(" ", 1)[1]) for event in world.ann.saw("notice")] == [("passphrase", "tried a wrong passphrase.")]
+
+
+def test_room_guesses_in_both_directions_at_once_are_no_more_in_the_long_run():
+    """What is tried beyond the limit, by runs that began before, is waited for afterwards."""
+    guesses = p2pchat.Guesses()
+    answers = 0
+    for now in range(600):
+        if guesses.may_start("10.0.0.1", now) == 0:
+            answers += 2  # one that it dialled, one that was dialled
+            guesses.count("10.0.0.1", now)
+            guesses.count("10.0.0.1", now)
+    assert answers <= 3 + 1 + 600 / 20
+
+
+def test_room_all_loopback_addresses_are_one_guesser():
+    """A program has 16 million of them."""
+    room = RoomLoop(simulated_script().loop).room
+    for number in range(p2pchat.GUESSES):
+        assert room.may_dial("127.0.0.1")
+        room.end_run(p2pchat.SealedConnection(room, (f"127.0.7.{number}", 700), None), has_guessed=True)
+    assert not room.may_dial("127.0.9.9") and room.may_dial("10.0.0.1")
+    assert room.wrong_guesses("127.0.0.1") == p2pchat.GUESSES
 
 
 def test_room_what_comes_with_the_last_words_of_the_proof_counts(caplog):
@@ -5605,6 +5660,21 @@ def test_room_ten_thousand_half_open_handshakes():
     world.until(lambda: set(newcomer.names()) == {"Ann", "Bob"}, 5)
     world.run(p2pchat.HELLO_TIMEOUT + 1)
     assert list(world.ann.node.room._unproved) == []
+
+
+def test_room_strangers_that_are_being_refused_take_no_more_descriptors_than_others():
+    """Who does not close stays for DRAIN_TIMEOUT; beyond the bound the oldest are dropped."""
+    world = room_world("Ann", by="none")
+    ann, loop = world.ann, world.process_at(EVIL)
+    for _ in range(p2pchat.MAX_UNIDENTIFIED + 500):
+        end = loop.connect(ann.me.address, p2pchat.Handler(), 5.0)
+        end.end_of_stream = lambda: None
+        end.send(b"no TLS")
+    world.run(1)
+    assert {each.state for each in ann.loop.connections} == {"draining"}
+    assert len(ann.loop.connections) <= p2pchat.MAX_UNIDENTIFIED
+    world.run(p2pchat.DRAIN_TIMEOUT + 1)
+    assert not ann.loop.connections and list(ann.node.room._unproved) == []
 
 
 def test_room_an_open_one_imports_no_ssl():
