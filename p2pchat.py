@@ -3230,6 +3230,7 @@ class SealedConnection(Connection, Handler):
         if self.is_exposed:
             self.room.end_run(self)
             self.room.on_failed(self, PASSPHRASE, "")  # it hung up, and may know whether it guessed right
+        self._tls = None  # 50 KB, which would wait for the collector of cycles
         if self.raw.state in (CONNECTING, OPEN) and self.raw.handler is self:  # else it is sending our last words,
             self.raw.abort("closed")  # or was handed over
         if self.raw.state != DRAINING:  # it counts as long as it takes a descriptor

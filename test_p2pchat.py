@@ -5677,6 +5677,17 @@ def test_room_strangers_that_are_being_refused_take_no_more_descriptors_than_oth
     assert not ann.loop.connections and list(ann.node.room._unproved) == []
 
 
+def test_room_a_connection_that_is_closed_holds_no_tls():
+    """It is part of a cycle: a flood would fill the memory before the collector looks."""
+    world = room_world("Ann", by="none")
+    world.process_at(EVIL).connect(world.ann.me.address, p2pchat.Handler(), 5.0).send(b"\x16\x03\x01\x02\x00")
+    world.run(1)
+    sealed, = world.ann.node.room._unproved
+    assert sealed._tls is not None
+    world.run(p2pchat.HELLO_TIMEOUT)
+    assert sealed.state == "closed" and sealed._tls is None
+
+
 def test_room_an_open_one_imports_no_ssl():
     code = ("import p2pchat, sys\nloop = p2pchat.Loop()\nnode = p2pchat.PeerNode(loop, p2pchat.Settings(host='127.0.0.1', lan=False), print)\n"
             "node.start()\nserver = p2pchat.DiscoveryServer(loop, p2pchat.ServerSettings(host='127.0.0.1', port=0, lan=False))\nserver.start()\n"
