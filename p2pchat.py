@@ -789,15 +789,21 @@ def is_port(value: Any) -> bool:
 @functools.lru_cache(maxsize=MAX_PEERS)
 def is_username(name: str) -> bool:
     """Whether a name is allowed, and is in NFC already."""
-    try:
-        return check_username(name) == name
-    except ValueError:
-        return False
+    return _passes(check_username, name)
 
 
+@functools.lru_cache(maxsize=MAX_PEERS)
 def is_room(name: str) -> bool:
     """Whether the name of a room is allowed, and is in NFC already."""
-    return is_username(name) and len(name.encode("utf-8")) <= MAX_ROOM
+    return _passes(check_room, name)
+
+
+def _passes(check: Callable[[str], str], name: str) -> bool:
+    """Whether a check returns a name as it is."""
+    try:
+        return check(name) == name
+    except ValueError:
+        return False
 
 
 @functools.lru_cache(maxsize=MAX_PEERS)
