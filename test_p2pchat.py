@@ -2922,6 +2922,7 @@ class SimLoop:
         self.skew = 0.0  # of the clock that only goes forward, against the network's time
         self.wall_skew = 0.0
         self.dead = False
+        self.has_lost_power = False  # it died with its machine, and so did what its kernel would have sent again
         self.frozen = False
         self.is_behind = False  # it has no time to read all that comes
         self.connections = {}  # those not closed
@@ -3042,7 +3043,7 @@ class SimLoop:
 
     def crash(self, reset=True):
         """kill -9: the kernel ends its connections. Without `reset` the machine dies: silence."""
-        self.dead = True
+        self.dead, self.has_lost_power = True, not reset
         for port, listener in list(self.host.listeners.items()):
             if listener.loop is self:
                 del self.host.listeners[port]
@@ -3194,7 +3195,7 @@ class SimConnection(p2pchat.Connection):
 
     def release(self):
         """The cut may be healed: what was held up arrives, if so."""
-        held, self._held = self._held, []
+        held, self._held = [] if self.loop.has_lost_power else self._held, []
         for segment in held:
             self._arrive(segment)
 
@@ -4146,6 +4147,17 @@ def test_sim_crashes_with_and_without_a_reset(reset):
         play.send(play.a, "are you there?")
         play.network.run(10)
         assert play.log == ["a closed reset"]
+
+
+def test_sim_a_machine_that_lost_its_power_sends_nothing_again():
+    play = sim_pair(delay=(0.1, 0.1))
+    play.send(play.b, "half a sentence")
+    play.network.run(0.05)
+    play.b.loop.crash(reset=False)
+    play.network.run(10)
+    play.network.plug(play.two)
+    play.network.run(61)
+    assert play.log == []
 
 
 def test_sim_a_broken_link_is_reset_on_both_sides_and_loses_what_was_under_way():
