@@ -107,6 +107,7 @@ MAX_NAME = 32  # characters of a user name: more would not fit beside a message
 MAX_NOTE = 200  # characters that say why a peer is away or leaves: it stands in its record, 4096 of which fit a list
 MAX_ID = 128  # characters of a peer id: a name, an address and a port, with room to spare
 MAX_PEERS = 4096  # records in a list, on the wire and in memory; each takes about 1 KiB of memory
+MAX_CHANNELS = 16  # that a peer is in: with the longest names they take 2 KiB of its record, 6 KiB on the wire
 MAX_INCARNATION = 2**53 - 1  # the largest integer that every JSON parser keeps exact
 MAX_RAISE = 1 << 20  # how far hearsay may raise a known incarnation: an owner raises its own one by one
 
@@ -239,6 +240,7 @@ class Settings(NamedTuple):
     join: Tuple[Address, ...] = ()  # addresses of peers or servers that the user named
     lan: bool = True  # look for others on the local network
     budget: int = 1024 * 1024  # bytes of chat accepted from one sender in a minute; 0: no limit
+    channels: Tuple[str, ...] = ()  # joined from the start
     log_file: Optional[str] = None
 
 
@@ -297,12 +299,30 @@ def check_username(name: str) -> str:
             raise ValueError(f"A name may not contain {character!r}; letters, digits and spaces are fine.")
     if name.startswith("/"):
         raise ValueError("A name may not begin with '/': a line that does is a command.")
+    if name.startswith("#"):
+        raise ValueError("A name may not begin with '#': channels do.")
     blanks = any(character.isspace() and character != " " for character in name)
     if blanks or clean(name) != name or _UNKNOWN in name:
         raise ValueError("A name may contain only characters that can be shown, no control or invisible ones.")
     if not any(unicodedata.category(character)[0] in "LNPSC" and character != "\u2800" for character in name):
         raise ValueError("A name needs a letter, digit or symbol that can be seen.")
     return name
+
+
+def check_channel(name: str) -> str:
+    """Return the name of a channel, with its '#', case-folded and in NFC. Raises ValueError with a sentence."""
+    if not name.startswith("#") or name == "#":
+        raise ValueError("The name of a channel is '#' and 1 to 32 characters, like #lab.")
+    for _ in range(2):  # what was folded and composed may have to be folded again
+        name = unicodedata.normalize("NFC", name.casefold())
+    if any(map(str.isspace, name)):
+        raise ValueError("The name of a channel may not contain a space.")
+    return "#" + check_username(name[1:])
+
+
+def is_channel(text: str) -> bool:
+    """Whether a text that names a conversation names a channel: user names do not begin like this."""
+    return text.startswith("#")
 
 
 def check_room(name: str) -> str:
@@ -793,6 +813,12 @@ def is_username(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=MAX_PEERS)
+def is_channel_name(name: str) -> bool:
+    """Whether the name of a channel is allowed, and is case-folded already."""
+    return _passes(check_channel, name)
+
+
+@functools.lru_cache(maxsize=MAX_PEERS)
 def is_room(name: str) -> bool:
     """Whether the name of a room is allowed, and is in NFC already."""
     return _passes(check_room, name)
@@ -898,16 +924,24 @@ def _is_refusals(ranges: Any) -> bool:
     return True
 
 
+def _are_channels(names: Any) -> bool:
+    """Whether a value is a list of the names of channels, none twice."""
+    return (type(names) is list and len(names) <= MAX_CHANNELS and all(map(_is_channel_text, names))
+            and len(set(names)) == len(names))
+
+
 def _check_content(message: Message, content: Any) -> None:
     kind = message["type"]
     if content is not None or kind != MSG_SYNC_PEERS_REQUEST:
         _check_fields(f"the content of {kind}", content, _CONTENTS[kind])
 
 
-_NAME = (_is_text(MAX_NAME, is_username), "1 to 32 characters that can be shown, none of @*:, no slash at the start")
+_NAME = (_is_text(MAX_NAME, is_username), "1 to 32 characters that can be shown, none of @*:, no / or # at the start")
 _PORT = (is_port, "an integer from 1 to 65535")
 _COUNT = (is_count, "an integer from 0 to 2**53 - 1")
 _is_reason = _is_text(MAX_TEXT)
+_is_channel_text = _is_text(MAX_NAME + 1, is_channel_name)
+_CHANNELS = (_are_channels, f"at most {MAX_CHANNELS} names of channels in lower case, none twice")
 _WORDS = (_is_reason, "a text")
 _REFUSALS = (_is_refusals, f"at most {MAX_REFUSALS} of [first, last, why], in rising order")
 _INSTANCE = (_is_text(32, lambda text: not text or text.isascii() and text.isalnum()), "at most 32 letters and digits")
@@ -916,7 +950,8 @@ _IP = (_is_text(MAX_NAME, is_peer_ip), "the IPv4 address of one machine")
 _ID = (_is_text(MAX_ID, split_id), "username@ip:port")
 _IDENTITY: Fields = {"instance?": _INSTANCE, "incarnation?": _COUNT}
 _PEER: Fields = {"username": _NAME, "ip": _IP, "port": _PORT, "id": _WORDS, **_IDENTITY, "status?": _STATUS,
-                 "age?": _COUNT, "away?": (_is_text(MAX_NOTE), f"a text of at most {MAX_NOTE} characters")}
+                 "age?": _COUNT, "away?": (_is_text(MAX_NOTE), f"a text of at most {MAX_NOTE} characters"),
+                 "channels?": _CHANNELS}
 _ONE = (check_peer, "a peer")
 _PEERS = (_is_list(check_peer), f"a list of at most {MAX_PEERS} peers")
 _HELLO_PEER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a peer with an instance")
@@ -924,7 +959,7 @@ _LEFT = (_is_list(_is_object({"id": _ID, "reason?": _WORDS, **_IDENTITY})), 'a l
 _YOU = (_is_object({"ip?": (_is_text(MAX_ID), "an address")}), "an object with the ip that was seen")
 _ROOM = (_is_text(MAX_NAME, is_room), f"a name of at most {MAX_ROOM} bytes")
 _CONTENTS: Dict[str, Fields] = {
-    MSG_REGISTER: {"username": _NAME, "port": _PORT, **_IDENTITY},
+    MSG_REGISTER: {"username": _NAME, "port": _PORT, **_IDENTITY, "channels?": _CHANNELS},
     MSG_REGISTER_ACK: {"peer_id": _ID, "peer_list": _PEERS},
     MSG_PEER_LIST_UPDATE: {"joined": _PEERS, "left": _LEFT},
     MSG_CHAT_ACK: {"upto": _COUNT, "refused?": _REFUSALS},
@@ -956,7 +991,8 @@ _CHECKS: Dict[str, Callable[[Message, Any], None]] = {**dict.fromkeys(_CONTENTS,
 # So a liar or a bad cable empties nobody's list. Pure: time and randomness are arguments, changes are results.
 # ======================================================================================================
 
-JOINED, GONE, RENAMED, AWAY = "joined", "left", "renamed", "away"  # kinds of Change, named like their events
+# Kinds of Change, named like their events.
+JOINED, GONE, RENAMED, AWAY, CHANNELS = "joined", "left", "renamed", "away", "channels"
 
 # Verdicts on a record.
 NEW = "new"  # it changed the list and is worth passing on
@@ -974,8 +1010,8 @@ class Peer:
     """What we know of a peer. Times are seconds on the loop's clock."""
 
     __slots__ = ("username", "ip", "port", "id", "instance", "incarnation", "status", "added_at", "heard_at",
-                 "confirmed_at", "unconfirmed_since", "removed_at", "quiet", "rtt", "away", "public", "_encoded",
-                 "_weight")
+                 "confirmed_at", "unconfirmed_since", "removed_at", "quiet", "rtt", "away", "channels", "public",
+                 "_encoded", "_weight")
 
     def __init__(self, username: str, ip: str, port: int, instance: str = "", incarnation: int = 0) -> None:
         self.instance = instance  # drawn at random by its process; "" for a program that has none
@@ -989,6 +1025,7 @@ class Peer:
         self.quiet = False  # shown as quiet: nobody has heard it for a while
         self.rtt: Optional[float] = None  # round trip time of the last probe, or of the hellos, seconds
         self.away = ""  # why its user is away, by the peer's own word; empty: the user is here
+        self.channels: Tuple[str, ...] = ()  # those that it is in, by its own word
         self.set_identity(username, ip, port)
 
     @classmethod
@@ -998,6 +1035,8 @@ class Peer:
                    record.get("instance", ""), record.get("incarnation", 0))
         if "away" in record:
             peer.away = check_note(record["away"])
+        if "channels" in record:
+            peer.channels = tuple(map(sys.intern, record["channels"]))
         return peer
 
     def set_identity(self, username: str, ip: str, port: int) -> None:
@@ -1011,6 +1050,10 @@ class Peer:
     def set_away(self, note: str) -> None:
         """Note why its user is away; "" for here."""
         self.away, self._encoded = note, None
+
+    def set_channels(self, names: Iterable[str]) -> None:
+        """Note which channels it is in."""
+        self.channels, self._encoded = tuple(names), None
 
     @property
     def key(self) -> str:
@@ -1066,16 +1109,19 @@ class Peer:
         record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
         if self.away:
             record["away"] = self.away
+        if self.channels:
+            record["channels"] = list(self.channels)
         return record
 
 
 class Change(NamedTuple):
-    """A change of the list. `reason` says why a peer left, or is away; `old` is what `public` of a renamed peer was."""
+    """A change of the list. `reason` says why a peer left, or is away; `old` is what `public` of a renamed peer was, or
+    which channels it was in."""
 
     kind: str
     peer: Any  # of the class of the list's peers
     reason: str = ""
-    old: Optional[Dict[str, Any]] = None
+    old: Any = None
 
 
 Merged = Tuple[str, P, List[Change]]  # verdict, the peer as the list holds it, what changed
@@ -1310,16 +1356,17 @@ class PeerList(Generic[P]):
         known.set_identity(peer.username, peer.ip, peer.port)
         known.status, known.incarnation = ALIVE, peer.incarnation
         known.set_away(peer.away)
+        known.set_channels(peer.channels)
         known.unconfirmed_since = None
         return self._add(known, now)
 
     def _update(self, known: P, peer: P) -> Merged[P]:
         """Take over a newer record of a present peer, perhaps with another name or address."""
-        if peer.incarnation <= known.incarnation:  # its own word: whoever passed it on may have dropped "away"
-            return KNOWN, known, self._set_away(known, peer.away)
+        if peer.incarnation <= known.incarnation:  # its own word: whoever passed it on may have dropped some of it
+            return KNOWN, known, self._take_over(known, peer)
         if peer.id == known.id:
             known.incarnation = peer.incarnation
-            return NEW, known, self._set_away(known, peer.away)
+            return NEW, known, self._take_over(known, peer)
         if peer.id in self._present or peer.id == self.me.id:
             return CONFLICT, self._present.get(peer.id, known), []
         old = known.public
@@ -1327,13 +1374,18 @@ class PeerList(Generic[P]):
         known.set_identity(peer.username, peer.ip, peer.port)
         known.incarnation = peer.incarnation
         self._put(known)
-        return NEW, known, [Change(RENAMED, known, old=old), *self._set_away(known, peer.away)]
+        return NEW, known, [Change(RENAMED, known, old=old), *self._take_over(known, peer)]
 
-    def _set_away(self, known: P, note: str) -> List[Change]:
-        if known.away == note:
-            return []
-        known.set_away(note)
-        return [Change(AWAY, known, note)]
+    def _take_over(self, known: P, peer: P) -> List[Change]:
+        """Take over what a record says of a peer besides its name and address."""
+        changes: List[Change] = []
+        if known.away != peer.away:
+            known.set_away(peer.away)
+            changes.append(Change(AWAY, known, peer.away))
+        if known.channels != peer.channels:
+            changes.append(Change(CHANNELS, known, old=known.channels))
+            known.set_channels(peer.channels)
+        return changes
 
     def _displace(self, peer: P, now: float) -> List[Change]:
         """Remove the peer that holds this id if it is another instance: its program was restarted."""
@@ -3986,7 +4038,8 @@ class DiscoveryServer:
         session.peer_id = peer_id
         session.ids = (*session.ids[-7:], peer_id)
         session.identity = {key: content[key] for key in ("instance", "incarnation") if key in content}
-        session.encoded = _ENCODER.encode({**record, **session.identity})
+        channels = {"channels": content["channels"]} if content.get("channels") else {}
+        session.encoded = _ENCODER.encode({**record, **session.identity, **channels})
         self._peers[peer_id] = session
         self._joined[peer_id] = None
         limited_log(f"registered from {record['ip']}", logging.INFO, "[Server] registered %s", peer_id)
@@ -4086,6 +4139,7 @@ def make_beacon(sender_id: str, content: Dict[str, Any], size: int) -> bytes:
 #   Detector     failure detection: probes, suspicion, and whether it is ourselves who are isolated
 #   Gossip       what peers tell each other about others: news at once, lists where they differ
 #   Discovery    the connection to a discovery server
+#   Identity     what we say of ourselves: name and address, away, channels
 #   Delivery     chat messages: numbered, kept until acknowledged, shown once and in order
 #   Finder       looks for others: addresses named by hand, beacons on the local network
 # Each calls only those above it. To reach others it makes an upcall: it calls a short method of PeerNode,
@@ -5119,10 +5173,9 @@ class Gossip:
         """Send all news to a few peers."""
         chosen = self.node.links.sample(NEWS_FANOUT)
         if chosen:
-            records = self.node.news.take(len(chosen), self.node.loop.now())
-            data = create_message(MSG_PEER_NEWS, self.node.me.id, {"peers": records})
-            for link in chosen:
-                link.connection.send(data)
+            for data in self._encode_news(self.node.news.take(len(chosen), self.node.loop.now()), EVERYONE):
+                for link in chosen:
+                    link.connection.send(data)
         if self.node.news and chosen:  # with nobody to tell, it waits for the next link
             self._timer = self.node.loop.call_later(NEWS_INTERVAL, self._tell)
 
@@ -5132,7 +5185,14 @@ class Gossip:
 
     def _send_news(self, link: Link, records: List[Dict[str, Any]]) -> None:
         for start in range(0, len(records), NEWS_BATCH):
-            link.send(MSG_PEER_NEWS, {"peers": records[start:start + NEWS_BATCH]})
+            for data in self._encode_news(records[start:start + NEWS_BATCH], link.peer.id if link.peer else EVERYONE):
+                link.used_at = self.node.loop.now()
+                link.connection.send(data)
+
+    def _encode_news(self, records: List[Dict[str, Any]], to: str) -> Iterator[bytes]:
+        """Encode records as one message, or more if they are very long."""
+        for packed in pack_lists(map(_ENCODER.encode, records)):
+            yield create_raw(MSG_PEER_NEWS, self.node.me.id, to, f'{{"peers":[{packed}]}}')
 
     # -- comparing lists -------------------------------------------------------------------------------
 
@@ -5305,7 +5365,8 @@ class Gossip:
             link.ids = (*link.ids[-7:], record["id"])
         self.node.detector.on_heard(peer)
         self.node.publish(changes)
-        if any(change.kind in (RENAMED, AWAY) for change in changes) and not link.renames.take(self.node.loop.now()):
+        is_other = any(change.kind in (RENAMED, AWAY, CHANNELS) for change in changes)
+        if is_other and not link.renames.take(self.node.loop.now()):
             self.node.links.ban(link)
         return verdict, peer
 
@@ -5322,7 +5383,7 @@ class Discovery(Endpoint):
         self.is_online: Optional[bool] = None  # None until the listeners were told
         self.since = node.loop.wall()  # since when it is, or is not, online
         self.peer_id = ""  # what the server calls us: it may see another address than we do
-        self._registered_name = ""
+        self._registered: Tuple[Any, ...] = ()  # what the server knows of us: name and channels
         self._reason = ""  # what the server said was wrong
         self.has_registered = False  # ever
         self._first = node.settings.server or ("127.0.0.1", DEFAULT_PORT)
@@ -5393,9 +5454,9 @@ class Discovery(Endpoint):
             return
         self.node.whereabouts.on_local_address(self.connection.local[0])
         me = self.node.me
-        self._registered_name = me.username
+        self._registered = (me.username, me.channels)
         content = {"username": me.username, "port": me.port, "ip": me.ip, "instance": me.instance,
-                   "incarnation": me.incarnation}
+                   "incarnation": me.incarnation, **({"channels": me.channels} if me.channels else {})}
         self.ask(MSG_REGISTER, content, lambda message: None, self.node.settings.timeout,
                  functools.partial(self.connection.abort, "what listens there does not answer as a server does"))
 
@@ -5414,7 +5475,7 @@ class Discovery(Endpoint):
             log.info("[Discovery] registered as %s", content["peer_id"])
             self._set_online(True, "")
             self._send_heartbeat()
-        if self._registered_name != node.me.username:  # we were renamed since we registered
+        if self._registered[0] != node.me.username:  # we were renamed since we registered
             self.register()
         self._merge(content["peer_list"], node.on_settled)
 
@@ -5425,7 +5486,9 @@ class Discovery(Endpoint):
 
     def check(self, timeout: float) -> None:
         """Send a heartbeat; a server that does not answer it in `timeout` s is given up."""
-        if self.is_online:
+        if self.is_online and self._registered != (self.node.me.username, self.node.me.channels):
+            self.register()
+        elif self.is_online:
             self.ask(MSG_HEARTBEAT, None, self._on_heartbeat_answered, timeout,
                      functools.partial(self.connection.abort, "the server is silent"))
 
@@ -5511,6 +5574,119 @@ class Discovery(Endpoint):
         if self.is_online:
             self.send(MSG_UNREGISTER, None)
         self.connection.close("leaving")
+
+
+def change_event(change: Change) -> Event:
+    """Return the event that tells listeners of a change."""
+    peer = change.peer
+    if change.kind == AWAY:
+        return {"event": "away", "peer": peer.public, "text": peer.away}
+    if change.kind == CHANNELS:
+        joined, left = set(peer.channels) - set(change.old), set(change.old) - set(peer.channels)
+        return {"event": "channels", "peer": peer.public, "joined": sorted(joined), "left": sorted(left)}
+    if change.kind == JOINED:
+        more = {"away": peer.away, "channels": list(peer.channels)}
+        return {"event": "joined", "peer": peer.public, **{key: value for key, value in more.items() if value}}
+    if change.kind == RENAMED:
+        return {"event": "renamed", "peer": peer.public, "old": change.old}
+    words, peer.last_words = peer.last_words, ""
+    return {"event": "left", "peer": peer.public, "reason": change.reason, **({"text": words} if words else {})}
+
+
+class Identity:
+    """What we say of ourselves: name and address, whether the user is away, channels.
+
+    Each change raises our incarnation and is told to everybody."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.ids: Dict[str, None] = {}  # every id that we had, the last one last
+        self._announcements = RateLimit(MAX_RENAMES / 2)  # others cut off who makes twice as many
+        self._timer = Timer()  # of an announcement that has to wait
+
+    def set(self, username: str, ip: str, port: int) -> None:
+        """Set name and address, and tell nobody."""
+        self.node.me.set_identity(username, ip, port)
+        self.ids[self.node.me.id] = None
+        self.node.peers.clear_caches()
+
+    def change(self, username: str, ip: str) -> None:
+        """Take another name or address, and tell everybody: a change, not a leave and a join."""
+        node = self.node
+        if (username, ip) == (node.me.username, node.me.ip):
+            return
+        old = node.me.public
+        self.set(username, ip, node.me.port)
+        node.links.met_ourselves_at.clear()  # somebody else may get the old address
+        log.info("[P2P] now known as %s", node.me.id)
+        self._announce()  # now: what we send from now on bears the new id
+        if node.discovery.is_online:
+            node.discovery.register()
+        node.emit({"event": "renamed", "peer": node.me.public, "old": old})
+
+    def rename(self, username: str) -> None:
+        """Take another name. Raises ChatError."""
+        try:
+            self.change(check_username(username), self.node.me.ip)
+        except ValueError as error:
+            raise ChatError(str(error)) from None
+
+    def set_away(self, note: str) -> None:
+        """Say that the user is away, and why; "" for here."""
+        note, me = check_note(note), self.node.me
+        if note != me.away and not self.node.leaving:
+            me.set_away(note)
+            self._announce_soon()
+            self.node.emit(change_event(Change(AWAY, me)))
+
+    def join(self, name: str) -> str:
+        """Join a channel; return its name in the form in which it is used. Raises ChatError."""
+        try:
+            name = check_channel(name)
+        except ValueError as error:
+            raise ChatError(str(error)) from None
+        channels = self.node.me.channels
+        if name not in channels:
+            if len(channels) >= MAX_CHANNELS:
+                raise ChatError(f"You are in {MAX_CHANNELS} channels, and nobody can be in more. /part leaves one.")
+            self._set_channels((*channels, name))
+        return name
+
+    def part(self, name: str) -> None:
+        """Leave a channel. Raises ChatError."""
+        channels = self.node.me.channels
+        if name not in channels:
+            raise ChatError(f"You are not in {name}.")
+        self._set_channels(tuple(each for each in channels if each != name))
+
+    def refute(self, incarnation: int) -> None:
+        """Somebody calls us suspect or gone, or by an old id: raise our incarnation above that, and spread it."""
+        me = self.node.me
+        if me.incarnation <= incarnation <= me.incarnation + MAX_RAISE:
+            me.incarnation = incarnation + 1
+        self.node.spread(me, ALIVE)
+
+    def _set_channels(self, names: Tuple[str, ...]) -> None:
+        me = self.node.me
+        old = me.channels
+        me.set_channels(names)
+        self._announce_soon()
+        self.node.emit(change_event(Change(CHANNELS, me, old=old)))
+
+    def _announce_soon(self) -> None:
+        """Announce our record, but not so often that others would cut us off for it."""
+        wait = self._announcements.wait(self.node.loop.now())
+        if not wait:
+            self._announce()
+        elif not self._timer.active:
+            self._timer = self.node.loop.call_later(wait, self._announce)
+
+    def _announce(self) -> None:
+        """Our record is another now: tell everybody."""
+        self._announcements.take(self.node.loop.now())
+        self.node.me.incarnation += 1
+        self.node.links.announce()
+        self.node.spread(self.node.me, ALIVE)
 
 
 class Pending(NamedTuple):
@@ -5730,8 +5906,9 @@ class Delivery:
             return
         inbox.upto = sequence or inbox.upto
         me, to = self.node.me, message["to"]
+        conversation = to if to == EVERYONE or is_channel(to) else me.id
         message_id = f"{peer.key}-{sequence}" if sequence else f"{me.instance}-unnumbered-{next(self._unnumbered)}"
-        self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE else me.id,
+        self.node.emit({"event": "chat", "from": peer.public, "to": conversation,
                         "text": clean(message["content"], newlines=True), "id": message_id})
 
     def _refusal(self, link: Link, inbox: Inbox, message: Message) -> str:
@@ -5745,7 +5922,9 @@ class Delivery:
             return "you send too much: slow down"
         if inbox.is_full:
             return inbox.refused[-1][2]
-        is_for_us = to == EVERYONE or to in self.node.my_ids or to == self.node.discovery.peer_id
+        if is_channel(to):
+            return "" if to in self.node.me.channels else "not in that channel"
+        is_for_us = to == EVERYONE or to in self.node.identity.ids or to == self.node.discovery.peer_id
         return "" if is_for_us else "it is meant for somebody else"
 
     def _refuse(self, link: Link, inbox: Inbox, sequence: int, why: str) -> None:
@@ -5794,7 +5973,7 @@ class Delivery:
             return None
         known = self.node.peers.get(message["sender_id"])
         link.ids = link.ids or (message["sender_id"],)  # one name a connection
-        is_taken = (known is not None and known.instance) or message["sender_id"] in self.node.my_ids
+        is_taken = (known is not None and known.instance) or message["sender_id"] in self.node.identity.ids
         if is_taken or message["sender_id"] not in link.ids or parts[1] != link.connection.remote[0]:
             link.refuse("that sender_id is not yours; say MSG_HELLO first")
             return None
@@ -6107,19 +6286,6 @@ class Turn:
         raise error
 
 
-def change_event(change: Change) -> Event:
-    """Return the event that tells listeners of a change."""
-    peer = change.peer
-    if change.kind == AWAY:
-        return {"event": "away", "peer": peer.public, "text": peer.away}
-    if change.kind == JOINED:
-        return {"event": "joined", "peer": peer.public, **({"away": peer.away} if peer.away else {})}
-    if change.kind == RENAMED:
-        return {"event": "renamed", "peer": peer.public, "old": change.old}
-    words, peer.last_words = peer.last_words, ""
-    return {"event": "left", "peer": peer.public, "reason": change.reason, **({"text": words} if words else {})}
-
-
 class PeerNode:
     """A peer. Use: PeerNode(loop, settings, listener).start(), then run the loop. `room` is a closed one.
 
@@ -6133,7 +6299,7 @@ class PeerNode:
         self.listeners = list(listeners)
         self.me = Contact(settings.username or "anonymous", "127.0.0.1", 0,
                           instance=f"{loop.random.getrandbits(64):016x}", incarnation=int(loop.wall() * 1000))
-        self.my_ids: Dict[str, None] = {}  # every id that we had, the last one last
+        self.me.channels = settings.channels
         self.peers: PeerList[Contact] = PeerList(self.me)
         self.news = News()
         self.targets = Targets()
@@ -6153,6 +6319,7 @@ class PeerNode:
         self.detector = Detector(self)
         self.gossip = Gossip(self)
         self.discovery = Discovery(self)
+        self.identity = Identity(self)
         self.delivery = Delivery(self)
         self.finder = Finder(self)
         self.handlers = node_handlers(self)
@@ -6160,7 +6327,10 @@ class PeerNode:
         self.present, self.find, self.label = self.peers.present, self.peers.find, self.peers.label_of
         self.first_look, self.alone, self.connect = self.finder.first_look, self.finder.report, self.finder.connect
         self.who, self.encryption, self.sync = self.finder.who, self.finder.encryption, self.gossip.sync_for_user
+        self.rename, self.set_away = self.identity.rename, self.identity.set_away
+        self.join, self.part = self.identity.join, self.identity.part
         self.dialled, self.check_clock = self.finder.on_dialled, self.detector.check_clock  # upcalls
+        self.refute, self.change_identity = self.identity.refute, self.identity.change
 
     # -- starting and leaving --------------------------------------------------------------------------
 
@@ -6181,7 +6351,7 @@ class PeerNode:
         settings = self.settings
         accept, protocols = self.links.handle_p2p_connection, self.files.protocols
         self._listener = self.room.listen(settings.host, settings.port, accept, protocols)
-        self._set_identity(self.me.username, self.whereabouts.first_guess(), self._listener.address[1])
+        self.identity.set(self.me.username, self.whereabouts.first_guess(), self._listener.address[1])
         log.info("[P2P] listening on %s:%d as %s", settings.host, self.me.port, self.me.id)
 
     def _on_probe_interval(self) -> None:
@@ -6248,25 +6418,34 @@ class PeerNode:
         return self.send_chat_messages(to, [text])[0]
 
     def send_chat_messages(self, to: str, texts: Sequence[str]) -> List[str]:
-        """Send texts, each a message, to one peer or EVERYONE; return their ids. Raises ChatError and sends none."""
-        peer = self.peers.get(to)
-        if to == EVERYONE and not len(self.peers):
-            raise ChatError("Not sent: nobody else is here. /who says why.")
-        if to != EVERYONE and peer is None:
-            raise ChatError(f"Not sent: {to} is not here.")
+        """Send texts, each a message, to EVERYONE, a channel that we are in, or the peer with the id `to`; return the
+        messages' ids. Raises ChatError and sends none."""
+        receivers = self.members(to)
+        if is_channel(to) and to not in self.me.channels:
+            raise ChatError(f"Not sent: you are not in {to}. /join {to} first.")
+        if is_channel(to) and not receivers:
+            raise ChatError(f"Not sent: nobody else is in {to}.")
+        if not receivers:
+            raise ChatError("Not sent: nobody else is here. /who says why." if to == EVERYONE else
+                            f"Not sent: {to} is not here.")
         if self.leaving:
             raise ChatError("You are leaving: nothing more is sent.")
-        receivers = [peer] if peer is not None else self.present()
-        message_ids = self.delivery.send(list(map(check_text, texts)), receivers, peer.id if peer else EVERYONE)
+        message_ids = self.delivery.send(list(map(check_text, texts)), receivers, to)
         self.set_away("")
         return message_ids
 
-    def rename(self, username: str) -> None:
-        """Take another name. Raises ChatError."""
-        try:
-            self.change_identity(check_username(username), self.me.ip)
-        except ValueError as error:
-            raise ChatError(str(error)) from None
+    def members(self, conversation: str) -> List[Contact]:
+        """Return the others in a conversation: EVERYONE, a channel, or the peer with that id."""
+        if conversation == EVERYONE:
+            return self.present()
+        if is_channel(conversation):
+            return [peer for peer in self.present() if conversation in peer.channels]
+        peer = self.peers.get(conversation)
+        return [] if peer is None else [peer]
+
+    def channel_counts(self) -> Dict[str, int]:
+        """Return the channels that are there, and how many peers are in each, ourselves included."""
+        return dict(collections.Counter(name for peer in [self.me, *self.present()] for name in peer.channels))
 
     def server_status(self) -> Tuple[bool, str, float]:
         """Return whether it is online, its address, and since when, in Unix time."""
@@ -6344,7 +6523,7 @@ class PeerNode:
         """The list has changed: clean up behind those that left, and tell the listeners."""
         for change in changes:
             peer = change.peer
-            detail = change.reason or (f"formerly {change.old['id']}" if change.old else "")
+            detail = change.reason or (f"formerly {change.old['id']}" if change.kind == RENAMED else "")
             detail = f" ({detail})" if detail else ""
             limited_log(change.kind, logging.INFO, "[P2P] %s: %s%s", change.kind, peer.id, detail)
             if change.kind == GONE:
@@ -6379,45 +6558,6 @@ class PeerNode:
         """Pass on what has become of a peer (oneself included)."""
         self.news.add(peer, status, len(self.peers))
         self.gossip.tell_soon()
-
-    def refute(self, incarnation: int) -> None:
-        """Somebody calls us suspect or gone, or by an old id: raise our incarnation above that, and spread it."""
-        me = self.me
-        if me.incarnation <= incarnation <= me.incarnation + MAX_RAISE:
-            me.incarnation = incarnation + 1
-        self.spread(me, ALIVE)
-
-    def change_identity(self, username: str, ip: str) -> None:
-        """Take another name or address, and tell everybody: a change, not a leave and a join."""
-        if (username, ip) == (self.me.username, self.me.ip):
-            return
-        old = self.me.public
-        self._set_identity(username, ip, self.me.port)
-        self.links.met_ourselves_at.clear()  # somebody else may get the old address
-        log.info("[P2P] now known as %s", self.me.id)
-        self._announce()
-        if self.discovery.is_online:
-            self.discovery.register()
-        self.emit({"event": "renamed", "peer": self.me.public, "old": old})
-
-    def set_away(self, note: str) -> None:
-        """Say that the user is away, and why; "" for here."""
-        note = check_note(note)
-        if note != self.me.away and not self.leaving:
-            self.me.set_away(note)
-            self._announce()
-            self.emit(change_event(Change(AWAY, self.me)))
-
-    def _announce(self) -> None:
-        """Our record is another now: tell everybody."""
-        self.me.incarnation += 1
-        self.links.announce()
-        self.spread(self.me, ALIVE)
-
-    def _set_identity(self, username: str, ip: str, port: int) -> None:
-        self.me.set_identity(username, ip, port)
-        self.my_ids[self.me.id] = None
-        self.peers.clear_caches()
 
 
 # ======================================================================================================
@@ -9575,6 +9715,7 @@ _port = _option(int, "a port: 0 to 65535", lambda port: 0 <= port <= 65535)
 _seconds = _option(float, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400)
 _bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
 _username, _address, _room = _option(check_username), _option(parse_address), _option(check_room)
+_channel = _option(lambda text: check_channel(text if is_channel(text) else f"#{text}"))  # shells take # for a comment
 
 
 def _parse_local_ip(text: str) -> str:
@@ -9596,6 +9737,7 @@ PEER_OPTIONS: Tuple[Row, ...] = (
     ("user", _username, "NAME", "your name (without it, a form asks; --plain and --json take the login name)"),
     ("server", _address, "HOST[:PORT]", "discovery server (127.0.0.1:9999, and any on the local network)"),
     ("join", _address, "HOST:PORT", "a peer or server to connect to; may be given several times"),
+    ("channel", _channel, "'#NAME'", "a channel to join; may be given several times"),
     _HOST,
     ("port", _port, "N", "TCP port to listen on (0: chosen by the system)"),
     ("heartbeat-interval", _seconds, "S", "between heartbeats to the server (10 s)"),
@@ -9647,11 +9789,12 @@ def _add_options(parser: argparse.ArgumentParser, rows: Sequence[Row], defaults:
                  run: Callable[[argparse.Namespace, Optional[str]], int]) -> None:
     parser.set_defaults(run=run)
     for name, convert, metavar, text in rows:
-        field = "username" if name == "user" else name.replace("-", "_")
+        field = {"user": "username", "channel": "channels"}.get(name, name.replace("-", "_"))
         default = getattr(defaults, field)
+        is_repeated = type(default) is tuple
         parser.add_argument(f"--{name}", dest=field, type=convert, metavar=metavar, help=text,
-                            default=list(default) if name == "join" else default,
-                            action="append" if name == "join" else "store")
+                            default=list(default) if is_repeated else default,
+                            action="append" if is_repeated else "store")
     parser.add_argument("--no-lan", dest="lan", action="store_false",
                         help=f"send and answer no beacons on the local network (UDP port {DEFAULT_PORT})")
     parser.add_argument("--room", type=_room, metavar="NAME",
@@ -9790,7 +9933,10 @@ def run_peer(options: argparse.Namespace, secret: Optional[str]) -> int:
     if options.name and options.username not in (None, options.name):
         return complain(f"you gave two names, {options.name} and {options.username}: leave out one", 2)
     settings = Settings(**_chosen(options, Settings._fields))
-    settings = settings._replace(join=tuple(options.join), username=options.username or options.name)
+    settings = settings._replace(join=tuple(options.join), username=options.username or options.name,
+                                 channels=tuple(dict.fromkeys(options.channels)))
+    if len(settings.channels) > MAX_CHANNELS:
+        return complain(f"--channel may be given {MAX_CHANNELS} times: nobody can be in more channels", 2)
     kind: Type[Interface] = options.kind or (CursesInterface if has_screen() else PlainInterface)
     try:
         check_reach(settings.host, [*settings.join, *([settings.server] if settings.server else [])])

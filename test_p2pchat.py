@@ -268,12 +268,36 @@ def test_usernames(name):
 
 @pytest.mark.parametrize("name, word", [
     ("", "needed"), ("  ", "needed"), (" a", "space"), ("a ", "space"), ("a@b", "'@'"), ("*", "'*'"), ("x" * 33, "at most 32"),
-    ("/quit", "'/'"), ("a → b", "'→'"), ("a: b", "':'"),
+    ("/quit", "'/'"), ("#lab", "'#'"), ("a → b", "'→'"), ("a: b", "':'"),
     ("a\x07", "shown"), ("a\nb", "shown"), ("\u0301", "shown"), ("a\u202eb", "shown"), ("\udc80", "shown"),
     ("a\u00a0b", "shown"), ("\u3164", "shown"), ("\u2800", "seen"), ("a\u200bb", "shown")])
 def test_usernames_that_are_refused(name, word):
     with pytest.raises(ValueError, match=word):
         p2pchat.check_username(name)
+
+
+@pytest.mark.parametrize("name, used", [
+    ("#lab", "#lab"), ("#Lab-3", "#lab-3"), ("#STRASSE", "#strasse"), ("#Straße", "#strasse"), ("#日本", "#日本"),
+    ("#E\u0301a", "#\u00e9a"), ("#" + "x" * 32, "#" + "x" * 32), ("#\u0390", "#\u0390"), ("#42", "#42")])
+def test_channels(name, used):
+    assert p2pchat.check_channel(name) == used == p2pchat.check_channel(used)
+
+
+@pytest.mark.parametrize("name, word", [
+    ("lab", "#lab"), ("#", "1 to 32"), ("", "#lab"), ("#a b", "space"), ("#a\u3000b", "space"), ("#a@b", "'@'"), ("#*", r"'\*'"),
+    ("##", "'#'"), ("#/x", "'/'"), ("#" + "x" * 33, "at most 32"), ("#" + "ß" * 17, "at most 32"), ("#\x1b", "shown")])
+def test_channels_that_are_refused(name, word):
+    with pytest.raises(ValueError, match=word):
+        p2pchat.check_channel(name)
+
+
+def test_channels_are_folded_once_and_for_all():
+    for number in range(0x110000):
+        try:
+            name = p2pchat.check_channel("#" + chr(number))
+        except ValueError:
+            continue
+        assert p2pchat.check_channel(name) == name, hex(number)
 
 
 @pytest.mark.parametrize("text, clusters, columns", [
@@ -1772,7 +1796,8 @@ def test_codec_every_field_with_every_wrong_value(kind, content):
     {"username": "x" * 33}, {"username": "a\x1b[2J"}, {"username": "\u202eevil"}, {"username": " Alice"},
     {"username": "\u0301\u0301"}, {"instance": 5}, {"instance": "x" * 33}, {"instance": "a b"},
     {"incarnation": -1}, {"incarnation": 2**63}, {"incarnation": "1"}, {"status": "undead"}, {"status": []},
-    {"age": -5}, {"age": "1"},
+    {"age": -5}, {"age": "1"}, {"channels": "#lab"}, {"channels": ["lab"]}, {"channels": ["#Lab"]}, {"channels": [5]},
+    {"channels": ["#lab", "#lab"]}, {"channels": [f"#{number}" for number in range(17)]}, {"channels": ["#" + "x" * 40]},
 ])
 def test_codec_a_peer_on_the_wire_is_checked(change):
     peer = dict(BOB, **change)
@@ -1965,6 +1990,19 @@ def test_membership_away_is_versioned_by_the_incarnation_and_follows_its_owner()
         _, peer, changes = getattr(peers, merge)(member_record(incarnation=incarnation, **more), float(now))
         assert peer.away == expected and json.loads(peer.encoded).get("away", "") == peer.wire(0.0).get("away", "") == expected
         assert [change.kind for change in changes if change.kind == p2pchat.AWAY] == ["away"] * (before != expected and now > 1)
+
+
+def test_membership_channels_follow_the_same_rule():
+    peers = member_list()
+    rows = [("merge_own_claim", 100, ["#a"], []), ("merge_claim", 100, [], []), ("merge_claim", 101, ["#a", "#b"], [("#a",)]),
+            ("merge_own_claim", 101, ["#b"], [("#a", "#b")]), ("merge_claim", 99, ["#c"], [])]
+    for now, (merge, incarnation, channels, old) in enumerate(rows, 1):
+        _, peer, changes = getattr(peers, merge)(member_record(incarnation=incarnation, channels=channels), float(now))
+        assert [change.old for change in changes if change.kind == p2pchat.CHANNELS] == old
+    assert peer.channels == ("#b",) and json.loads(peer.encoded)["channels"] == peer.wire(0.0)["channels"] == ["#b"]
+    peers.remove(peer, "dead", "silent", 9.0)
+    _, peer, changes = peers.merge_claim(member_record(incarnation=102, channels=["#d"]), 10.0)
+    assert peer.channels == ("#d",) and p2pchat.change_event(changes[0])["channels"] == ["#d"]
 
 
 def test_membership_a_removed_peer_is_not_brought_back_by_old_lists():
@@ -7769,6 +7807,121 @@ def test_node_who_is_away_is_known_to_all_until_they_talk():
     assert world.bob.saw("away")[-1]["text"] == "" and world.bob.texts() == ["back again"]
 
 
+# -- peer node: channels -----------------------------------------------------------------------------------
+
+
+def channel_world(**more):
+    """Ann and Bob are in #lab; Carol is in #tea alone."""
+    world = World("Ann", "Bob", "Carol", settings={"lan": True}, **more)
+    world.run(5)
+    for peer, name in ((world.ann, "#Lab"), (world.bob, "#lab"), (world.carol, "#tea")):
+        peer.join(name)
+    world.run(2)
+    return world
+
+
+def test_node_who_is_in_which_channel_is_known_to_all():
+    """By their own word, by hearsay, and to those who come later."""
+    world = channel_world()
+    late = world.add("Late", channels=("#lab", "#zoo"))
+    world.run(5)
+    counts = {"#lab": 3, "#tea": 1, "#zoo": 1}
+    assert all(peer.channel_counts() == counts for peer in world.peers)
+    assert [peer.username for peer in world.carol.members("#lab")] == ["Ann", "Bob", "Late"]
+    assert [(event["peer"]["username"], event["joined"], event["left"]) for event in world.carol.saw("channels")] in (
+        [("Ann", ["#lab"], []), ("Bob", ["#lab"], []), ("Carol", ["#tea"], [])],
+        [("Bob", ["#lab"], []), ("Ann", ["#lab"], []), ("Carol", ["#tea"], [])],
+        [("Carol", ["#tea"], []), ("Ann", ["#lab"], []), ("Bob", ["#lab"], [])])
+    assert {event["peer"]["username"]: event.get("channels") for event in late.saw("joined")} == {
+        "Ann": ["#lab"], "Bob": ["#lab"], "Carol": ["#tea"]}
+    world.ann.part("#lab")
+    world.run(2)
+    assert [peer.username for peer in world.carol.members("#lab")] == ["Bob", "Late"] and "#lab" not in world.ann.me.channels
+    assert world.bob.saw("channels")[-1]["left"] == ["#lab"]
+
+
+def test_node_what_is_said_in_a_channel_reaches_those_in_it():
+    world = channel_world()
+    world.ann.send_chat_messages("#lab", ["one", "two"])
+    world.ann.say("to all")
+    world.run(2)
+    assert [(event["to"], event["text"]) for event in world.bob.saw("chat")] == [("#lab", "one"), ("#lab", "two"), ("*", "to all")]
+    assert world.carol.texts() == ["to all"]
+    assert [(event["to"], len(event["receivers"])) for event in world.ann.saw("sent")] == [("#lab", 1), ("#lab", 1), ("*", 2)]
+    assert len(world.ann.saw("delivered")) == 4 and not world.ann.saw("failed")
+
+
+@pytest.mark.parametrize("peer, to, words", [
+    ("bob", "#tea", "not in #tea"), ("carol", "#tea", "nobody else is in #tea"), ("ann", "#no", "not in #no")])
+def test_node_a_channel_that_one_may_not_or_need_not_write_to(peer, to, words):
+    world = channel_world()
+    with pytest.raises(p2pchat.ChatError, match=words):
+        getattr(world, peer).send_chat_messages(to, ["x"])
+    assert not getattr(world, peer).saw("sent")
+
+
+def test_node_a_text_for_a_channel_that_its_receiver_has_left_is_refused_in_words():
+    world = channel_world(delay=(0.2, 0.2))
+    world.bob.part("#lab")
+    world.ann.send_chat_messages("#lab", ["are you there?"])
+    world.ann.say("to all")
+    world.run(3)
+    assert [event["reason"] for event in world.ann.saw("failed")] == ["not in that channel"] and world.bob.texts() == ["to all"]
+
+
+@pytest.mark.parametrize("name, words", [("lab", "#lab"), ("#a b", "space"), ("#x17", "16 channels")])
+def test_node_channels_that_can_not_be_joined(name, words):
+    world = World("Ann", settings={"channels": tuple(f"#x{number}" for number in range(p2pchat.MAX_CHANNELS))})
+    assert world.ann.join("#X3") == "#x3"  # it is in there already
+    with pytest.raises(p2pchat.ChatError, match=words):
+        world.ann.join(name)
+    with pytest.raises(p2pchat.ChatError, match="not in"):
+        world.ann.part(name)
+    assert not world.ann.saw("channels")
+
+
+def test_node_who_changes_channels_all_the_time_is_not_cut_off():
+    world = channel_world()
+    for number in range(3 * p2pchat.MAX_RENAMES):
+        change = world.ann.part if number % 2 else world.ann.join
+        change("#other")
+        world.run(0.5)
+    world.run(10)
+    assert not world.bob.saw("left") and world.bob.record_of(world.ann).channels == world.ann.me.channels
+
+
+def test_node_the_longest_records_of_many_fit_the_messages_that_carry_them():
+    """Somebody with the longest names, and away, told to us by many at once: what we pass on is split."""
+    world = World("Ann", "Bob", settings={"lan": True, "budget": 0})
+    world.run(5)
+    channels = ["#" + chr(0x1F600 + number) * 32 for number in range(p2pchat.MAX_CHANNELS)]
+    for number in range(p2pchat.NEWS_BATCH):
+        record = wire_record("😀" * 32, f"10.0.9.{number + 1}", 5000, f"x{number}", 100, away="😀" * 200, channels=channels)
+        world.ann.hear_of(record)
+        world.ann.loop.enter(world.ann.node.spread, world.ann.peers.by_key(f"x{number}"), p2pchat.ALIVE)
+    world.run(5)
+    assert len(world.bob.present()) == p2pchat.NEWS_BATCH + 1
+    assert world.bob.peers.by_key("x7").channels == tuple(channels)
+
+
+def test_node_the_server_lists_the_channels():
+    """Those from the start at once; later ones with the next heartbeat."""
+    world = World("Ann", "Bob", by="server", settings={"channels": ("#lab",)})
+    world.run(5)
+    asker = world.client(world.server)
+
+    def listed():
+        asker.say("MSG_SYNC_PEERS_REQUEST", None, "nobody")
+        world.run(0.1)
+        return {peer["username"]: peer.get("channels") for peer in asker.take("MSG_SYNC_PEERS_RESPONSE")[-1]["peer_list"]}
+
+    assert listed() == {"Ann": ["#lab"], "Bob": ["#lab"]}
+    world.ann.part("#lab")
+    world.bob.join("#tea")
+    world.run(p2pchat.HEARTBEAT_INTERVAL + 5)
+    assert listed() == {"Ann": None, "Bob": ["#lab", "#tea"]}
+
+
 def test_node_last_words_are_told():
     world = World("Ann", "Bob", "Eve", settings={"lan": True})
     world.run(5)
@@ -12459,7 +12612,8 @@ def test_the_docstring_maps_the_sections_of_the_program():
 
 # -- the shape of the node -----------------------------------------------------------------------------
 
-NODE_HELPERS = ("whereabouts", "links", "detector", "gossip", "discovery", "delivery", "finder")  # from top to bottom
+NODE_HELPERS = ("whereabouts", "links", "detector", "gossip", "discovery", "identity", "delivery",
+                "finder")  # from top to bottom
 
 
 def program_tree():
