@@ -136,7 +136,8 @@ BUSY_PATIENCE = 2  # times as long a peer may be silent while we have no time to
 QUIET_SHOWN = 1.5  # a suspect is shown as quiet, and called suspect to all, if nobody heard it for this long
 WARN_INTERVAL = 0.25  # between two probes that tell a peer of an accusation, because others can cause them at will
 PROBE_HELPERS = 3  # peers asked to probe one that we cannot reach
-TOMBSTONE_TIME = 3600.0  # a removed peer is remembered for this long, so that no old list brings it back
+KEEP_TIME = 3600.0  # texts wait for so long for a peer that was lost
+TOMBSTONE_TIME = KEEP_TIME + 60  # a removed peer is remembered for this long: no old list brings it back, no text twice
 NEWS_INTERVAL = 0.2  # between two rounds of passing on news; memberlist's gossip interval
 NEWS_FANOUT = 3  # peers told in one round; memberlist's gossip nodes
 NEWS_ROUNDS = 4  # each item is sent this many times the number of digits of the number of peers
@@ -163,6 +164,9 @@ PROOF_TIME = 0.01  # for the handshakes and proofs of one turn: members wait no 
 # Delivery.
 OUTBOX_MESSAGES = 50_000  # messages that wait for one receiver's acknowledgement; further ones fail at once
 OUTBOX_BYTES = 4 * 1024 * 1024  # the same in bytes
+KEPT_MESSAGES = 1000  # that wait for one peer that was lost
+KEPT_BYTES = 1024 * 1024  # the same in bytes
+KEPT_BYTES_IN_ALL = 16 * 1024 * 1024  # for all that were lost; a text that waits for several counts once
 MAX_REFUSALS = 32  # ranges of refused messages in one acknowledgement; with so many, all further ones are refused
 CHAT_OVERHEAD = 128  # bytes that a budget counts for a message beside its text
 GOODBYE_TIME = 0.5  # a peer that said goodbye is removed after this: its messages on a second link still count
@@ -994,6 +998,8 @@ _CHECKS: Dict[str, Callable[[Message, Any], None]] = {**dict.fromkeys(_CONTENTS,
 # Kinds of Change, named like their events.
 JOINED, GONE, RENAMED, AWAY, CHANNELS = "joined", "left", "renamed", "away", "channels"
 
+RESTARTED = "restarted"  # the reason of a peer whose place another instance has taken
+
 # Verdicts on a record.
 NEW = "new"  # it changed the list and is worth passing on
 KNOWN = "known"  # nothing new
@@ -1392,7 +1398,7 @@ class PeerList(Generic[P]):
         holder = self._present.get(peer.id)
         if holder is None or holder.key == peer.key:
             return []
-        return self.remove(holder, DEAD, "restarted", now)
+        return self.remove(holder, DEAD, RESTARTED, now)
 
     def _make_room(self, now: float) -> List[Change]:
         """If the list is full, remove a peer that is known only by hearsay, for one that is linked to us."""
@@ -5702,12 +5708,14 @@ class Pending(NamedTuple):
 class Outbox:
     """What is on its way to one peer, in order."""
 
-    __slots__ = ("waiting", "size", "progress_at")
+    __slots__ = ("waiting", "size", "progress_at", "kept_at", "reported")
 
     def __init__(self) -> None:
         self.waiting: Deque[Pending] = collections.deque()
         self.size = 0  # bytes waiting
         self.progress_at = 0.0  # when the first of them began to wait, or an acknowledgement came
+        self.kept_at: Optional[float] = None  # since when it waits for the return of its peer; None: it is in flight
+        self.reported = 0  # messages up to this number were reported as failed, and kept
 
     def take(self, upto: float = float("inf")) -> List[Pending]:
         """Take messages out of what waits, those with numbers up to `upto`."""
@@ -5750,9 +5758,40 @@ class Inbox:
         self.refused = [each for each in self.refused if each[1] > upto]
 
 
+class Kept:
+    """What waits for peers that were lost, within bounds. A message that waits for several is counted once."""
+
+    def __init__(self) -> None:
+        self.peers: Dict[str, Contact] = {}  # by key
+        self._waiting: Dict[int, int] = {}  # sequence -> for how many peers that message waits
+        self._size = 0  # bytes
+
+    def hold(self, waiting: Deque[Pending]) -> int:
+        """Hold messages for one more peer, the newest that there is room for; return how many of the older are not."""
+        size = 0
+        for held, pending in enumerate(reversed(waiting)):
+            size += pending.size
+            more = 0 if pending.sequence in self._waiting else pending.size
+            if held >= KEPT_MESSAGES or size > KEPT_BYTES or self._size + more > KEPT_BYTES_IN_ALL:
+                return len(waiting) - held
+            self._waiting[pending.sequence] = self._waiting.get(pending.sequence, 0) + 1
+            self._size += more
+        return 0
+
+    def release(self, messages: Iterable[Pending]) -> None:
+        """Hold messages for one peer less."""
+        for pending in messages:
+            self._waiting[pending.sequence] -= 1
+            if not self._waiting[pending.sequence]:
+                del self._waiting[pending.sequence]
+                self._size -= pending.size
+
+
 class Delivery:
     """Chat messages, out and in. Sent ones are kept until acknowledged and sent again on every new link;
-    the receiver shows each number once. None comes twice or out of order; failures are reported."""
+    the receiver shows each number once. None comes twice or out of order; failures are reported.
+
+    What a lost peer did not acknowledge has failed, but it waits for that instance to return."""
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
@@ -5761,6 +5800,7 @@ class Delivery:
         self._sent = 0  # messages since the last line of the log that counts them
         self._unnumbered = itertools.count(1)  # messages that came without a number
         self._unidentified: Dict[str, RateLimit] = {}  # budgets of programs that never said hello, by address
+        self._kept = Kept()
         self._timer = Timer()
 
     # -- out -------------------------------------------------------------------------------------------
@@ -5789,8 +5829,7 @@ class Delivery:
                 peer.link.connection.send(together if count == len(messages) else b"".join(encoded[:count]))
             for message in messages[count:]:
                 self._on_failed(peer, message, "too much is waiting for it already")
-        if not self._timer.active:
-            self._timer = node.loop.call_later(1.0, self._check_progress)
+        self._watch_progress()
         return message_ids
 
     def _enqueue(self, peer: Contact, messages: List[Pending], size: int) -> int:
@@ -5824,10 +5863,9 @@ class Delivery:
         if peer is None or peer.outbox is None:
             return
         refused = collections.deque(content.get("refused", ()))
-        taken = peer.outbox.take(content["upto"])
+        reported, taken = peer.outbox.reported, self._take(peer.outbox, content["upto"])
         if taken:
             peer.outbox.progress_at = self.node.loop.now()
-        self.in_flight -= len(taken)
         emit, public = self.node.emit, peer.public
         for pending in taken:
             while refused and refused[0][1] < pending.sequence:
@@ -5835,29 +5873,88 @@ class Delivery:
             if refused and refused[0][0] <= pending.sequence:
                 self._on_failed(peer, pending, clean(refused[0][2])[:200])
             else:
+                self.node.undelivered -= pending.sequence <= reported
                 emit({"event": "delivered", "id": pending.message_id, "to": public})
         if content.get("refused"):
             link.send(MSG_CHAT_SETTLED, {"upto": content["upto"]})
         self.node.maybe_depart()
 
+    def _take(self, outbox: Outbox, upto: float = float("inf")) -> List[Pending]:
+        """Take messages out of an outbox: they wait no more."""
+        taken = outbox.take(upto)
+        if outbox.kept_at is None:
+            self.in_flight -= len(taken)
+        else:
+            self._kept.release(taken)
+        return taken
+
     def fail(self, peer: Contact, reason: str) -> None:
         """Give up all that waits for a peer, and say so."""
         if peer.outbox is not None:
-            taken = peer.outbox.take()
-            self.in_flight -= len(taken)
-            for pending in taken:
+            for pending in self._take(peer.outbox):
                 self._on_failed(peer, pending, reason)
+            self._kept.peers.pop(peer.key, None)
 
     def fail_all(self, reason: str) -> None:
         """Give up everything that waits."""
         for peer in self.node.peers.present():
             self.fail(peer, reason)
+        waiting = [peer for peer in self._kept.peers.values() if peer.has_waiting_messages]
+        if waiting:
+            names = ", ".join(self.node.peers.label(peer) for peer in waiting[:5]) + ", ..." * (len(waiting) > 5)
+            text = f"What waited for {names} is dropped: you leave before they are back."
+            self.node.emit({"event": "notice", "text": text})
 
-    def _on_failed(self, peer: Contact, pending: Pending, reason: str) -> None:
-        self.node.undelivered += 1
+    def on_lost(self, peer: Contact, reason: str) -> None:
+        """A peer is gone. What waits for it fails; unless its process has ended, it goes on waiting for its return."""
+        outbox = peer.outbox
+        if outbox is None or not outbox.waiting or peer.status != DEAD or reason == RESTARTED:
+            self.fail(peer, reason)
+            return
+        self.in_flight -= len(outbox.waiting)
+        outbox.kept_at = kept_at = self.node.loop.now()
+        excess = self._kept.hold(outbox.waiting)
+        for _ in range(excess):
+            self._on_failed(peer, outbox.waiting.popleft(), reason)
+        outbox.size = sum(pending.size for pending in outbox.waiting)
+        for pending in outbox.waiting:
+            if pending.sequence > outbox.reported:
+                self._on_failed(peer, pending, reason, is_kept=True)
+        if outbox.waiting:
+            outbox.reported = outbox.waiting[-1].sequence
+            self._kept.peers[peer.key] = peer
+            self.node.loop.call_later(KEEP_TIME, self._on_never_back, peer, kept_at)
+
+    def on_returned(self, peer: Contact) -> None:
+        """A peer is here, perhaps again: what waited for it is in flight. Another instance at its id gets nothing."""
+        for other in [each for each in self._kept.peers.values() if each.id == peer.id and each is not peer]:
+            self.fail(other, RESTARTED)
+        outbox = peer.outbox
+        if outbox is None or outbox.kept_at is None:
+            return
+        self._kept.release(outbox.waiting)
+        self._kept.peers.pop(peer.key, None)
+        outbox.kept_at, outbox.progress_at = None, self.node.loop.now()
+        self.in_flight += len(outbox.waiting)
+        self._watch_progress()
+        if outbox.waiting and peer.link is None:
+            self.node.links.ensure_link(peer)
+
+    def _on_never_back(self, peer: Contact, kept_at: float) -> None:
+        """An hour has passed since a peer was lost."""
+        if peer.outbox is not None and peer.outbox.kept_at == kept_at:
+            self.fail(peer, "it did not come back")
+
+    def _on_failed(self, peer: Contact, pending: Pending, reason: str, is_kept: bool = False) -> None:
+        assert peer.outbox is not None
+        self.node.undelivered += pending.sequence > peer.outbox.reported
         limited_log("undelivered", logging.WARNING, "[Chat] not delivered to %s: %s", peer.id, reason)
         self.node.emit({"event": "failed", "id": pending.message_id, "to": peer.public, "reason": reason,
-                        "text": pending.text})
+                        "text": pending.text, **({"kept": True} if is_kept else {})})
+
+    def _watch_progress(self) -> None:
+        if not self._timer.active:
+            self._timer = self.node.loop.call_later(1.0, self._check_progress)
 
     def _check_progress(self) -> None:
         """Once a second while anything waits: a receiver that does not answer is suspected, then given up."""
@@ -5879,8 +5976,8 @@ class Delivery:
             elif stalled > QUIET_AFTER - 1:
                 node.detector.probe(peer)
                 node.detector.check_silence(peer)
-        if self.in_flight and not self._timer.active:
-            self._timer = node.loop.call_later(1.0, self._check_progress)
+        if self.in_flight:
+            self._watch_progress()
 
     def start_over(self) -> None:
         """Count waiting from now on: we slept, or were cut off."""
@@ -6529,9 +6626,11 @@ class PeerNode:
             if change.kind == GONE:
                 self.detector.drop_suspicion(peer)
                 self.links.drop(peer, change.reason)
-                self.delivery.fail(peer, change.reason)
-            elif change.kind == JOINED and peer.link is not None and not peer.link.is_resumed:
-                self.delivery.resume(peer, peer.link)  # it was thought gone when it was linked
+                self.delivery.on_lost(peer, change.reason)
+            elif change.kind == JOINED:
+                self.delivery.on_returned(peer)
+                if peer.link is not None and not peer.link.is_resumed:
+                    self.delivery.resume(peer, peer.link)  # it was thought gone when it was linked
             self.emit(change_event(change))
             if change.kind == GONE:
                 self.maybe_depart()

@@ -5772,6 +5772,7 @@ class Witness:
         self.sent = {}  # (message id, receiver's instance) -> (sender, text)
         self.shown = {}  # the same -> when
         self.failed = {}
+        self.kept = set()  # failed so far, but waiting for the receiver's return
         self.delivered = set()
         self.last = collections.defaultdict(int)  # (sender's, receiver's instance) -> sequence last shown
         self.detection = collections.defaultdict(float)  # "crash", "leave" -> longest time until all knew
@@ -5799,12 +5800,18 @@ class Witness:
         assert key in self.shown, f"{peer} believes {key} delivered, but it was not shown"
         assert key not in self.failed and key not in self.delivered, f"{key} has two ends"
         self.delivered.add(key)
+        self.kept.discard(key)
 
     def on_failed(self, peer, event):
         key = (event["id"], peer.known[event["to"]["id"]])
         assert key in self.sent, f"{peer} reports {key}, which it has not sent"
         assert key not in self.failed and key not in self.delivered, f"{key} has two ends"
-        self.failed[key] = event["reason"]
+        if event.get("kept"):
+            assert key not in self.kept, f"{key} is reported twice as waiting"
+            self.kept.add(key)
+        else:
+            self.failed[key] = event["reason"]
+            self.kept.discard(key)
 
     def on_joined(self, peer, event):
         key = event["peer"]["id"]
@@ -5842,11 +5849,11 @@ class Witness:
         """At the end: each message of a sender that lived was shown or reported. Returns the figures."""
         both = 0
         for key, (sender, text) in self.sent.items():
-            shown, failed = key in self.shown, key in self.failed
+            shown, failed = key in self.shown, key in self.failed or key in self.kept
             both += shown and failed
             if not (shown or failed or (sender.died is not None and not sender.left)):
                 raise AssertionError(f"{sender}: {text!r} {key} to {self.peers[key[1]]} was lost in silence")
-        counts = {"messages": len(self.sent), "shown": len(self.shown), "failed": len(self.failed)}
+        counts = {"messages": len(self.sent), "shown": len(self.shown), "failed": len(self.failed) + len(self.kept)}
         return {**counts, "both": both}
 
 
@@ -6640,8 +6647,8 @@ def test_node_an_acknowledgement_travels_with_a_reply_that_comes_at_once(rig, re
 
 
 @pytest.mark.parametrize("seconds", [3, 6, 9, 12, 20])
-def test_node_a_stopped_peer_shows_nothing_that_was_reported_undelivered(seconds):
-    """What lies in its kernel when it runs again may be given up already: it is sent again, or not shown."""
+def test_node_a_stopped_peer_shows_everything_once_and_in_order(seconds):
+    """What lies in its kernel when it runs again may be reported already: it waited, and is sent again."""
     for seed in range(5):
         rig = World("Ann", "Bob", "Cy", seed=seed)
         rig.run(seed / 2)
@@ -6652,9 +6659,10 @@ def test_node_a_stopped_peer_shows_nothing_that_was_reported_undelivered(seconds
                 rig.ann.say(f"m{number}")
         rig.bob.loop.thaw()
         rig.run(20)
-        texts, failed = rig.ann.texts("sent"), rig.ann.texts("failed")
-        assert texts and rig.bob.texts() == [text for text in texts if text not in failed], seed
-        assert len(rig.cy.texts()) == len(texts) and bool(failed) == (seconds > 10), seed
+        texts, failed = rig.ann.texts("sent"), rig.ann.saw("failed")
+        assert texts and rig.bob.texts() == texts == rig.cy.texts(), seed
+        assert bool(failed) == (seconds > 10) and all(event["kept"] for event in failed), seed
+        assert len(rig.ann.saw("delivered")) == 2 * len(texts) and rig.ann.undelivered == 0, seed
 
 
 def test_node_a_cut_off_peer_that_is_refused_knows_that_the_network_is_back(trio):
@@ -7805,6 +7813,120 @@ def test_node_who_is_away_is_known_to_all_until_they_talk():
     world.run(1)
     assert all(peer.peers.get(world.ann.me.id).away == "" for peer in (world.bob, carol))
     assert world.bob.saw("away")[-1]["text"] == "" and world.bob.texts() == ["back again"]
+
+
+# -- peer node: what waits for those who come back ---------------------------------------------------------
+
+
+def lose(trio, *texts):
+    """Cut Bob off, say texts meanwhile, and wait until he was given up. Returns the events that say so."""
+    trio.run(5)
+    trio.network.cut(trio.hosts("Bob"), trio.hosts("Ann", "Cy"))
+    trio.ann.say(*texts)
+    trio.until(lambda: trio.ann.saw("left"), 60)
+    trio.ann.say("to Cy alone")
+    trio.run(5)
+    return trio.ann.saw("failed")
+
+
+def test_node_what_a_lost_peer_did_not_get_waits_for_its_return(trio):
+    failed = lose(trio, "one", "two", "three")
+    assert [(event["text"], event["kept"]) for event in failed] == [("one", True), ("two", True), ("three", True)]
+    assert trio.ann.undelivered == 3 and trio.ann.delivery.in_flight == 0
+    trio.run(3000)
+    trio.network.heal()
+    trio.until(lambda: trio.bob.texts(), 90)
+    trio.ann.say("welcome back")
+    trio.run(5)
+    assert trio.bob.texts() == ["one", "two", "three", "welcome back"] and trio.ann.undelivered == 0
+    bobs = [event["id"] for event in trio.ann.saw("delivered") if event["to"]["username"] == "Bob"]
+    assert bobs[:3] == [event["id"] for event in failed] and trio.ann.saw("failed") == failed
+
+
+def test_node_it_waits_for_an_hour(trio):
+    failed = lose(trio, "one", "two")
+    trio.run(p2pchat.KEEP_TIME)
+    assert [(event["text"], event["reason"], event.get("kept")) for event in trio.ann.saw("failed")[2:]] == [
+        ("one", "it did not come back", None), ("two", "it did not come back", None)]
+    assert len(failed) == trio.ann.undelivered == 2
+    trio.network.heal()
+    trio.until(lambda: len(trio.ann.peers) == 2, 90)
+    trio.run(30)
+    assert trio.bob.texts() == []
+
+
+@pytest.mark.parametrize("same_address", [True, False])
+def test_node_another_instance_gets_nothing_of_it(trio, same_address):
+    trio.ann.send_chat_message(trio.ann.find("Bob")[0].id, "old")
+    trio.run(5)
+    trio.bob.crash(reset=False)
+    trio.ann.send_chat_message(trio.ann.find("Bob")[0].id, "for you alone")
+    trio.until(lambda: trio.ann.saw("failed"), 60)
+    trio.bob.restart(same_address)
+    trio.until(lambda: len(trio.ann.peers) == 2, 60)
+    trio.run(30)
+    assert trio.bob.texts() == []
+    assert [(event["reason"], event.get("kept")) for event in trio.ann.saw("failed")][1:] == [("restarted", None)] * same_address
+
+
+def test_node_who_is_lost_twice_is_reported_once(trio):
+    failed = lose(trio, "one")
+    trio.network.heal()
+    trio.until(lambda: len(trio.ann.peers) == 2, 90)  # before the text has arrived there
+    trio.network.cut(trio.hosts("Bob"), trio.hosts("Ann", "Cy"))
+    trio.until(lambda: len(trio.ann.peers) == 1, 60)
+    assert trio.ann.saw("failed") == failed
+    trio.network.heal()
+    trio.until(lambda: trio.bob.texts() == ["one"], 90)
+    trio.run(5)
+    assert trio.ann.undelivered == 0
+
+
+@pytest.mark.parametrize("limit, value, texts, kept", [
+    ("KEPT_MESSAGES", 3, ["a", "b", "c", "d", "e"], "cde"),
+    ("KEPT_BYTES", 2400, [letter * 1000 for letter in "abcde"], "de"),
+    ("KEPT_BYTES_IN_ALL", 2400, [letter * 1000 for letter in "abcde"], "de")])
+def test_node_no_more_waits_than_there_is_room_for(trio, monkeypatch, limit, value, texts, kept):
+    """The newest texts are kept; one that waits for several counts once."""
+    monkeypatch.setattr(p2pchat, limit, value)
+    dan = trio.add("Dan")
+    trio.until(trio.all_linked, 30)
+    trio.network.cut(trio.hosts("Dan"), trio.hosts("Ann", "Cy"))
+    failed = lose(trio, *texts)
+    trio.until(lambda: len(trio.ann.peers) == 1, 30)
+    for name in ("Bob", "Dan"):
+        mine = [event for event in trio.ann.saw("failed") if event["to"]["username"] == name]
+        assert len(mine) == len(texts) and "".join(event["text"][0] for event in mine if event.get("kept")) == kept
+    assert failed[0]["text"] == texts[0]
+    trio.network.heal()
+    trio.until(lambda: trio.bob.texts() and dan.texts(), 90)
+    trio.run(5)
+    assert "".join(text[0] for text in trio.bob.texts()) == kept == "".join(text[0] for text in dan.texts())
+    assert trio.ann.delivery._kept._waiting == {} and trio.ann.delivery._kept._size == 0
+    assert trio.ann.delivery.in_flight == 0
+
+
+def test_node_who_leaves_says_what_it_drops(trio):
+    lose(trio, "one", "two")
+    trio.ann.node.leave()
+    trio.run(10)
+    (notice,) = [event["text"] for event in trio.ann.saw("notice") if "waited" in event["text"]]
+    assert notice == "What waited for Bob is dropped: you leave before they are back." and trio.ann.undelivered == 2
+
+
+@pytest.mark.parametrize("how", ["leaves", "ends"])
+def test_node_nothing_waits_for_who_will_not_return(trio, how):
+    trio.run(5)
+    trio.bob.loop.freeze()
+    trio.ann.say("one")
+    if how == "leaves":
+        trio.ann.loop.enter(trio.ann.node.remove_dead_peer, trio.ann.find("Bob")[0], p2pchat.LEFT, "left")
+    else:
+        trio.bob.crash()
+        trio.until(lambda: trio.ann.saw("failed"), 60)
+        trio.bob.restart()
+        trio.run(10)
+    assert trio.ann.saw("failed")[-1].get("kept") is None and trio.ann.undelivered == 1
 
 
 # -- peer node: channels -----------------------------------------------------------------------------------
