@@ -7048,6 +7048,32 @@ class Scrollback:
             self._trim()
         return entry
 
+    def insert(self, at: int, entries: Sequence[Entry]) -> None:
+        """Put older entries in at an index. Those above it are renumbered, those below keep their seq.
+
+        So whatever stands for an entry goes on standing for it. The marks of what is new stay above the same entry.
+        Nothing is dropped for it: the next entry that is added sees to that."""
+        count, border = len(entries), self.entries[at].seq if at < len(self.entries) else self.next
+        above = [*self.entries[:at], *entries]
+        for seq, entry in enumerate(above, border - len(above)):
+            entry.seq = seq
+            if entry.receipts is not None:
+                entry.receipts.seq = seq
+        self.entries[:at] = above
+        self._size += sum(len(entry.text) for entry in entries)
+
+        def renumbered(seq: int) -> int:
+            return seq - count if seq < border else seq
+
+        self._drawn = {renumbered(seq): drawn for seq, drawn in self._drawn.items()}
+        if self.anchor is not None:
+            self.anchor = (renumbered(self.anchor[0]), self.anchor[1])
+        if self.found is not None:
+            self.found = renumbered(self.found)
+        self._left_at = renumbered(self._left_at + 1) - 1
+        if self.unread is not None:
+            self.unread = renumbered(self.unread + 1) - 1
+
     def change(self, entry: Entry, text: str) -> None:
         self._size += len(text) - len(entry.text)
         entry.text = text

@@ -1019,6 +1019,59 @@ def test_the_date_stands_where_it_changes():
     assert [row[:14] for row in rows] == ["22:13 Bob: one", "─── day 19676 ", "09:20 Bob: two"]
 
 
+@pytest.mark.parametrize("at, reading", [
+    (0, False), (0, True), (3, True), (20, True), (59, True), (60, False), (60, True), (61, True), (70, True), (100, False), (100, True)])
+def test_older_entries_are_put_in_and_every_place_stays_what_it_was(at, reading):
+    """The anchor, what was found, the marks of what is new, receipts, drawn rows: a view scrolled back, or at the bottom."""
+    view = view_make("Bob", said=59)
+    scrollback = view.window.scrollback
+    view.enter("my own")
+    view_keys(view, "<focus-out>")
+    for number in range(60, 90):
+        view_chat(view, "Bob", f"message {number}")
+    view.enter("/search message 41")
+    if reading:
+        for number in range(90, 100):
+            view_chat(view, "Bob", f"message {number}")
+    else:
+        view_keys(view, "<end>")
+        for number in range(90, 100):
+            view_chat(view, "Bob", f"message {number}")
+        scrollback.found = 41
+    before, entries, below = view_screen(view), list(scrollback.entries), scrollback.count_below()
+    lowest = entries[scrollback.anchor[0]] if reading else None
+    drawn = {entries[seq]: rows for seq, (_, rows) in scrollback._drawn.items()}
+    older = [p2pchat.Entry(0, 0.0, "chat", f"older {number}", "", "Eve", "") for number in range(7)]
+    size = scrollback._size
+    scrollback.insert(at, older)
+    assert scrollback.entries == entries[:at] + older + entries[at:]
+    first = scrollback.entries[0].seq
+    assert [each.seq for each in scrollback.entries] == list(range(first, scrollback.next)) and scrollback.next == 100
+    if reading:
+        assert scrollback.entries[scrollback.anchor[0] - first] is lowest
+    assert scrollback.entries[scrollback.found - first].text == "message 41"
+    assert scrollback.count_below() == below + 7 * (at > 90)  # what is put in among them is below, too
+    mark = next(each for each in scrollback.entries if each.seq - 1 == scrollback.unread)
+    assert mark.text == "message 60" and view.outgoing.last.seq == entries[59].seq
+    assert scrollback.entries[view.outgoing.last.seq - first].text == "my own"
+    assert {scrollback.entries[seq - first]: rows for seq, (_, rows) in scrollback._drawn.items()} == drawn
+    assert scrollback._size == size + len("older 1") * 7
+    if at in (0, 3, 20) or at == 100 and reading:
+        assert view_screen(view) == before
+    view_keys(view, "<end>", "later", "<enter>")
+    assert scrollback.entries[-1].text == "later" and scrollback.entries[-1].seq == 100
+
+
+def test_older_entries_are_put_into_an_empty_scrollback():
+    view = view_make("Bob")
+    view_keys(view, "<focus-out>")
+    view.window.scrollback.insert(0, [p2pchat.Entry(0, 0.0, "chat", f"older {number}", "", "Eve", "") for number in range(7)])
+    view_chat(view, "Bob", "first")
+    rows = view_screen(view)
+    assert "older 6" in rows[view_new(rows) - 1] and "first" in rows[view_new(rows) + 1]
+    assert [each.seq for each in view.window.scrollback.entries] == list(range(-7, 1))
+
+
 def test_what_was_cleared_is_above_the_screen():
     view = view_make("Bob", said=40)
     view_screen(view)
