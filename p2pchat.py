@@ -122,6 +122,7 @@ NAME_TIME = 30.0  # an address that a name had is used for this long: longer tha
 DRAIN_TIMEOUT = 3.0  # a closing connection has this long to deliver what is queued
 TURN_TIME = 0.015  # for the ready sockets of one turn, and as much goes into telling of it: keys and timers wait for it
 FLUSH_TIME = 0.008  # for sending, twice a turn: a list of 1,000 peers to as many newcomers is 100 MB
+WORK_TIME = 0.01  # for the lists that are merged in one turn, and as much for handshakes and proofs
 ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes eight turns; more makes turns longer
 ACCEPT_PAUSE = 0.5  # accepting pauses for this long when the descriptors are used up
 MAX_PER_ADDRESS = 256  # peers at one address other than our own, so that no single machine fills the list
@@ -141,8 +142,7 @@ TOMBSTONE_TIME = KEEP_TIME + 60  # a removed peer is remembered for this long: n
 NEWS_INTERVAL = 0.2  # between two rounds of passing on news; memberlist's gossip interval
 NEWS_FANOUT = 3  # peers told in one round; memberlist's gossip nodes
 NEWS_ROUNDS = 4  # each item is sent this many times the number of digits of the number of peers
-MERGE_PORTION = 256  # records merged in one turn: some 10 ms of work
-MAX_MERGING = 8 * MAX_PEERS  # records that wait for that: some 30 MB
+MAX_MERGING = 8 * MAX_PEERS  # records that wait to be merged: some 30 MB
 NEWS_BATCH = 200  # items in one message, some 30 KiB
 RECENT_TIME = 5.0  # peers that left this recently are told to each newly linked peer: it missed that news
 CLOCK_JUMP = 10.0  # the machine slept if a probe is this late, or if the wall clock jumped by this much
@@ -159,7 +159,6 @@ MAX_DIALS = 256  # dials in progress: many, because one to a machine that is off
 HELLO_TIMEOUT = 10.0  # an accepted connection is closed if no hello came by then
 MAX_PROOF_BYTES = 16 * 1024  # from one far end before its proof, which takes some 2 KiB: 32 MiB for all of them
 MAX_UNPROVED = 2000  # connections without proof; beyond it the address that has most of them loses its oldest
-PROOF_TIME = 0.01  # for the handshakes and proofs of one turn: members wait no longer than that and TURN_TIME
 
 # Delivery.
 OUTBOX_MESSAGES = 50_000  # messages that wait for one receiver's acknowledgement; further ones fail at once
@@ -2375,55 +2374,89 @@ class Ticker:
         self._callback()
 
 
-class Backlog:
-    """Handles long lists in portions, one in each turn of the loop, so that no turn is long; owners alternate.
+class FairQueue:
+    """Work that others cause, in pieces: the owners take turns, a piece each, for WORK_TIME in a turn of the loop.
 
-    The first portion of a list is handled at once, unless another list of its owner waits. If that would make `most`
-    items wait, begun lists included, only the first portion of the new list is handled."""
+    While there is work, the loop does not wait for sockets, so this work also gets all idle time."""
 
-    def __init__(self, loop: Loop, portion: int, most: int) -> None:
+    def __init__(self, loop: Loop, most: float = float("inf")) -> None:
+        """`most` bounds the items of all lists that wait."""
         self._loop = loop
-        self._portion = portion
         self._most = most
-        self._lists: Dict[Any, Deque[Tuple[Sequence[Any], int, Callable[[Any], None], Callable[[], None]]]] = {}
         self._waiting = 0  # items, and one more for each list
-        self._timer = Timer()  # of the next portion
+        self._count = itertools.count()
+        self._by_owner: Dict[Any, List[Tuple[int, int, Callable[[], Optional[bool]], int]]] = {}  # heaps
+        self._timer = Timer()  # of the next turn
+
+    def add(self, owner: Any, number: int, work: Callable[[], Optional[bool]]) -> None:
+        """Call `work` when it is its owner's turn, and again while it returns True. Of an owner's work that with the
+        lowest number comes first: connections are opened one after the other, for all at once would take too long."""
+        self._push(owner, number, work, 0)
+        self._set_timer()
 
     def work_off(self, owner: Any, items: Sequence[Any], handle: Callable[[Any], None],
                  then: Callable[[], None]) -> None:
-        """Call `handle` with each item, and `then` at the end, both in the order of the owner's lists."""
-        if self._waiting + len(items) >= self._most:
-            owner, items = object(), items[:self._portion]
-        self._waiting += len(items) + 1
-        lists = self._lists.setdefault(owner, collections.deque())
-        lists.append((items, 0, handle, then))
-        if len(lists) == 1:
-            self._do_portion(owner)
+        """Call `handle` with each item, and `then` at the end, both in the order of the owner's lists.
+
+        It begins at once, unless another list of the owner waits. If too many items wait, the new list's are dropped
+        once WORK_TIME is over."""
+        rest, size = iter(items), len(items) + 1
+
+        def work() -> bool:
+            for item in rest:
+                handle(item)
+                return True
+            then()
+            return False
+        is_too_much = self._waiting + size > self._most
+        owner = object() if is_too_much else owner
+        is_first = owner not in self._by_owner
+        self._push(owner, 0, work, size)
+        if is_first:
+            self._spend_time(owner)
+        if is_too_much and self._by_owner.pop(owner, None) is not None:
+            self._waiting -= size
+            then()
+        self._set_timer()
 
     def close(self) -> None:
         """Drop what waits."""
         self._timer.cancel()
-        self._lists.clear()
+        self._by_owner.clear()
 
-    def _continue(self) -> None:
-        self._do_portion(next(iter(self._lists)))
+    def _push(self, owner: Any, number: int, work: Callable[[], Optional[bool]], size: int) -> None:
+        heapq.heappush(self._by_owner.setdefault(owner, []), (number, next(self._count), work, size))
+        self._waiting += size
 
-    def _do_portion(self, owner: Any) -> None:
-        lists = self._lists.pop(owner)
-        items, start, handle, then = lists.popleft()
-        end = start + self._portion
-        if end < len(items):
-            lists.appendleft((items, end, handle, then))
-        else:
-            self._waiting -= len(items) + 1
-        if lists:
-            self._lists[owner] = lists  # behind the others
-        if self._lists and not self._timer.active:
-            self._timer = self._loop.call_later(0, self._continue)
-        for item in items[start:end]:
-            handle(item)
-        if end >= len(items):
-            then()
+    def _set_timer(self) -> None:
+        if self._by_owner and not self._timer.active:
+            self._timer = self._loop.call_later(0, self._spend_time)
+
+    def _spend_time(self, owner: Any = None) -> None:
+        """Do pieces of one owner's work, or of all in turn, until the time or the work is over: at least one piece."""
+        end = self._loop.now() + WORK_TIME
+        try:
+            while owner in self._by_owner if owner else self._by_owner:
+                self._do_piece(owner or next(iter(self._by_owner)))
+                if self._loop.now() >= end:
+                    break
+        finally:
+            self._set_timer()
+
+    def _do_piece(self, owner: Any) -> None:
+        """Do a piece of an owner's work; the others come first then."""
+        waiting = self._by_owner[owner]
+        piece = heapq.heappop(waiting)
+        has_more: Optional[bool] = False
+        try:
+            has_more = piece[2]()
+        finally:  # an error ends this work, and no other
+            if has_more:
+                heapq.heappush(waiting, piece)
+            else:
+                self._waiting -= piece[3]
+            if self._by_owner.pop(owner, None) is not None and waiting:  # else nothing is left, or it was closed
+                self._by_owner[owner] = waiting
 
 
 def find_local_addresses() -> List[str]:
@@ -3428,41 +3461,6 @@ class SealedConnection(Connection, Handler):
         else:
             self.handler.on_open()
         self._flush_later()
-
-
-class FairQueue:
-    """Work that strangers cause. Addresses take turns, each with its oldest connection, for PROOF_TIME a turn.
-
-    While there is work, the loop does not wait for sockets, so this work also gets all idle time."""
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-        self._count = itertools.count()
-        self._by_ip: Dict[str, List[Tuple[int, int, Callable[[], None]]]] = {}  # heaps; two for each connection at most
-
-    def add(self, ip: str, number: int, work: Callable[[], None]) -> None:
-        """Call back when it is the turn of that address. Its work with the lowest number comes first: connections are
-        opened one after the other, while to open all of them at once would take too long for each."""
-        if not self._by_ip:
-            self._loop.call_later(0, self._run)
-        heapq.heappush(self._by_ip.setdefault(ip, []), (number, next(self._count), work))
-
-    def _run(self) -> None:
-        end = self._loop.now() + PROOF_TIME
-        try:
-            while self._by_ip and self._loop.now() < end:
-                ip = next(iter(self._by_ip))
-                waiting = self._by_ip[ip]
-                work = heapq.heappop(waiting)[2]
-                try:
-                    work()
-                finally:
-                    del self._by_ip[ip]
-                    if waiting:
-                        self._by_ip[ip] = waiting  # now the last
-        finally:
-            if self._by_ip:
-                self._loop.call_later(0, self._run)
 
 
 OnMismatch = Callable[[Address, bool, str, str], None]  # address, whether we dialled it, `about`, and in words
@@ -6400,7 +6398,7 @@ class PeerNode:
         self.peers: PeerList[Contact] = PeerList(self.me)
         self.news = News()
         self.targets = Targets()
-        self.backlog = Backlog(loop, MERGE_PORTION, MAX_MERGING)  # of records to merge
+        self.backlog = FairQueue(loop, MAX_MERGING)  # of records to merge
         self.files = FileServer(loop, "--join", self.room.name)
         self.undelivered = 0  # messages reported as failed
         self.leaving = False  # no new messages; what is under way may still arrive

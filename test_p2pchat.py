@@ -4725,28 +4725,76 @@ def test_loop_what_may_wait_travels_with_what_may_not(wire):
     assert wire.read_all(4) == b"ack\n"
 
 
+class LoopClock:
+    """A loop's clock, and what it is to call."""
+
+    def __init__(self):
+        self.time, self.later = 0.0, []
+
+    def now(self):
+        return self.time
+
+    def call_later(self, delay, callback):
+        self.later.append(p2pchat.Timer(0.0, callback))
+        return self.later[-1]
+
+    def work(self, done, name, cost=0.4):
+        """Note what is done, which takes so much of a turn's time."""
+        done.append(name)
+        self.time += cost * p2pchat.WORK_TIME
+        if name == "!":
+            raise ValueError
+
+    def turns(self, done):
+        """Let time go on turn by turn; return what each has done, that before the first included."""
+        turns = [done[:]]
+        while self.later:
+            done.clear()
+            with contextlib.suppress(ValueError):
+                self.later.pop(0).fire()
+            turns.append(done[:])
+        return [turn for turn in turns if turn]
+
+
 @pytest.mark.parametrize("lists, most, turns", [
-    # The owner and the items of each list; then what each turn does, "|" for the end of a list.
-    (["1"], 9, ["|"]), (["1abc"], 9, ["abc|"]), (["1abcd"], 9, ["abc", "d|"]), (["1abcdefgh"], 9, ["abc", "def", "gh|"]),
-    (["1abcdef", "2uvwxyz"], 14, ["abcuvw", "def|", "xyz|"]),  # a portion a turn, however many lists
-    (["1abcdefghi", "2uvwxyz"], 17, ["abcuvw", "def", "xyz|", "ghi|"]),  # each owner in turn: none holds up the others
-    (["1abcdef", "2uv"], 10, ["abcuv|", "def|"]),  # a short list need not wait
-    (["1abcdef", "1uvwxyz"], 14, ["abc", "def|", "uvw", "xyz|"]),  # unless its owner's lists would change places
-    (["1abcdef", "1uv", "1"], 11, ["abc", "def|", "uv|", "|"]),
-    (["1abcdef", "2uvwxyz"], 13, ["abcuvw|", "def|"]),  # one that is too much ends with its first portion
-    (["1abcdef", "1", "1", "1"], 9, ["abc|", "def|", "|", "|"]),  # empty lists take room, too
+    # The owner and the items of each list, of which three fit into a turn; then what each turn does, "|" for the end of a list.
+    (["1"], 9, ["|"]), (["1ab"], 9, ["ab|"]), (["1abc"], 9, ["abc", "|"]), (["1abcdefgh"], 9, ["abc", "def", "gh|"]),
+    (["1abcdef", "2uvwxyz"], 99, ["abcuvw", "dxe", "yfz", "||"]),  # each owner in turn: none holds up the others
+    (["1abcdefghijk", "2uvwxyz"], 99, ["abcuvw", "dxe", "yfz", "g|hi", "jk|"]),
+    (["1abcdef", "2uv"], 99, ["abcuv|", "def", "|"]),  # a short list need not wait
+    (["1abcdef", "1uvwxyz"], 99, ["abc", "def", "|uvw", "xyz", "|"]),  # unless its owner's lists would change places
+    (["1abcdef", "1uv", "1"], 99, ["abc", "def", "|uv||"]),
+    (["1abcdef", "2uvwxyz"], 13, ["abcuvw|", "def", "|"]),  # one that is too much ends with what the time suffices for
+    (["1abcdef", "1uvwxyz"], 13, ["abcuvw|", "def", "|"]),
+    (["1abcdef", "1", "1", "1"], 9, ["abc|", "def", "|||"]),  # empty lists take room, too
+    (["1abc!de", "1uv"], 99, ["abc", "!", "uv|"]),  # an error ends its list
 ], ids=str)
-def test_loop_backlog(lists, most, turns):
-    loop = p2pchat.Loop()
-    backlog, seen, done = p2pchat.Backlog(loop, 3, most), [], []
+def test_loop_long_lists_are_worked_off_in_turns(lists, most, turns):
+    loop, done = LoopClock(), []
+    queue = p2pchat.FairQueue(loop, most)
     for owner, *items in lists:
-        backlog.work_off(owner, items, seen.append, lambda: seen.append("|"))
-    while seen:
-        done.append("".join(seen))
-        seen.clear()
-        loop.turn(0.001)
-    loop.close()
-    assert done == turns and not backlog._waiting and not backlog._lists
+        queue.work_off(owner, items, functools.partial(loop.work, done), lambda: done.append("|"))
+    assert ["".join(turn) for turn in loop.turns(done)] == turns
+    assert not queue._waiting and not queue._by_owner
+
+
+def test_loop_strangers_work_is_done_in_turn():
+    """For each owner the one with the lowest number first; a turn takes no longer than WORK_TIME; an error costs only its own."""
+    loop, done = LoopClock(), []
+    queue = p2pchat.FairQueue(loop)
+    for owner, number, name in [*(("a", number, f"a{number}") for number in (5, 2, 1, 4, 3)), ("b", 0, "b1"), ("c", 7, "!"), ("c", 7, "c2")]:
+        queue.add(owner, number, functools.partial(loop.work, done, name))
+    assert loop.turns(done) == [["a1", "b1", "!"], ["a2", "c2", "a3"], ["a4", "a5"]]
+    done.clear()
+    queue.add("a", 1, lambda: queue.add("a", 1, functools.partial(loop.work, done, "what it leads to")))
+    assert loop.turns(done) == [["what it leads to"]]
+
+
+def test_loop_nothing_is_worked_off_any_more_after_the_queue_is_closed():
+    loop, done = LoopClock(), []
+    queue = p2pchat.FairQueue(loop)
+    queue.work_off("1", "abcdef", lambda item: (loop.work(done, item), item == "b" and queue.close()), lambda: done.append("|"))
+    assert loop.turns(done) == [["a", "b"]]
 
 
 def loop_taker(accepted):
@@ -5571,7 +5619,7 @@ def test_room_fuzz_before_the_proof(seed):
         world.run(0.5)
     world.run(p2pchat.HELLO_TIMEOUT + 1)
     room = world.ann.node.room
-    assert list(room._unproved) == [] and room._waiting == {} and not room.strangers._by_ip and world.ann.all_links() == []
+    assert list(room._unproved) == [] and room._waiting == {} and not room.strangers._by_owner and world.ann.all_links() == []
     assert all(about in ("room", "passphrase") for about in {event["about"] for event in world.ann.saw("notice")})
 
 
@@ -5707,45 +5755,6 @@ def test_room_three_refusals_of_a_passphrase_that_nobody_accepts_stop_the_dialli
     assert all(address == ("127.0.0.1", 9999) for address in eve.loop.dialled[dialled:])
     rung = sum(event.get("about") == "passphrase" for peer in world.peers for event in peer.saw("notice"))
     assert rung <= 20  # in five windows, in seven minutes
-
-
-def test_room_strangers_work_is_done_in_turn_over_addresses():
-    """For each address the oldest first; a turn of it is as long as PROOF_TIME allows; an error costs only its own."""
-    loop = LoopClock()
-    queue, done = p2pchat.FairQueue(loop), []
-
-    def work(name, cost=0.004):
-        def do():
-            done.append(name)
-            loop.time += cost
-            if name == "bad":
-                raise ValueError
-        return do
-    for number in (5, 2, 1, 4, 3):
-        queue.add("a", number, work(f"a{number}"))
-    queue.add("b", 0, work("b1"))
-    queue.add("c", 7, work("bad"))
-    queue.add("c", 7, work("c2"))
-    turns = []
-    while loop.later:
-        before = len(done)
-        with contextlib.suppress(ValueError):
-            loop.later.pop(0)()
-        turns.append(done[before:])
-    assert turns == [["a1", "b1", "bad"], ["a2", "c2", "a3"], ["a4", "a5"]]
-
-
-class LoopClock:
-    """A loop's clock, and what it is to call."""
-
-    def __init__(self):
-        self.time, self.later = 0.0, []
-
-    def now(self):
-        return self.time
-
-    def call_later(self, delay, callback):
-        self.later.append(callback)
 
 
 def test_room_ten_thousand_half_open_handshakes():
@@ -6605,7 +6614,7 @@ def test_node_whoever_asks_again_at_once_gets_one_list(rig, after, lists):
 @pytest.mark.parametrize("by, settled", [("server", True), ("first", False)])
 def test_node_long_lists_are_merged_in_portions(monkeypatch, by, settled):
     """All of a list is merged, and what follows from it follows only then."""
-    monkeypatch.setattr(p2pchat, "MERGE_PORTION", 2)
+    monkeypatch.setattr(p2pchat, "WORK_TIME", 0.0)  # an item a turn
     world = World("Ann", "Bob", "Cy", "Di", "Eve", by=by)
     late = world.add("Late")
     world.until(lambda: len(late.node.peers) == 5, 5)
@@ -6617,7 +6626,7 @@ def test_node_long_lists_are_merged_in_portions(monkeypatch, by, settled):
 
 def test_node_whoever_leaves_merges_no_more(monkeypatch):
     """"stopped" is the last event, though a long list waits."""
-    monkeypatch.setattr(p2pchat, "MERGE_PORTION", 1)
+    monkeypatch.setattr(p2pchat, "WORK_TIME", 0.0)
     late = World("Ann", "Bob", "Cy", by="server").add("Late")
     late.answers["joined"] = lambda event: late.node.depart()
     late.world.run(5)
@@ -6626,7 +6635,7 @@ def test_node_whoever_leaves_merges_no_more(monkeypatch):
 
 def test_node_who_left_while_the_list_is_merged_is_no_ghost(monkeypatch):
     """What a server says is done in its order."""
-    monkeypatch.setattr(p2pchat, "MERGE_PORTION", 1)
+    monkeypatch.setattr(p2pchat, "WORK_TIME", 0.0)
     world = World(by="none")
     records = [wire_record(name, f"10.8.0.{ord(name)}", instance=name) for name in "GHI"]
     gone = {"joined": [], "left": [{"id": records[2]["id"], "instance": "I", "reason": "left"}]}
