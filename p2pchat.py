@@ -2912,14 +2912,15 @@ class Proof:
            MSG_ROOM {room, nonce}  -->  <--  MSG_ROOM {room, nonce}      both at once
                      MSG_PAKE {y}  -->
                                         <--  MSG_PAKE {y}
-               MSG_PAKE {confirm}  -->                                   the dialler is exposed
+               MSG_PAKE {confirm}  -->                                   the dialler is exposed from here
                                         <--  MSG_PAKE {confirm}          only if the dialler's was right
 
     Whoever gets a right `confirm` first knows that its guess was right, and may hang up. So ClosedRoom counts
-    a guess if a run that we dialled ends while it is exposed. A run that failed takes no more messages.
+    a guess if a run that we dialled ends while it is exposed: the far end may know whether it guessed right, and we
+    do not. A run that failed takes no more messages.
     Messages of the run name no sender: names are for members, and whether the far end is one is not known yet."""
 
-    __slots__ = ("room", "dialled", "proved", "exposed", "_certificate", "_nonce", "_scalar", "_sid", "_y",
+    __slots__ = ("room", "dialled", "proved", "_certificate", "_nonce", "_scalar", "_sid", "_y",
                  "_confirm", "_expected", "_step")
 
     def __init__(self, room: Room, dialled: bool, certificate: bytes,
@@ -2928,7 +2929,6 @@ class Proof:
         self.room = room
         self.dialled = dialled
         self.proved = False  # both ends know the passphrase
-        self.exposed = False  # the far end may know by now whether it guessed right, and we do not
         self._certificate = certificate
         self._nonce, self._scalar = random_bytes(32), random_bytes(32)
         self._sid = self._y = self._confirm = self._expected = b""
@@ -2984,16 +2984,13 @@ class Proof:
         self._confirm, self._expected = confirms if self.dialled else confirms[::-1]
         if not self.dialled:
             return [_proof_message(MSG_PAKE, y=self._y.hex())]
-        self.exposed = True
         return [_proof_message(MSG_PAKE, confirm=self._confirm.hex())]
 
     def _handle_confirm(self, content: Message) -> List[Message]:
         import hmac
 
-        self.exposed = True  # a refusal is an answer, too
         if not hmac.compare_digest(self._expected, bytes.fromhex(content["confirm"])):
             raise ProofError("passphrase", f"the passphrases for the closed room {self.room.name} differ")
-        self.exposed = False
         self.proved = True
         return [] if self.dialled else [_proof_message(MSG_PAKE, confirm=self._confirm.hex())]
 
