@@ -199,7 +199,7 @@ MEMBER_GUESSES = 10  # the same for an address that proved itself lately: member
 MEMBER_TIME = 3600.0  # for this long after its proof
 MAX_PASSPHRASE = 1024  # bytes of a passphrase, so that a wrong file is noticed
 BAR_MAX = 600.0  # between two dials of an address that is in another room; doubled each time, from QUIET_AFTER on
-MAX_REFUSED = 3  # a passphrase that so many peers refuse and none accepts is wrong: the user is asked again
+MAX_REFUSED = 3  # a passphrase that so many machines refuse and none accepts is wrong: the user is asked again
 MAX_NOTICES = 12  # lines a minute about strangers, so that one with many addresses does not fill the screen
 MAX_ELSEWHERE = 1024  # peers of other rooms that are remembered; each takes some 300 bytes
 MAX_GUESSERS = 4096  # addresses whose guesses are counted; each takes about 600 bytes
@@ -4439,7 +4439,7 @@ class OtherRooms:
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.is_paused = False  # our passphrase is wrong, it seems: nobody is dialled before the user gives another
-        self._refused_at: Set[Address] = set()  # addresses that refused it, while nobody has accepted it
+        self._refused_at: Set[Address] = set()  # machines that refused it, while nobody has accepted it
         self._heard: Dict[Address, Tuple[float, str]] = {}  # beacons of other rooms: when, and which
         self._barred: Dict[Address, Tuple[float, float]] = {}  # who refused us: how long to wait, and until when
         self._limits: Dict[Tuple[str, str], RateLimit] = {}  # of what is said of an address
@@ -4491,7 +4491,8 @@ class OtherRooms:
         if is_dialled:
             self._bar(address, RETRY_MAX if about == PROTOCOL else BAR_MAX)
         if is_dialled and words and about == PASSPHRASE and not node.room.has_proved:
-            self._refused_at.add(address)
+            is_own = node.whereabouts.is_own(address[0])  # here each program counts, elsewhere each machine:
+            self._refused_at.add(address if is_own else (address[0], 0))  # a stranger's has ports enough for anything
         if about == PROTOCOL:
             limited_log("no proof", logging.INFO, "[P2P] %s: %s", place, words)
         elif is_dialled and words:

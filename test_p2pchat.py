@@ -5763,6 +5763,21 @@ def test_room_three_refusals_of_a_passphrase_that_nobody_accepts_stop_the_dialli
     assert rung <= 20  # in five windows, in seven minutes
 
 
+@pytest.mark.parametrize("here, places, is_paused", [
+    ("10.0.0.9", ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"], True),
+    ("10.0.0.9", ["10.0.0.1:1", "10.0.0.1:2", "10.0.0.1:3", "10.0.0.2:4"], False),  # a machine has ports enough for anything
+    ("10.0.0.9", ["10.0.0.9:1", "10.0.0.9:2", "10.0.0.9:3"], True),  # on our own machine they are what there is
+    ("127.0.0.1", ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:2"], False),
+    ("127.0.0.1", ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"], True),
+], ids=str)
+def test_room_who_counts_among_the_three_that_refuse(here, places, is_paused):
+    ann = World(by="none").add("Ann", ip=here, room=LAB)
+    for place in places:
+        ip, port = place.split(":")
+        ann.node.other_rooms.on_mismatch((ip, int(port)), True, "passphrase", "it says: no")
+    assert ann.node.other_rooms.is_paused is is_paused
+
+
 def test_room_ten_thousand_half_open_handshakes():
     """Most are dropped, the oldest of the address with the most first, and members are served meanwhile."""
     world = room_world("Ann", "Bob")
