@@ -1638,7 +1638,12 @@ class Connection:
         self.queued = 0
         self._line_timer.cancel()
         self._deadline.cancel()
-        self.loop.call_later(0, self.handler.on_close, self._reason or reason)
+        self.loop.call_later(0, self._end, self.handler, self._reason or reason)
+
+    def _end(self, handler: Handler, reason: str) -> None:
+        """Tell the handler, and forget it: in a cycle both would wait for the collector, which a flood makes slow."""
+        self.handler, self.reader = Handler(), MessageReader()
+        handler.on_close(reason)
 
     def set_deadline(self, timeout: float, reason: str) -> None:
         """Abort in `timeout` seconds; this replaces an earlier deadline."""

@@ -4787,6 +4787,33 @@ def loop_turns_in(loop, seconds):
     return turns
 
 
+@pytest.mark.parametrize("sent", [b"", b"G", b"\x16\x03\x01\x02\x00", b"no message\n"], ids=str)
+@pytest.mark.parametrize("room", [None, LAB])
+@pytest.mark.parametrize("make", [p2pchat.DiscoveryServer, p2pchat.PeerNode])
+def test_loop_what_a_closed_connection_leaves_waits_for_no_collector(make, room, sent):
+    """A flood would leave so many cycles that the collector, which begins when it likes, takes 100 ms."""
+    loop, settings = p2pchat.Loop(), {"host": "127.0.0.1", "port": 0, "lan": False}
+    if make is p2pchat.DiscoveryServer:
+        node = make(loop, p2pchat.ServerSettings(**settings), room)
+    else:
+        node = make(loop, p2pchat.Settings(**settings), print, room=room)
+    node.start()
+    far = [socket.create_connection(node._listener.address) for _ in range(20)]
+    for sock in far:
+        sock.sendall(sent)
+    loop_turns_in(loop, 0.05)
+    gc.collect()
+    gc.disable()
+    try:
+        for sock in far:
+            sock.close()
+        loop_turns_in(loop, 0.05)
+        assert gc.collect() < 20
+    finally:
+        gc.enable()
+        loop.close()
+
+
 def test_loop_does_not_turn_for_nothing(wire):
     wire.far.sendall(chat_line("x"))
     wire.connection.send(chat_line("y"))
@@ -5577,10 +5604,10 @@ def test_room_the_program_is_handed_out_in_the_clear_and_the_page_says_which_roo
         log = []
         client = LoggingHandler("x", log)
         connection = client.connection = world.process_at(EVIL).connect(address, client, 5.0)
-        connection.reader = RawReader()
+        reader = connection.reader = RawReader()
         connection.send(b"GET / HTTP/1.1\r\n\r\n")
         world.until(lambda: any("closed" in line for line in log), 5)
-        page = connection.reader.data.decode()
+        page = reader.data.decode()
         assert page.startswith("HTTP/1.1 200 OK") and "the closed room class-3b: encrypted" in page
         assert "peer --user YOURNAME --room class-3b --" in page and "can read what is said" not in page
         assert max(map(len, page.splitlines())) <= 120
