@@ -6663,11 +6663,16 @@ class PeerNode:
 # ======================================================================================================
 # Chat view
 #
-# The model behind all three interfaces. ChatView stands at the end of the section and holds the parts: a
-# Window (scrollback, input line, receiver) for a conversation; People and Outgoing, what is kept of other
-# peers and of the user's own messages; Narrator, which shows what happened at the node; Commands and
+# The model behind all three interfaces. ChatView stands at the end of the section and holds the parts:
+# Windows, each a conversation with its scrollback and its input line; People and Outgoing, what is kept of
+# other peers and of the user's own messages; Narrator, which shows what happened at the node; Commands and
 # Keyboard, which do what the user says. The tables of commands and of keys are help, completion and the
-# README's tables at once. Where there is no screen, a Transcript takes the place of all scrollbacks.
+# README's tables at once. Where there is no screen, a Transcript takes the place of all scrollbacks, and a
+# window only says where a typed text goes.
+#
+# One rule says in which window something stands. What is said stands in the window of its conversation. That
+# somebody came, went or took another name stands in those of the conversations that this peer is in. All the
+# rest, which is answers, errors and notices, stands in the window at hand.
 # render(view, rows, cols) draws the view as lines of styled spans: a pure function, for every size. Nothing
 # here knows curses, sockets or a clock, and every text that comes in is clean already.
 # ======================================================================================================
@@ -6676,6 +6681,9 @@ MAX_UNDO = 100  # changes of the input line that can be taken back: 1.6 MB, if e
 MAX_ENTRIES = 5000  # in a scrollback; with texts of the usual length some 3 MiB
 MAX_SCROLLBACK = 4 * 1024 * 1024  # characters of all entries: 250 of the longest texts, which /search reads in 30 ms
 DRAW_PORTION = 48 * 1024  # characters wrapped for one drawing, those beyond ASCII counted threefold: some 30 ms
+MAX_WINDOWS = 50  # that are open: strangers open them, too, each by a private message
+MAX_HELD = 3 * MAX_SCROLLBACK  # characters in all windows together, with ENTRY_SIZE for each entry: some 25 MiB
+ENTRY_SIZE = 200  # what an entry without its text counts as
 MAX_DRAWN = 50_000  # rows kept as they were drawn: more than the largest screen and the longest texts on it have
 MAX_DELIVERIES = 3000  # awaited at a time while lines are piped in: one acknowledgement may end them all, in one turn
 MAX_SENDING = 1024 * 1024  # bytes of the texts under way meanwhile, on the wire: a quarter of a receiver's outbox
@@ -6688,6 +6696,7 @@ SIDE_COLS = 60  # a narrower screen has no list of peers
 FRESH_TIME = 60.0  # seconds that a peer is marked as new, or until the next key
 TIME_COLS = 32  # a narrower screen shows no times
 NICK_STYLES = 8  # colours of names: the styles nick0 to nick7
+BAR_NAME = 16  # columns that the status bar has for the name of a window
 PROMPT = "> "
 ACTION = "/me "  # begins a text that says what its sender does
 CHAT_KINDS = ("chat", "action")  # kinds of entries that somebody said
@@ -6883,12 +6892,13 @@ def wire_size(text: str) -> int:
 class Receipts:
     """What became of an own message at each of its receivers."""
 
-    __slots__ = ("text", "size", "seq", "outcomes", "waiting", "failed")
+    __slots__ = ("text", "size", "seq", "window", "outcomes", "waiting", "failed")
 
     def __init__(self, text: str, receivers: Iterable[str]) -> None:
         self.text = text
         self.size = wire_size(text)
         self.seq = -1  # of its entry, if there is a scrollback
+        self.window: Optional["Window"] = None  # which holds that entry
         self.outcomes: Dict[str, Optional[str]] = dict.fromkeys(receivers)  # None under way, "" delivered, else why not
         self.waiting = len(self.outcomes)  # receivers with no outcome yet
         self.failed = 0  # receivers that do not get it
@@ -7096,10 +7106,19 @@ class Scrollback:
         drop = max(len(self.entries) - MAX_ENTRIES, 1)
         while self._size - sum(len(entry.text) for entry in self.entries[:drop]) > MAX_SCROLLBACK * 0.9:
             drop *= 2
-        for entry in self.entries[:drop]:
+        self.drop(drop)
+
+    def drop(self, count: int) -> None:
+        """Drop so many entries, the oldest ones."""
+        for entry in self.entries[:count]:
             self._size -= len(entry.text)
             self._drawn.pop(entry.seq, None)
-        del self.entries[:drop]
+        del self.entries[:count]
+
+    @property
+    def held(self) -> int:
+        """What it holds, in characters: an entry counts as some, too."""
+        return self._size + ENTRY_SIZE * len(self.entries)
 
     # -- rows ------------------------------------------------------------------------------------------
 
@@ -7115,12 +7134,16 @@ class Scrollback:
             return self._draw(entry, cols, style, "…")
         self.portion -= len(entry.text) * (1 if entry.text.isascii() else 3)
         if self._drawn_rows > MAX_DRAWN:
-            self._drawn.clear()
-            self._drawn_rows = 0
+            self.forget_rows()
         rows = self._draw(entry, cols, style, entry.text)
         self._drawn[entry.seq] = (state, rows)
         self._drawn_rows += len(rows)
         return rows
+
+    def forget_rows(self) -> None:
+        """Drop the rows that are kept as they were drawn."""
+        self._drawn.clear()
+        self._drawn_rows = 0
 
     def _draw(self, entry: Entry, cols: int, style: str, text: str) -> List[EntryRow]:
         """Draw an entry: its head, the text wrapped beside it, and below it the failures."""
@@ -7283,10 +7306,101 @@ class Transcript:
 class Window:
     """A conversation: what is read, and the line that is written."""
 
-    def __init__(self, scrollback: Scrollback) -> None:
+    def __init__(self, key: str, scrollback: Scrollback) -> None:
+        self.key = key  # EVERYONE, the name of a channel, or the id of a peer: where what is entered goes
         self.scrollback = scrollback
         self.line = LineEditor()
-        self.target = EVERYONE  # the receiver of what is entered: the id of a peer, or EVERYONE
+        self.unread = 0  # messages that came while another window was at hand
+        self.calls = 0  # those of them that were private or named the user
+
+    @property
+    def is_private(self) -> bool:
+        return self.key != EVERYONE and not is_channel(self.key)
+
+    @property
+    def used_at(self) -> float:
+        """When something last happened here, in Unix time."""
+        return self.scrollback.entries[-1].added_at if self.scrollback.entries else 0.0
+
+
+class Windows:
+    """The open windows, in the order of their numbers. The first one is everyone's, and stays."""
+
+    def __init__(self, make: Callable[[], Scrollback]) -> None:
+        self._make = make
+        self.current = self._before = Window(EVERYONE, make())  # the one at hand, and the one before it
+        self.all = {EVERYONE: self.current}  # by key
+        self._added = 0  # about so many characters since the bound was last checked
+
+    def open(self, key: str) -> Optional[Window]:
+        """Return the window of a conversation, if need be a new one; None if too many are open."""
+        window = self.all.get(key)
+        if window is None and self._make_room():
+            window = self.all[key] = Window(key, self._make())
+        return window
+
+    def _make_room(self) -> bool:
+        """Return whether one more may be opened. Of private ones that were read, the oldest without a draft closes."""
+        if len(self.all) >= MAX_WINDOWS:
+            spare = [each for each in self.all.values()
+                     if each.is_private and each is not self.current and not each.unread and not each.line.text]
+            if not spare:
+                return False
+            self.close(min(spare, key=lambda each: each.used_at))
+        return True
+
+    def go_to(self, window: Window) -> None:
+        """Take another window at hand; what was cut in one can be inserted in another."""
+        if window is not self.current:
+            self.current.scrollback.on_focus_lost()
+            self.current.scrollback.forget_rows()
+            window.line.was_cut = self.current.line.was_cut
+            self._before, self.current = self.current, window
+        window.unread = window.calls = 0
+
+    def close(self, window: Window) -> None:
+        """Close a window other than everyone's; the one before it comes back."""
+        del self.all[window.key]
+        if window is self.current:
+            self.go_to(self._before)
+        if self._before is window:
+            self._before = self.all[EVERYONE]
+
+    def rekey(self, old: str, new: str) -> None:
+        """The peer of a private window has another id. A window of an earlier peer with that id closes."""
+        window, earlier = self.all.get(old), self.all.get(new)
+        if window is None or window is earlier:
+            return
+        if earlier is not None:
+            if earlier is self.current:
+                self.go_to(window)
+            self.close(earlier)
+        window.key = new
+        self.all = {each.key: each for each in self.all.values()}
+
+    def numbered(self, number: int) -> Optional[Window]:
+        return next(itertools.islice(self.all.values(), number - 1, None), None) if number > 0 else None
+
+    def beside(self, step: int) -> Window:
+        """Return the window so many places behind the one at hand; behind the last stands the first."""
+        windows = list(self.all.values())
+        return windows[(windows.index(self.current) + step) % len(windows)]
+
+    def with_news(self) -> List[Window]:
+        """Return the windows with something new: first those that call the user, each in the order of their numbers
+        from the one at hand on."""
+        windows = [self.beside(step) for step in range(1, len(self.all))]
+        return sorted((each for each in windows if each.unread), key=lambda each: not each.calls)
+
+    def on_added(self, size: int) -> None:
+        """So many characters were added: while all windows hold too much, drop the oldest part of the largest one."""
+        self._added += size + ENTRY_SIZE
+        if self._added < MAX_HELD // 50:
+            return
+        self._added = 0
+        while sum(each.scrollback.held for each in self.all.values()) > MAX_HELD:
+            largest = max((each.scrollback for each in self.all.values()), key=lambda each: each.held)
+            largest.drop(len(largest.entries) // 4 + 1)
 
 
 class People:
@@ -7424,16 +7538,45 @@ def _status_bar(view: "ChatView", cols: int) -> Line:
     name, peers = view.node.me.username, _count(number, "peer")
     room = f" · closed room {view.node.room.name}" * bool(view.node.room.name)
     title = f" Chat P2P - {name}{room}"
-    for left, right in ((title, f"{state} · {peers} "), (title, f"{short} · {peers} "),
-                        (f" {name}{room}", f"{short} {number} "), (f" {name}", f"{short} {number} ")):
-        if width(left) + width(right) + 2 <= cols:
-            return [Span(pad(left, cols - width(right)) + right, "bar")]
+    every, some, count = _window_lists(view, cols)
+    for start, windows, right in (
+            (title, every, f"{state} · {peers} "), (title, every, f"{short} · {peers} "),
+            (f" {name}{room}", every, f"{short} {number} "), (f" {name}", every, f"{short} {number} "),
+            (f" {name}", some, f"{short} {number} "), (f" {name}", count, f"{short} {number} "),
+            ("", some, f"{number} "), ("", count, f"{number} "), (f" {name}", count, "")):
+        left = [Span(start, "bar"), *windows]
+        gap = cols - sum(width(span.text) for span in left) - width(right)
+        if gap >= 2:
+            return [*left, Span(" " * gap + right, "bar")]
     return [Span(pad(f" {name}", cols), "bar")]
+
+
+def _window_lists(view: "ChatView", cols: int) -> Tuple[Line, Line, Line]:
+    """Return the windows for the status bar in three forms: all, those with news and the one at hand, and how many
+    have news. In brackets stands the one at hand; "!" means that somebody calls the user."""
+    windows, news = list(view.windows.all.values()), view.windows.with_news()
+    if len(windows) == 1:
+        return [], [], []
+    shown: List[Tuple[Window, Span]] = []
+    for number, window in enumerate(windows, 1):
+        text = f"{number}:{cut(view.name_of(window.key), BAR_NAME, '…')}"
+        called = "!" * bool(window.calls)
+        if window is view.window:
+            text = f"[{text}]"
+        elif window.unread:
+            text = f"{text}({window.unread}{called})"
+        shown.append((window, Span("  " + text, "called" if called else "bar")))
+    called = "!" * any(each.calls for each in news)
+    count = [Span(f"  {len(news)} new{called}", "called" if called else "bar")] * bool(news)
+    if cols < SIDE_COLS:
+        return count, count, count
+    return ([span for _, span in shown],
+            [span for window, span in shown if window.unread or window is view.window], count)
 
 
 def _side_rows(view: "ChatView", height: int, cols: int) -> List[Line]:
     """Draw the list of peers: a mark and the name, and the address if all of them have room for theirs."""
-    peers, people, now = view.node.present(), view.people, view.node.loop.wall()
+    peers, people, now = view.node.members(view.window.key), view.people, view.node.loop.wall()
     room = height if len(peers) <= height else height - 1
     people.top = max(0, min(people.top, len(peers) - room))
     shown = peers[people.top:people.top + room]
@@ -7451,20 +7594,25 @@ def _side_rows(view: "ChatView", height: int, cols: int) -> List[Line]:
     return [clip(row, cols) for row in rows]
 
 
+def prompt(view: "ChatView", cols: int) -> str:
+    """Return what stands before the line that is typed: it names the receiver, unless that is everyone."""
+    key = view.window.key
+    if view.window.line.is_secret:
+        return "Passphrase: " if cols >= 24 else ""
+    text = f"[{view.name_of(key)}] {PROMPT}" if key != EVERYONE else PROMPT
+    return text if width(text) <= cols // 2 else PROMPT if cols >= 8 else ""
+
+
 def _input_rows(view: "ChatView", cols: int) -> Tuple[List[str], Tuple[int, int]]:
-    """Return the prompt, which names the receiver, and the line as rows; and where the cursor is."""
-    window = view.window
-    if window.line.is_secret:
-        return flow("Passphrase: " if cols >= 24 else "", *window.line.shown, cols)
-    prompt = f"[{view.node.label(window.target)}] {PROMPT}" if window.target != EVERYONE else PROMPT
-    prompt = prompt if width(prompt) <= cols // 2 else PROMPT if cols >= 8 else ""
-    return flow(prompt, *window.line.shown, cols)
+    """Return the prompt and the line as rows; and where the cursor is."""
+    return flow(prompt(view, cols), *view.window.line.shown, cols)
 
 
 def _prompted(view: "ChatView", text: str, first: bool) -> Line:
-    """Draw a row of the input line; nobody should overlook that it goes to one peer only."""
-    end = text.find(PROMPT) + len(PROMPT) if first and view.window.target != EVERYONE and text.startswith("[") else 0
-    return [Span(text[:end], "private"), Span(text[end:])]
+    """Draw a row of the input line; nobody should overlook that it does not go to everyone."""
+    is_named = first and view.window.key != EVERYONE and text.startswith("[")
+    end = text.find(PROMPT) + len(PROMPT) if is_named else 0
+    return [Span(text[:end], "private" if view.window.is_private else "bold"), Span(text[end:])]
 
 
 @functools.lru_cache(maxsize=8)
@@ -7526,13 +7674,19 @@ class Narrator:
             return
         now = view.node.loop.wall()
         people.on_spoke(sender, now)
-        private = to != EVERYONE
+        private = to != EVERYONE and not is_channel(to)
         if private:
             people.private = sender
         is_called = private or view.on_screen and _mentions(text, view.node.me.username)
-        entry = self._say(sender, to, text, "private" if private else "")
+        window = self._window(sender if private else to)
+        entry = self._say(window, sender, to, text)
         if entry is not None and is_called and not private:
             entry.called = view.node.me.username
+        if view.on_screen and window is not view.window:
+            window.unread += 1
+            window.calls += is_called
+            if is_called and window.calls == 1:
+                self._gather(view.window, "called", sender, "" if private else f" ({view.name_of(to)})")
         view.unread += not view.has_focus
         if is_called and now - self._rang_at >= BELL_INTERVAL and (view.is_on["bell"] or view.is_on["notify"]):
             self._rang_at = now
@@ -7541,19 +7695,31 @@ class Narrator:
 
     def on_sent(self, event: Event) -> None:
         """Show what the user said; its receipts will follow."""
-        view, text = self.view, event["text"]
-        entry = self._say(view.node.me.id, event["to"], text, "", own=True)
+        view, text, to = self.view, event["text"], event["to"]
+        window = self._window(to)
+        entry = self._say(window, view.node.me.id, to, text, own=True)
         receipts = view.outgoing.add(event["id"], text, event["receivers"])
-        view.window.scrollback.found = None
+        window.scrollback.found = None
         if entry is not None:
-            entry.receipts, receipts.seq = receipts, entry.seq
-            view.window.scrollback.pass_over(entry)
+            entry.receipts, receipts.seq, receipts.window = receipts, entry.seq, window
+            window.scrollback.pass_over(entry)
+            if window is not view.window:
+                view.notice(f"To {view.name_of(to)}: {_shortened(text)}")
 
-    def _say(self, sender: str, to: str, text: str, style: str, own: bool = False) -> Optional[Entry]:
+    def _window(self, key: str) -> Window:
+        """Return the window of a conversation; everyone's, if too many are open, or if there is no screen."""
+        windows = self.view.windows
+        window = windows.all.get(key) or (windows.open(key) if self.view.on_screen else None)
+        return window or windows.all[EVERYONE]
+
+    def _say(self, window: Window, sender: str, to: str, text: str, own: bool = False) -> Optional[Entry]:
+        """Show what somebody said, with the receiver where that is not plain from the window."""
         kind = "chat"
         if text.startswith(ACTION):
             kind, text = "action", text[len(ACTION):]
-        return self.view.add(kind, text, style, self._label(sender), "" if to == EVERYONE else self._label(to), own)
+        is_plain = to == EVERYONE or self.view.on_screen and window.key != EVERYONE
+        style = "private" if not is_plain and not own and not is_channel(to) else ""
+        return self.view.add(kind, text, style, self._label(sender), "" if is_plain else self._label(to), own, window)
 
     def _label(self, peer_id: str) -> str:
         """Return a peer's label. The user's own name never has an address: the label of a namesake has one."""
@@ -7585,26 +7751,41 @@ class Narrator:
         for receipts in (each for each in failures if not each.waiting and view.on_screen):
             lines = [f"{line}: {_shortened(receipts.text)}" for line in receipts.failures(view.node.label)]
             view.lost += lines if view.node.leaving else []
-            if not view.window.scrollback.is_on_screen(receipts.seq, area):
+            if receipts.window is not view.window or not view.window.scrollback.is_on_screen(receipts.seq, area):
                 for line in lines:
                     view.notice(line, "error")
 
     # -- who is here -----------------------------------------------------------------------------------
 
     def on_joined(self, event: Event) -> None:
-        self.view.people.fresh[event["peer"]["id"]] = self.view.node.loop.wall()
-        self._gather("joined", event["peer"]["id"], "")
+        peer_id = event["peer"]["id"]
+        self.view.people.fresh[peer_id] = self.view.node.loop.wall()
+        self._come_or_go("joined", peer_id, "")
+        self._continue_window(event["peer"])
         self._warn_of_namesake()
+
+    def _continue_window(self, peer: Dict[str, Any]) -> None:
+        """A private window of a peer that went goes on with the one that came under its name: it says so."""
+        view, new = self.view, peer["id"]
+        if len(view.windows.all) == 1:
+            return
+        gone = [each for each in view.windows.all if not view.node.peers.get(each)]
+        former = [new] if new in view.windows.all else [
+            each for each in gone if each.rpartition("@")[0] == peer["username"]]
+        if former:
+            view.windows.rekey(former[-1], new)
+            elsewhere = f", at another address: {peer['ip']}:{peer['port']}" if former[-1] != new else ""
+            view.notice(f"{self._label(new)} is back{elsewhere}.", window=view.windows.all[new])
 
     def on_left(self, event: Event) -> None:
         peer_id, reason = event["peer"]["id"], event["reason"]
         self.view.people.fresh.pop(peer_id, None)
         words = f" ({event['text']})" if event.get("text") else ""
         kind, why = ("left", words) if reason == "left" else ("gone", f" ({reason})")
-        self._gather(kind, peer_id, why)
+        self._come_or_go(kind, peer_id, why)
 
-    def _gather(self, kind: str, peer_id: str, reason: str) -> None:
-        """Say that a peer came or went. On the screen those that follow each other share a line."""
+    def _come_or_go(self, kind: str, peer_id: str, reason: str) -> None:
+        """Say that a peer came or went."""
         view = self.view
         now = view.node.loop.wall()
         if view.is_quiet and now - view.people.spoke_at.get(peer_id, float("-inf")) > LATELY:
@@ -7612,18 +7793,32 @@ class Narrator:
         if view.transcript is not None:
             view.add(kind, self._crowd(kind, [(peer_id, reason)]))
             return
-        scrollback = view.window.scrollback
+        for window in self._windows_with(peer_id):
+            if kind != "joined" or not window.is_private:
+                self._gather(window, kind, peer_id, reason)
+
+    def _windows_with(self, peer_id: str) -> List[Window]:
+        """Return the windows of the conversations that a peer is or was in."""
+        windows = self.view.windows.all
+        return [windows[key] for key in (EVERYONE, peer_id) if key in windows]
+
+    def _gather(self, window: Window, kind: str, peer_id: str, reason: str) -> None:
+        """Say on the screen what a peer did. Those who do the same one after the other share a line."""
+        scrollback, now = window.scrollback, self.view.node.loop.wall()
         last = scrollback.entries[-1] if scrollback.entries else None
         if last is None or last.kind != kind or not 0 <= now - last.added_at < GATHER_TIME:
-            last = scrollback.add(now, kind, "", "dim")
-        last.members.append((peer_id, reason))
+            last = scrollback.add(now, kind, "", "private" if kind == "called" else "dim")
+        if kind != "called" or (peer_id, reason) not in last.members:
+            last.members.append((peer_id, reason))
         scrollback.change(last, self._crowd(kind, last.members))
 
     def _crowd(self, kind: str, members: List[Tuple[str, str]]) -> str:
         """Return a line that says who came or went, each with the reason."""
         more = len(members) - GATHER_NAMES
         names = ", ".join(self.view.node.label(each) + reason for each, reason in members[:GATHER_NAMES])
-        verb = {"gone": "is gone" if len(members) == 1 else "are gone"}.get(kind, kind)
+        where = f" or /window {self.view.node.label(members[0][0])}" if len(members) == 1 and not members[0][1] else ""
+        verb = {"gone": "is gone" if len(members) == 1 else "are gone",
+                "called": f"wrote to you: Alt-A{where} goes there."}.get(kind, kind)
         return names + (f", {more} more" if more > 0 else "") + f" {verb}"
 
     def on_renamed(self, event: Event) -> None:
@@ -7635,12 +7830,12 @@ class Narrator:
             if old["id"] in table:
                 table[new["id"]] = table.pop(old["id"])
         people.private = new["id"] if people.private == old["id"] else people.private
-        view.window.target = new["id"] if view.window.target == old["id"] else view.window.target
-        subject = "You are" if new["id"] == view.node.me.id else f"{old['username']} is"
-        if old["username"] != new["username"]:
-            view.notice(f"{subject} now known as {self._label(new['id'])}.")
-        else:
-            view.notice(f"{subject} now at {new['ip']}:{new['port']}.")
+        view.windows.rekey(old["id"], new["id"])
+        is_me, is_name = new["id"] == view.node.me.id, old["username"] != new["username"]
+        what = f"known as {self._label(new['id'])}" if is_name else f"at {new['ip']}:{new['port']}"
+        text = f"{'You are' if is_me else old['username'] + ' is'} now {what}."
+        for window in [view.window] if is_me or not view.on_screen else self._windows_with(new["id"]):
+            view.notice(text, window=window)
         self._warn_of_namesake()
 
     def _warn_of_namesake(self) -> None:
@@ -7727,6 +7922,10 @@ VIEW_KEYS: Tuple[Key, ...] = (
     Key("Shift-Tab", "the completion before", lambda keys: keys.complete(-1)),
     Key("PgUp", "scroll back", lambda keys: keys.page(-1)),
     Key("PgDn", "scroll forth", lambda keys: keys.page(1)),
+    Key("Alt-1 to Alt-0", "to the window of that number", lambda keys: None),
+    Key("Alt-Left, F5", "to the window before", lambda keys: keys.go_beside(-1)),
+    Key("Alt-Right, F6", "to the window behind", lambda keys: keys.go_beside(1)),
+    Key("Alt-A", "to the next window with news; private and mentions first", lambda keys: keys.go_to_news()),
     Key("Alt-Up", "scroll back by a line", lambda keys: keys.scroll(-1)),
     Key("Alt-Down", "scroll forth by a line", lambda keys: keys.scroll(1)),
     Key("Alt-PgUp, F11", "scroll the list of peers back", lambda keys: keys.scroll_peers(-1)),
@@ -7743,6 +7942,8 @@ VIEW_KEYS: Tuple[Key, ...] = (
 )
 KEYS = EDIT_KEYS + VIEW_KEYS
 _KEYS: Dict[str, Key] = {name.lower(): key for key in KEYS for name in key.names.split(", ")}
+_KEYS.update((f"alt-{at % 10}", Key("", "", functools.partial(lambda keys, at: keys.go_to_number(at), at=at)))
+             for at in range(1, 11))
 _KEYS["focus-in"] = Key("", "", lambda keys: keys.on_focus(True))
 _KEYS["focus-out"] = Key("", "", lambda keys: keys.on_focus(False))
 
@@ -7763,12 +7964,12 @@ class Command(NamedTuple):
     aliases: Tuple[str, ...]
 
 
-GROUPS = ("talk", "people", "screen", "connection")  # the order of /help
+GROUPS = ("talk", "windows", "people", "screen", "connection")  # the order of /help
 COMMANDS: Dict[str, Command] = {}
 _ALIASES: Dict[str, Command] = {}  # the same commands, by every name
 _ONE_CONVERSATION = "There is one conversation so far, and you are in it. /query NAME talks to one peer, /quit leaves."
 _UNCLEAR = {  # names that mean different things elsewhere, or something that does not exist here: what is answered
-    "/w": "Which one: /who, /whois NAME or /msg NAME TEXT?",
+    "/w": "Which one: /who, /whois NAME, /window NAME or /msg NAME TEXT?",
     "/q": "Which one: /query NAME or /quit?",
     **dict.fromkeys(("/list", "/join", "/j", "/part", "/leave"), _ONE_CONVERSATION),
 }
@@ -7777,7 +7978,8 @@ _SYNONYMS = {  # what other programs call our commands: is suggested, not done
     "/nick": ("/name", "/rename", "/user"), "/me": ("/action", "/emote", "/describe"), "/whois": ("/finger",),
     "/who": ("/ls", "/online", "/ping"), "/search": ("/find", "/grep", "/lastlog", "/last"),
     "/ignore": ("/block", "/mute"), "/away": ("/afk", "/brb"), "/unignore": ("/unblock", "/unmute"),
-    "/clear": ("/cls",), "/help": ("/?", "/man", "/commands"), "/quit": ("/disconnect", "/logout", "/close", "/stop"),
+    "/clear": ("/cls",), "/help": ("/?", "/man", "/commands"), "/quit": ("/disconnect", "/logout", "/stop"),
+    "/window": ("/switch", "/goto", "/tab"),
 }
 
 
@@ -7874,30 +8076,29 @@ class CommandLine:
     def enter_texts(self, texts: Sequence[str]) -> None:
         """Do what lines say, in order, which are surely texts and no commands: they are sent together."""
         try:
-            self.node.send_chat_messages(self.view.window.target, texts)
+            self.node.send_chat_messages(self.view.window.key, texts)
         except ChatError:
             for text in texts:  # one of them can't be sent, or none: say which, and why
                 self.enter(text)
 
     def say(self, text: str, to: str) -> None:
-        """Send a text that is data, never a command, to a name, to EVERYONE, or with "" to the window's receiver."""
-        if to and to != EVERYONE:
-            to = self._only(self.node.find(to), to).id
-        self._send(text, to or self.view.window.target)
+        """Send a text that is data, never a command, to a conversation that is named, or with "" to that at hand."""
+        key = self._key(to) if to else self.view.window.key
+        self._send(text, key or self._only(self.node.find(to), to).id)
 
     def _enter(self, text: str) -> None:
         if not is_surely_text(text):
             text = clean(text, newlines=True)  # nothing invisible before a slash makes a command a text, and public
         start = text.lstrip()
         if start.startswith("//"):
-            self._send(text.replace("//", "/", 1), self.view.window.target)
+            self._send(text.replace("//", "/", 1), self.view.window.key)
         elif start.startswith("/"):
             self._run(start)
         elif start:
-            self._send(text, self.view.window.target)
+            self._send(text, self.view.window.key)
 
     def _send(self, text: str, to: str) -> None:
-        """Send a text to EVERYONE or to the peer with the id `to`."""
+        """Send a text to a conversation, of which `to` is the key."""
         (self.sent_id,) = self.node.send_chat_messages(to, [text])
 
     def _run(self, text: str) -> None:
@@ -7912,6 +8113,24 @@ class CommandLine:
         found.run(self, rest)
 
     # -- names in what was typed -----------------------------------------------------------------------
+
+    def _key(self, name: str) -> str:
+        """Return the key of the conversation that a word names; "" if it can only be a peer's."""
+        if name.casefold() in (EVERYONE, "everyone"):
+            return EVERYONE
+        try:
+            return check_channel(name) if is_channel(name) else ""
+        except ValueError as error:
+            raise ChatError(str(error)) from None
+
+    def _split_key(self, text: str) -> Tuple[str, str]:
+        """Return the key of the conversation that a text begins with, and what stands behind it."""
+        word, _, rest = text.partition(" ")
+        key = self._key(word.rstrip(":,"))
+        if key:
+            return key, rest.strip()
+        peer, rest = self._split_name(text)
+        return peer.id, rest
 
     def _split_name(self, text: str) -> Tuple[Peer, str]:
         """Return the peer whose name a text begins with, and what stands behind it. The longest name counts."""
@@ -7964,11 +8183,11 @@ class Commands(CommandLine):
 
     @command("/msg NAME TEXT", "talk", "/m")
     def _msg(self, rest: str) -> None:
-        """send a private message."""
-        peer, text = self._split_name(rest)
+        """send a private message; NAME may be a #channel or everyone, too."""
+        key, text = self._split_key(rest)
         if not text:
             raise ChatError("There is nothing to send: say the text behind the name.")
-        self._send(text, peer.id)
+        self._send(text, key)
 
     @command("/reply TEXT", "talk")
     def _reply(self, rest: str) -> None:
@@ -7979,26 +8198,16 @@ class Commands(CommandLine):
             raise ChatError("/reply wants a text, for example: /reply yes.")
         self._send(rest, self.view.people.private)
 
-    @command("/query [NAME [TEXT]]", "talk")
-    def _query(self, rest: str) -> None:
-        """type to NAME only; /query alone: to everyone again."""
-        peer, text = self._split_name(rest) if rest else (None, "")
-        self.view.window.target = peer.id if peer else EVERYONE
-        receiver = f"{self.node.label(peer.id)} only" if peer else "everyone"
-        self.view.answer(f"What you type goes to {receiver}.")
-        if text:
-            self._send(text, self.view.window.target)
-
     @command("/me TEXT", "talk")
     def _me(self, rest: str) -> None:
         """say what you do; /me waves: * Alice waves."""
         if not rest:
             raise ChatError("/me wants a text, for example: /me waves.")
-        self._send(ACTION + rest, self.view.window.target)
+        self._send(ACTION + rest, self.view.window.key)
 
     # -- people ----------------------------------------------------------------------------------------
 
-    @command("/who", "people", "/n", "/names", "/users")
+    @command("/who", "people", "/users")
     def _who(self, rest: str) -> None:
         """who is here; and how well they are heard."""
         peers, view, how = self.node.present(), self.view, self.node.encryption()
@@ -8187,6 +8396,60 @@ class Commands(CommandLine):
         self.node.leave(rest)
 
 
+class WindowCommands(Commands):
+    """And those for windows and channels."""
+
+    @command("/query [NAME [TEXT]]", "windows")
+    def _query(self, rest: str) -> None:
+        """type to NAME only; in a window; /query alone: to everyone again."""
+        key, text = self._split_key(rest) if rest else (EVERYONE, "")
+        self._go_to(key)
+        if text:
+            self._send(text, key)
+
+    @command("/window [NAME]", "windows", "/win", "/buffer")
+    def _window(self, rest: str) -> None:
+        """go to a window; NAME is a peer, #channel, everyone or a number; alone: list them."""
+        windows = self.view.windows
+        if not rest:
+            news = [f"  {each.unread} new{'!' * bool(each.calls)}" * bool(each.unread) for each in windows.all.values()]
+            self.view.answer("\n".join(f"{number}  {self.view.name_of(key)}{new}"
+                                       for number, (key, new) in enumerate(zip(windows.all, news), 1)))
+        elif rest.isdecimal():
+            window = windows.numbered(int(rest[:9]))
+            if window is None:
+                raise ChatError(f"There is no window {rest[:9]}, but {_count(len(windows.all), 'window')}.")
+            self._go_to(window.key)
+        else:
+            key, more = self._split_key(rest)
+            self._go_to(key if not more else self._peer(rest).id)
+
+    @command("/close", "windows", "/wc")
+    def _close(self, rest: str) -> None:
+        """close this window; leaves its channel, and drops what was said there."""
+        window = self.view.window
+        if window.key == EVERYONE:
+            raise ChatError("Everyone's window stays open. /quit leaves the chat.")
+        self.view.windows.close(window)
+        self._say_receiver()
+
+    def _go_to(self, key: str) -> None:
+        """Take a window at hand; open it if there is none."""
+        windows = self.view.windows
+        is_new = key not in windows.all
+        window = windows.open(key)
+        if window is None:
+            raise ChatError(f"There are {MAX_WINDOWS} windows already: /close one.")
+        windows.go_to(window)
+        if is_new or not self.view.on_screen:
+            self._say_receiver()
+
+    def _say_receiver(self) -> None:
+        view, window = self.view, self.view.window
+        back = " Alt-1 goes back to everyone." if view.on_screen and window.key != EVERYONE else ""
+        view.answer(f"What you type goes to {view.name_of(window.key)}{' only' * window.is_private}.{back}")
+
+
 SWITCHES = {
     "bell": "ring when you are called; by name or privately",
     "notify": "note on the desktop if called; where the terminal can show one",
@@ -8372,6 +8635,22 @@ class Keyboard:
         if not self.view.window.line.is_secret:
             self._completion.complete(step, again=self._key_before in ("tab", "shift-tab"))
 
+    def go_to_number(self, number: int) -> None:
+        self._go_to(self.view.windows.numbered(number), f"There is no window {number}. /query NAME opens one.")
+
+    def go_beside(self, step: int) -> None:
+        self._go_to(self.view.windows.beside(step), "")
+
+    def go_to_news(self) -> None:
+        self._go_to(next(iter(self.view.windows.with_news()), None), "There is nothing new in another window.")
+
+    def _go_to(self, window: Optional[Window], otherwise: str) -> None:
+        """Take a window at hand, or say why there is none; but a passphrase is typed to its end."""
+        if window is None:
+            self.view.hint = otherwise
+        elif not self.view.window.line.is_secret:
+            self.view.windows.go_to(window)
+
     def scroll(self, rows: int) -> None:
         self.view.window.scrollback.scroll(rows, self.view.area())
 
@@ -8431,7 +8710,7 @@ class ChatView:
         self._draft: Optional[LineEditor] = None  # the line that waits while a passphrase is typed
         self.rows, self.cols = 24, 80
         self.people = People()
-        self.window = Window(Scrollback(clock, day, node.label))
+        self.windows = Windows(lambda: Scrollback(clock, day, node.label))
         self.outgoing = Outgoing()
         self.lost: List[str] = []  # lines about what was not delivered while leaving
         self.log: Deque[str] = collections.deque(maxlen=500)
@@ -8447,9 +8726,18 @@ class ChatView:
         self.unread = 0  # messages that came while the terminal did not have the focus
         self.on_answer: Callable[[str, str], None] = lambda text, kind: None
         self.keyboard = Keyboard(self)
-        self.commands = Commands(self)
+        self.commands = WindowCommands(self)
         self.enter = self.commands.enter
         self.handle = Narrator(self).handle  # takes in the events of one turn
+
+    @property
+    def window(self) -> Window:
+        """The one at hand."""
+        return self.windows.current
+
+    def name_of(self, key: str) -> str:
+        """Return what the user calls a conversation."""
+        return "everyone" if key == EVERYONE else self.node.label(key)
 
     def ask_passphrase(self) -> None:
         """What is typed next is the passphrase: it is neither shown nor kept among the lines that were entered."""
@@ -8475,18 +8763,20 @@ class ChatView:
         self.refused += 1
         self.answer(why, "error")
 
-    def add(self, kind: str, text: str, style: str = "", sender: str = "", to: str = "", own: bool = False
-            ) -> Optional[Entry]:
-        """Show a message or a notice; `sender` and `to` are labels. Return its entry, if there is a screen."""
+    def add(self, kind: str, text: str, style: str = "", sender: str = "", to: str = "", own: bool = False,
+            window: Optional[Window] = None) -> Optional[Entry]:
+        """Show a message or a notice, in the window at hand or another one; `sender` and `to` are labels. Return its
+        entry, if there is a screen."""
         now = self.node.loop.wall()
         if self.transcript is None:
-            return self.window.scrollback.add(now, kind, text, style, sender, to)
+            self.windows.on_added(len(text))
+            return (window or self.window).scrollback.add(now, kind, text, style, sender, to)
         self.transcript.add(now, kind, text, sender, to, own)
         return None
 
-    def notice(self, text: str, kind: str = "notice") -> None:
+    def notice(self, text: str, kind: str = "notice", window: Optional[Window] = None) -> None:
         """Say something that nobody said."""
-        self.add(kind, text, {"notice": "dim", "error": "error"}.get(kind, ""))
+        self.add(kind, text, {"notice": "dim", "error": "error"}.get(kind, ""), window=window)
 
     def answer(self, text: str, kind: str = "answer") -> None:
         """Answer the user. An answer that is longer than the screen is shown from its beginning."""
@@ -8611,8 +8901,8 @@ Press = Tuple[str, str]
 # What follows ESC: an escape sequence's last character, for ~ with its number.
 _SEQUENCES = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter",
               "I": "focus-in", "O": "focus-out", "Z": "shift-tab", "1~": "home", "3~": "delete", "4~": "end",
-              "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end", "20~": "f9", "21~": "f10", "23~": "f11",
-              "24~": "f12"}
+              "5~": "pgup", "6~": "pgdn", "7~": "home", "8~": "end", "15~": "f5", "17~": "f6", "20~": "f9",
+              "21~": "f10", "23~": "f11", "24~": "f12"}
 _WHEEL = {"<64": -WHEEL_ROWS, "<65": WHEEL_ROWS}
 _MODIFIERS = {"2": "shift-", "3": "alt-", "5": "ctrl-", "7": "ctrl-"}
 _CONTROLS = {"\x1f": "ctrl-_", "\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\x08": "backspace"}
@@ -9091,7 +9381,7 @@ class Terminal:
         curses, styles = self._curses, self._styles
         bold = curses.A_BOLD
         styles.update(dim=curses.A_DIM, bold=bold, bar=curses.A_REVERSE, rule=bold, error=bold, private=bold,
-                      mention=bold | curses.A_UNDERLINE, found=curses.A_REVERSE)
+                      mention=bold | curses.A_UNDERLINE, found=curses.A_REVERSE, called=curses.A_REVERSE | bold)
         try:
             curses.start_color()
             curses.use_default_colors()
@@ -9399,10 +9689,10 @@ class Prompt:
     The terminal hands over each key and shows none. The row with the cursor is drawn here, by carriage returns, blanks
     and backspaces alone, which every terminal knows. suspend() puts the terminal back as it was."""
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, view: ChatView) -> None:
         import termios
         self._termios: Any = termios
-        self._window = window  # holds the line
+        self._view = view  # holds the line
         self._before = termios.tcgetattr(0)
         self._shown = ""  # what stands on the row of the cursor
 
@@ -9422,8 +9712,7 @@ class Prompt:
     def around(self, lines: str, is_over: bool = False) -> str:
         """Return what prints some lines above the line that is typed."""
         cols = max(2, shutil.get_terminal_size().columns - 1)
-        line = self._window.line
-        rows, (row, column) = flow("Passphrase: " if line.is_secret else PROMPT, *line.shown, cols)
+        rows, (row, column) = flow(prompt(self._view, cols), *self._view.window.line.shown, cols)
         shown = "" if is_over else steady(rows[row]) + "\b" * (width(rows[row]) - column)
         if not lines and shown == self._shown:
             return ""
@@ -9543,7 +9832,7 @@ class PlainInterface(Interface):
         self.start_node(self.settings)
         self.listen_for_signals()
         if self._by_hand and os.isatty(1) and sys.platform != "win32":
-            self._writer.prompt = Prompt(self.view.window)
+            self._writer.prompt = Prompt(self.view)
             self.view.has_keyboard = True
             self.run_on(self._writer.prompt)
             return
@@ -9575,7 +9864,7 @@ class PlainInterface(Interface):
             if value in ("enter", "ctrl-j") and kind == PRESS:  # here a line is a message, however it ends
                 value = "enter"
                 if not self.view.window.line.is_secret:
-                    self._writer.write(PROMPT + self.view.window.line.text)
+                    self._writer.write(prompt(self.view, sys.maxsize) + self.view.window.line.text)
             keyboard = self.view.keyboard
             {PRESS: keyboard.press, TEXT: keyboard.type, PASTE: keyboard.paste}[kind](value)
         self._writer.flush()

@@ -68,13 +68,14 @@ class ViewNode:
         self.me = p2pchat.Peer(me, "10.0.0.1", 10001, "me")
         self.peers = p2pchat.PeerList(self.me)
         self.peers._make = p2pchat.Contact
-        self.undelivered = 0
+        self.undelivered = self.processes = 0
         self.settings = p2pchat.Settings()
         self.leaving = False
         self.network_gone = False
         self.online = True
         self.room = types.SimpleNamespace(name="")
         self.present, self.find = self.peers.present, self.peers.find
+        self.members = types.MethodType(p2pchat.PeerNode.members, self)
         self.sent = []
         self.calls = []
         self.emit = lambda event: None
@@ -89,7 +90,8 @@ class ViewNode:
 
     def join(self, name, ip=None, port=10001, tell=False):
         number = len(self.peers) + 2
-        peer = p2pchat.Peer(name, ip or f"10.0.0.{number}", port, f"i{number}x{port}", 1)
+        self.processes += 1
+        peer = p2pchat.Peer(name, ip or f"10.0.0.{number}", port, f"i{self.processes}", 1)
         self.peers.merge_own_claim(peer.wire(0.0), 0.0)
         self.peers.get(peer.id).heard_at, self.peers.get(peer.id).link = 1.0, self
         if tell:
@@ -640,7 +642,7 @@ def test_names_that_other_programs_use():
     view = view_make("Bob")
     view.enter("/M Bob hi")
     assert view.node.sent == [("hi", view_peer(view, "Bob")["id"])]
-    assert all(view_answer(view, line) == view_answer(view, "/who") for line in ("/n", "/names", "/users"))
+    assert all(view_answer(view, line) == view_answer(view, "/who") for line in ("/users",))
     assert view_answer(view, "/version").startswith(f"p2pchat {p2pchat.__version__}, Python 3.")
     assert "/exit, /bye" in view_answer(view, "/help bye") and view_answer(view, "/help m") == view_answer(view, "/help msg")
     for line in ("/exit", "/bye"):
@@ -677,7 +679,7 @@ def test_private_messages(line, name, text):
     ("/nick Alice", "your name already"), ("/reply", "Nobody has written"), ("/connect", "wants an address"), ("/quiet on", "nothing behind"),
     ("/unignore", "Nobody is ignored."), ("/ignore alice", "That is you."), ("/help no such", "There is no /no."), ("/log -1", "a number"),
     ('/msg "Bob" ', "nothing to send"), ('/msg "No One" hi', "called No One."), ("/notify 1", "on or off"), ("/me  ", "wants a text"),
-    ("/w", "/who, /whois NAME or /msg NAME TEXT?"), ("/w Bob hi", "Which one"), ("/q", "/query NAME or /quit?"),
+    ("/w", "/who, /whois NAME, /window NAME or /msg NAME TEXT?"), ("/w Bob hi", "Which one"), ("/q", "/query NAME or /quit?"),
     ("/q Bob", "Which one"), ("/list", "one conversation so far"), ("/join #tea", "one conversation so far"),
     ("/part", "/quit leaves"), ("/help w", "Which one")])
 def test_commands_that_cannot_be_done(line, word):
@@ -702,7 +704,7 @@ def test_nothing_that_was_typed_is_dropped():
             assert "nothing behind it" in view_answer(view, f"{command.name} x"), command
     assert view.node.calls == [] and view.has_side
     view.enter("/query Bob what about this")
-    assert view.node.sent == [("what about this", view.window.target)] and view.window.target == view_peer(view, "Bob")["id"]
+    assert view.node.sent == [("what about this", view.window.key)] and view.window.key == view_peer(view, "Bob")["id"]
 
 
 def test_ambiguous_names_are_refused_with_the_choice():
@@ -790,7 +792,7 @@ def test_help_has_every_command_and_key():
         assert view_answer(view, f"/help {command.name[1:]}") == f"{command.usage}  {command.help}{also}"
     keys = view_answer(view, "/help keys")
     assert all(key.names in keys and key.help in keys for key in p2pchat.KEYS)
-    assert len(p2pchat.COMMANDS) == 28
+    assert len(p2pchat.COMMANDS) == 30
 
 
 @pytest.mark.parametrize("cols, most", [(40, 2.0), (80, 1.0), (100, 1.0), (200, 1.0)])
@@ -804,7 +806,7 @@ def test_help_fits_the_screen(line, cols, most):
     assert len(rows) <= most * len(lines)
     assert not [row for row in rows if row[:1].islower()], "what goes on below stands in the second column"
     if line == "/help":
-        assert [each for each in lines if each.endswith(":")] == ["Talk:", "People:", "Screen:", "Connection:"]
+        assert [each for each in lines if each.endswith(":")] == ["Talk:", "Windows:", "People:", "Screen:", "Connection:"]
         assert lines[1].startswith("/msg") and lines[lines.index("People:") + 1].startswith("/who ")
 
 
@@ -835,7 +837,7 @@ def test_who_has_one_row_a_peer(cols, head):
 
 
 BEHIND_COMMANDS = ("", "Bob", "Bob how are you?", "carol jones", "nobody else", "on", "off", "3", "keys", "10.0.0.99:5000")
-SILENT = {"/peers", "/clear", "/bare", "/quit"}  # what they do is seen
+SILENT = {"/peers", "/clear", "/bare", "/quit", "/query", "/window"}  # what they do is seen
 
 
 def answers_of_all_commands(others):
@@ -903,11 +905,11 @@ def test_styles_tell_messages_apart():
     view_chat(view, "Bob", "malice")
     view_event(view, {"event": "notice", "text": "a notice"})
     view.enter("/msg Bob mine")
-    styles = {text: view_style(view, text) for text in ("for all", "for you", "hey ", "alice", "malice", "a notice", "mine")}
-    assert styles == {"for all": "", "for you": "private", "hey ": "", "alice": "mention", "malice": "", "a notice": "dim", "mine": "dim"}
-    screen = "\n".join(view_screen(view))
-    assert "Bob → Alice: for you" in screen and "Alice → Bob: mine" in screen
-    assert view_style(view, "Bob").startswith("nick")
+    styles = {text: view_style(view, text) for text in ("for all", "hey ", "alice", "malice", "a notice", "mine")}
+    assert styles == {"for all": "", "hey ": "", "alice": "mention", "malice": "", "a notice": "dim", "mine": "dim"}
+    assert view_style(view, "Bob wrote to you: Alt-A") == "private" and view_style(view, "Carol").startswith("nick")
+    view.enter("/window Bob")
+    assert view_style(view, "for you") == "" and view_style(view, "mine") == "dim" and view_style(view, "[Bob] >") == "private"
 
 
 def test_the_bell_rings_rarely():
@@ -1084,10 +1086,13 @@ def test_what_was_cleared_is_above_the_screen():
 
 
 @pytest.mark.parametrize("cols", [20, 30, 40, 79])
-def test_a_private_message_always_has_its_arrow(cols):
+def test_a_private_message_that_has_no_window_has_its_arrow(cols, monkeypatch):
+    """Too many are open, and none of them may close: nothing is lost."""
+    monkeypatch.setattr(p2pchat, "MAX_WINDOWS", 1)
     view = view_make("W" * 32, me="V" * 32)
     view_chat(view, "W" * 32, "psst", private=True)
-    assert any(" → V" in row for row in view_screen(view, 24, cols))
+    assert any(" → V" in row for row in view_screen(view, 24, cols)) and view_style(view, "psst") == "private"
+    assert "There are 1 windows already" in view_answer(view, "/query " + "W" * 32)
 
 
 def test_what_is_said_at_the_start():
@@ -1413,6 +1418,169 @@ def test_a_note_is_shown_on_the_desktop_if_that_is_wanted():
     view.has_rung = False
     view_chat(view, "Bob", "Alice?\nmore")
     assert not view.has_rung and view.note == "Bob: Alice? …"
+
+
+# -- windows -------------------------------------------------------------------------------------------
+
+
+def view_bar(view, cols=80):
+    """The windows in the status bar."""
+    return view_screen(view, 24, cols)[0].split("Alice")[1].split("●")[0].strip()
+
+
+def view_texts(view, key=None):
+    """What stands in a window, by its name or number; in that at hand."""
+    windows = view.windows
+    window = windows.current if key is None else windows.numbered(key) if isinstance(key, int) else windows.all[view_peer(view, key)["id"]]
+    return [entry.text for entry in window.scrollback.entries]
+
+
+def test_a_private_message_opens_a_window_and_takes_nobody_there():
+    view = view_make("Bob", "Carol")
+    assert view_bar(view) == ""
+    view_chat(view, "Bob", "psst", private=True)
+    view_chat(view, "Bob", "again", private=True)
+    assert view_texts(view) == ["Bob wrote to you: Alt-A or /window Bob goes there."] and view_texts(view, 2) == ["psst", "again"]
+    view_chat(view, "Carol", "me, too", private=True)
+    assert view_texts(view) == ["Bob, Carol wrote to you: Alt-A goes there."] and view_screen(view)[-1] == "> "
+    assert view_bar(view) == "[1:everyone]  2:Bob(2!)  3:Carol(1!)" and view_style(view, "2:Bob(2!)") == "called"
+    view_keys(view, "<alt-a>")
+    assert view_bar(view) == "1:everyone  [2:Bob]  3:Carol(1!)" and "[Bob] > " in view_screen(view)[-1]
+    view_chat(view, "Carol", "hello all")
+    view_chat(view, "Bob", "you are here", private=True)
+    assert view_bar(view) == "1:everyone(1)  [2:Bob]  3:Carol(1!)" and view_texts(view)[-1] == "you are here"
+    view_keys(view, "<alt-a>")
+    assert view_bar(view) == "1:everyone(1)  2:Bob  [3:Carol]"
+    view_chat(view, "Bob", "Alice, look")
+    assert view_texts(view)[-1] == "Bob (everyone) wrote to you: Alt-A goes there." and view_bar(view).startswith("1:everyone(2!)")
+
+
+def test_what_is_typed_goes_to_the_window_at_hand():
+    view = view_make("Bob", "Carol")
+    bob, carol = view_peer(view, "Bob")["id"], view_peer(view, "Carol")["id"]
+    for line in ("/msg Bob one", "/query Bob", "two", "//three", "/me waves", "/query Carol four", "/msg everyone five", "/msg * six",
+                 "/window everyone", "seven", "/window 3", "eight", "/window 2", "/query", "nine"):
+        view.enter(line)
+    assert view.node.sent == [("one", bob), ("two", bob), ("/three", bob), ("/me waves", bob), ("four", carol), ("five", None),
+                              ("six", None), ("seven", None), ("eight", carol), ("nine", None)]
+    assert view_texts(view, 2) == ["one", "two", "/three", "waves"] and not view.refused
+    assert view_texts(view, 3) == ["What you type goes to Carol only. Alt-1 goes back to everyone.", "four", "To everyone: five", "To everyone: six", "eight"]
+    assert view_texts(view) == ["To Bob: one", "five", "six", "seven", "nine"]
+    assert view_answer(view, "/window") == "1  everyone\n2  Bob\n3  Carol" and "no window 4" in view_answer(view, "/window 4")
+
+
+def test_windows_keep_the_draft_the_place_and_what_is_new():
+    view = view_make("Bob", said=50)
+    view.enter("/msg Bob hi")
+    view_screen(view)
+    view_keys(view, "<pgup>", "a draft ", "for all", "<ctrl-w>")
+    before = view_screen(view)
+    view_keys(view, "<alt-2>", "<ctrl-y>", " is cut there", "<alt-left>")
+    for text in ("more", "and more"):
+        view_chat(view, "Bob", text, private=True)
+    assert view_screen(view)[1:-2] == before[1:-2] and view_screen(view)[-1] == "> a draft for "
+    view_keys(view, "<alt-right>")
+    rows = view_screen(view)
+    at = view_new(rows)
+    assert rows[-1] == "[Bob] > all is cut there" and "more" in rows[at + 1] and "hi" in rows[at - 1]
+    view_keys(view, "<f6>")
+    assert view_bar(view).startswith("[1:") and view.window.scrollback.anchor is not None
+    view_keys(view, "<f5>", "<alt-5>")
+    assert view_bar(view).endswith("[2:Bob]") and "There is no window 5." in view_screen(view)[-2]
+
+
+def test_a_window_follows_its_peer():
+    view = view_make("Bob", "Carol")
+    view.enter("/query Bob hi")
+    view_rename(view, "Bob", "Rob")
+    rob = view_peer(view, "Rob")
+    assert view_texts(view)[-1] == "Bob is now known as Rob." == view_texts(view, 1)[-1] and view.window.key == rob["id"]
+    view.node.leave_peer(rob)
+    assert view_texts(view)[-1] == "Rob left" == view_texts(view, 1)[-1] and view_screen(view)[-1] == "[Rob] > "
+    view.node.join("Robin", "10.0.0.8", tell=True)
+    assert view_texts(view)[-1] == "Rob left" and view_texts(view, 1)[-1] == "Robin joined"
+    view.node.join("Rob", "10.0.0.9", tell=True)
+    assert view_texts(view)[-1] == "Rob is back, at another address: 10.0.0.9:10001." and len(view.windows.all) == 2
+    view.enter("welcome back")
+    assert view.node.sent[-1] == ("welcome back", "Rob@10.0.0.9:10001")
+    view.node.leave_peer(view_peer(view, "Rob"))
+    view.node.join("Rob", "10.0.0.9", tell=True)
+    assert view_texts(view)[-1] == "Rob is back."
+    view.node.join("Rob", "10.0.0.10", tell=True)
+    assert view_texts(view)[-1] == "Rob is back." and view.window.key == "Rob@10.0.0.9:10001", "the one who is here keeps it"
+
+
+def test_answers_stand_in_the_window_at_hand_and_failures_are_said_there():
+    view = view_make("Bob", "Carol")
+    view.enter("/msg Bob important")
+    view.enter("/query Carol")
+    view_failed(view, 1, "Bob", "important")
+    assert view_texts(view)[-1] == "✗ not delivered to Bob (silent): important"
+    view_event(view, {"event": "notice", "text": "a notice"})
+    assert view_texts(view)[-1] == "a notice" and "10.0.0.2" in view_answer(view, "/whois Bob") and "10.0.0.2" in view_texts(view)[-1]
+    assert view_texts(view, 1) == ["To Bob: important"] and view_texts(view, 2) == ["important"]
+    assert view_side(view)[:2] == ["● Carol", ""]
+
+
+def test_closing_windows():
+    view = view_make("Bob", "Carol", "Dan")
+    assert "stays open" in view_answer(view, "/close") and view.refused == 1
+    for name in ("Bob", "Carol", "Dan"):
+        view.enter(f"/query {name}")
+    view_keys(view, "<alt-2>", "/close", "<enter>")
+    assert view_bar(view) == "1:everyone  2:Carol  [3:Dan]"
+    view.enter("/close")
+    assert view_bar(view) == "[1:everyone]  2:Carol"
+    view_keys(view, "<alt-2>", "/close", "<enter>")
+    assert view_bar(view) == "" and view_texts(view) == ["Everyone's window stays open. /quit leaves the chat."] + [
+        "What you type goes to everyone."] * 2
+
+
+def test_strangers_open_a_bounded_number_of_windows():
+    """The oldest that was read closes; one that was not, one with a draft and the one at hand stay."""
+    names = [f"P{number}" for number in range(p2pchat.MAX_WINDOWS + 5)]
+    view = view_make(*names)
+    for name in names[:p2pchat.MAX_WINDOWS - 1]:
+        view_chat(view, name, f"from {name}", private=True)
+        view.node.loop.seconds += 1
+    view_keys(view, "<alt-2>", "a draft", "<alt-3>", "<alt-4>", "<alt-5>")
+    for name in names[p2pchat.MAX_WINDOWS - 1:]:
+        view_chat(view, name, f"from {name}", private=True)
+    kept = {view.name_of(key) for key in view.windows.all}
+    assert len(kept) == p2pchat.MAX_WINDOWS and set(names) - kept == {"P1", "P2", *names[-4:]}
+    assert [text for text in view_texts(view, 1) if "from" in text] == [f"from {name}" for name in names[-4:]]
+    assert all(view_columns(row) <= 80 for row in view_screen(view)) and "48 new!" in view_screen(view, 12, 40)[0]
+
+
+def test_all_windows_together_hold_a_bounded_amount():
+    view = view_make(*(f"P{number}" for number in range(p2pchat.MAX_WINDOWS - 1)))
+    for number in range(10):
+        for peer in view.node.present():
+            for _ in range(30):
+                view_chat(view, peer.username, "y" * p2pchat.MAX_TEXT, private=True)
+            if number % 3 == 0:
+                view.enter(f"/window {peer.username}")
+                view_screen(view)
+    windows = list(view.windows.all.values())
+    assert sum(each.scrollback.held for each in windows) <= p2pchat.MAX_HELD * 1.03
+    assert all(len(each.scrollback.entries) > 5 for each in windows[1:])
+    assert sum(len(each.scrollback._drawn) for each in windows) < 100, "rows are kept for the window at hand only"
+
+
+def test_without_a_screen_windows_say_where_a_text_goes():
+    view = view_make("Bob", on_screen=False)
+    lines = []
+    view.transcript._show = lines.append
+    view_chat(view, "Bob", "psst", private=True)
+    assert len(view.windows.all) == 1
+    assert view_answer(view, "/query Bob") == "What you type goes to Bob only." == view_answer(view, "/window Bob")
+    view.enter("hi")
+    assert view_answer(view, "/window everyone") == "What you type goes to everyone." == view_answer(view, "/query")
+    view.enter("hi all")
+    assert [line[6:] for line in lines if "hi" in line] == ["Alice → Bob: hi", "Alice: hi all"]
+    assert p2pchat.prompt(view, 80) == "> "
+    view.enter("/window 2")
+    assert p2pchat.prompt(view, 80) == "[Bob] > " and view_answer(view, "/close") == "What you type goes to everyone."
 
 
 def test_bare_lines_are_unbroken():
@@ -9538,7 +9706,8 @@ def pty_pair(kind, name, *more, **options):
     (b"\x1bb\x1bD\x1b\x7f\x1b\r\x1b\x1b[A\x1b[Z", ["alt-b", "alt-d", "alt-backspace", "alt-enter", "alt-up", "shift-tab"]),
     (b"\x1b[I\x1b[O", ["focus-in", "focus-out"]),
     (b"\x1b[200~two\rlines\x1b[A\x1b[201~x", [("paste", "two\rlines\x1b[A"), ("text", "x")]),
-    (b"\x1b[99;99u\x1b[?1;2c\x1b[[Ax\x1b[15~", [("text", "x")]),
+    (b"\x1b[99;99u\x1b[?1;2c\x1b[[Ax\x1b[18~", [("text", "x")]),
+    (b"\x1b1\x1b0\x1b[1;3D\x1b\x1b[C\x1b[15~\x1b[17~", ["alt-1", "alt-0", "alt-left", "alt-right", "f5", "f6"]),
     (b"\x1b[20~\x1b[21~\x1b[23~\x1b[24~\x1b[5;3~", ["f9", "f10", "f11", "f12", "alt-pgup"]),
     (b"\x1b[<64;70;5M\x1b[<65;1;1M\x1b[<0;3;3M\x1b[<0;3;3m\x1b[<64;+;1M", [("wheel", "-3 70"), ("wheel", "3 1")]),
     (b"\xff\xfe", [("text", "\ufffd\ufffd")]),
@@ -9603,7 +9772,7 @@ PTY_SCRIPT = [  # what is typed, and what the screen shows then
     ("bo\t", "> Bob:"),
     ("hi\r", "Alice: Bob: hi"),
     ("/hlep\r", "Did you mean /help?"),
-    ("/msg Bob psst\r", "Alice → Bob: psst"),
+    ("/msg Bob psst\r", "- To Bob: psst"),
     ("/msg Bbo psst\r", "Did you mean Bob?"),
     ("/me waves\r", "* Alice waves"),
     ("//x\r", "Alice: /x"),
@@ -9611,7 +9780,10 @@ PTY_SCRIPT = [  # what is typed, and what the screen shows then
     ("\x15two\nlines", "lines"),
     ("\x03", "Ctrl-C again leaves"),
     ("/query Bob\r", "[Bob] >"),
-    ("/query\r", "goes to everyone"),
+    ("\x1b1", "[1:everyone]  2:Bob"),
+    ("\x1ba", "nothing new in another window"),
+    ("/win bob\r", "Alice: psst"),
+    ("/query\r", "[1:everyone]  2:Bob"),
     ("/info\r", "delivered to: Bob"),
     ("/whois Bob\r", "Bob is Bob@"),
 ]
