@@ -5709,7 +5709,7 @@ class Pending(NamedTuple):
 class Outbox:
     """What is on its way to one peer, in order."""
 
-    __slots__ = ("waiting", "size", "progress_at", "kept_at", "reported")
+    __slots__ = ("waiting", "size", "progress_at", "kept_at", "reported", "reported_as")
 
     def __init__(self) -> None:
         self.waiting: Deque[Pending] = collections.deque()
@@ -5717,6 +5717,7 @@ class Outbox:
         self.progress_at = 0.0  # when the first of them began to wait, or an acknowledgement came
         self.kept_at: Optional[float] = None  # since when it waits for the return of its peer; None: it is in flight
         self.reported = 0  # messages up to this number were reported as failed, and kept
+        self.reported_as: Dict[str, Any] = {}  # what `public` of its peer was then
 
     def take(self, upto: float = float("inf")) -> List[Pending]:
         """Take messages out of what waits, those with numbers up to `upto`."""
@@ -5864,18 +5865,21 @@ class Delivery:
         if peer is None or peer.outbox is None:
             return
         refused = collections.deque(content.get("refused", ()))
-        reported, taken = peer.outbox.reported, self._take(peer.outbox, content["upto"])
+        outbox, reported = peer.outbox, peer.outbox.reported
+        taken = self._take(outbox, content["upto"])
         if taken:
-            peer.outbox.progress_at = self.node.loop.now()
+            outbox.progress_at = self.node.loop.now()
         emit, public = self.node.emit, peer.public
         for pending in taken:
             while refused and refused[0][1] < pending.sequence:
                 refused.popleft()
             if refused and refused[0][0] <= pending.sequence:
                 self._on_failed(peer, pending, clean(refused[0][2])[:200])
-            else:
-                self.node.undelivered -= pending.sequence <= reported
+            elif pending.sequence > reported:
                 emit({"event": "delivered", "id": pending.message_id, "to": public})
+            else:
+                self.node.undelivered -= 1
+                emit({"event": "delivered", "id": pending.message_id, "to": outbox.reported_as, "kept": True})
         if content.get("refused"):
             link.send(MSG_CHAT_SETTLED, {"upto": content["upto"]})
         self.node.maybe_depart()
@@ -5922,7 +5926,7 @@ class Delivery:
             if pending.sequence > outbox.reported:
                 self._on_failed(peer, pending, reason, is_kept=True)
         if outbox.waiting:
-            outbox.reported = outbox.waiting[-1].sequence
+            outbox.reported, outbox.reported_as = outbox.waiting[-1].sequence, peer.public
             self._kept.peers[peer.key] = peer
             self.node.loop.call_later(KEEP_TIME, self._on_never_back, peer, kept_at)
 
@@ -5948,10 +5952,12 @@ class Delivery:
 
     def _on_failed(self, peer: Contact, pending: Pending, reason: str, is_kept: bool = False) -> None:
         assert peer.outbox is not None
-        self.node.undelivered += pending.sequence > peer.outbox.reported
+        is_first = pending.sequence > peer.outbox.reported
+        self.node.undelivered += is_first
         limited_log("undelivered", logging.WARNING, "[Chat] not delivered to %s: %s", peer.id, reason)
-        self.node.emit({"event": "failed", "id": pending.message_id, "to": peer.public, "reason": reason,
-                        "text": pending.text, **({"kept": True} if is_kept else {})})
+        self.node.emit({"event": "failed", "id": pending.message_id, "reason": reason, "text": pending.text,
+                        "to": peer.public if is_first else peer.outbox.reported_as,
+                        **({"kept": True} if is_kept else {})})
 
     def _watch_progress(self) -> None:
         if not self._timer.active:
@@ -6892,7 +6898,7 @@ def wire_size(text: str) -> int:
 class Receipts:
     """What became of an own message at each of its receivers."""
 
-    __slots__ = ("text", "size", "seq", "window", "outcomes", "waiting", "failed")
+    __slots__ = ("text", "size", "seq", "window", "outcomes", "waiting", "failed", "kept")
 
     def __init__(self, text: str, receivers: Iterable[str]) -> None:
         self.text = text
@@ -6902,6 +6908,7 @@ class Receipts:
         self.outcomes: Dict[str, Optional[str]] = dict.fromkeys(receivers)  # None under way, "" delivered, else why not
         self.waiting = len(self.outcomes)  # receivers with no outcome yet
         self.failed = 0  # receivers that do not get it
+        self.kept = 0  # those of them for whose return it waits
 
     def forget_delivered(self) -> None:
         """Keep only the failures, which are shown for good."""
@@ -6913,15 +6920,16 @@ class Receipts:
         for peer_id, outcome in self.outcomes.items():
             if outcome:
                 by_reason.setdefault(outcome, []).append(label(peer_id))
-        return [f"✗ not delivered to {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+        return [f"✗ not delivered to {', '.join(names)} {reason}" for reason, names in by_reason.items()]
 
 
 class Outgoing:
-    """The user's own messages: those under way, and the last one."""
+    """The user's own messages: those under way, those that wait for somebody's return, and the last one."""
 
     def __init__(self) -> None:
         self.under_way: Dict[str, Receipts] = {}  # by message id
         self.last: Optional[Receipts] = None
+        self._kept: Dict[str, Receipts] = {}  # by message id
         self._deliveries = 0  # awaited
         self._size = 0  # bytes of the texts under way, on the wire
 
@@ -6940,22 +6948,31 @@ class Outgoing:
             self._size += receipts.size
         return receipts
 
-    def settle(self, message_id: str, peer_id: str, outcome: str) -> Optional[Receipts]:
-        """Note what became of a message at one receiver; return its receipts, if it was under way."""
-        receipts = self.under_way.get(message_id)
+    def settle(self, message_id: str, peer_id: str, outcome: str, is_kept: bool = False) -> Optional[Receipts]:
+        """Note what became of a message at one receiver; return its receipts, if they were still awaited."""
+        receipts = self.under_way.get(message_id) or self._kept.get(message_id)
         if receipts is None:
             return None
-        if receipts.outcomes.get(peer_id, outcome) is None:  # the first outcome counts
+        before = receipts.outcomes.get(peer_id, "")
+        if before is None:
             receipts.waiting -= 1
             self._deliveries -= 1
         receipts.outcomes[peer_id] = outcome
-        receipts.failed += bool(outcome)
-        if not receipts.waiting:
-            del self.under_way[message_id]
+        if outcome or before:
+            self._count_failure(message_id, receipts, outcome, before or "", is_kept)
+        if not receipts.waiting and self.under_way.pop(message_id, None) is not None:
             self._size -= receipts.size
             if receipts is not self.last:  # /info tells all about the last one
                 receipts.forget_delivered()
         return receipts
+
+    def _count_failure(self, message_id: str, receipts: Receipts, outcome: str, before: str, is_kept: bool) -> None:
+        receipts.failed += bool(outcome) - bool(before)
+        receipts.kept += is_kept - bool(before)  # what fails for good is reported once, and not awaited any more
+        if receipts.kept > 0:
+            self._kept[message_id] = receipts
+        else:
+            self._kept.pop(message_id, None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -7126,7 +7143,7 @@ class Scrollback:
         """Return an entry as rows. Once enough was wrapped for this drawing, other entries come without their text."""
         receipts = entry.receipts
         style = "found" if entry.seq == self.found else "dim" if receipts and receipts.waiting else entry.style
-        state = (cols, style, entry.seq - 1 == self.unread, receipts.failed if receipts else 0)
+        state = (cols, style, entry.seq - 1 == self.unread, (receipts.failed, receipts.kept) if receipts else None)
         known = self._drawn.get(entry.seq)
         if known is not None and known[0] == state:
             return known[1]
@@ -7732,26 +7749,35 @@ class Narrator:
     def on_delivered(self, event: Event) -> None:
         """Note that a message was shown. There are so many of these that the usual case is all done here."""
         receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], "")
-        if receipts is not None and receipts.failed:
+        if receipts is not None and (receipts.failed or "kept" in event):
+            self._on_delivered_late(receipts, event)
+
+    def _on_delivered_late(self, receipts: Receipts, event: Event) -> None:
+        """Others have not got it, or this one was lost meanwhile."""
+        if "kept" not in event:
             self._failures.append(receipts)
+        elif not self.view.is_in_sight(receipts):
+            self.view.notice(f"✓ delivered to {self._label(event['to']['id'])} after all: {_shortened(receipts.text)}")
 
     def on_failed(self, event: Event) -> None:
         """Say that a message was not delivered; on the screen that stands below the message itself."""
-        receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], event["reason"] or "it failed")
+        is_kept = bool(event.get("kept"))
+        words = f"({event['reason'] or 'it failed'})" + "; it waits" * is_kept
+        receipts = self.view.outgoing.settle(event["id"], event["to"]["id"], words, is_kept)
         if receipts is not None:
             self._failures.append(receipts)
         if receipts is None or not self.view.on_screen:
             name = self.view.node.label(event["to"]["id"])
-            self.view.notice(f"✗ not delivered to {name} ({event['reason']}): {_shortened(event['text'])}", "error")
+            self.view.notice(f"✗ not delivered to {name} {words}: {_shortened(event['text'])}", "error")
 
     def _report_failures(self) -> None:
         """Say again what stands below messages that are out of sight; keep it if the screen will soon be gone."""
-        view, area = self.view, self.view.area()
+        view = self.view
         failures, self._failures = dict.fromkeys(self._failures), []
         for receipts in (each for each in failures if not each.waiting and view.on_screen):
             lines = [f"{line}: {_shortened(receipts.text)}" for line in receipts.failures(view.node.label)]
             view.lost += lines if view.node.leaving else []
-            if receipts.window is not view.window or not view.window.scrollback.is_on_screen(receipts.seq, area):
+            if not view.is_in_sight(receipts):
                 for line in lines:
                     view.notice(line, "error")
 
@@ -7824,8 +7850,8 @@ class Narrator:
     def on_renamed(self, event: Event) -> None:
         """Say that a peer or the user has another name or address, and go on with the new id."""
         view, people, old, new = self.view, self.view.people, event["old"], event["peer"]
-        receipts = [each.outcomes for each in view.outgoing.under_way.values()]
-        tables: List[Dict[str, Any]] = [people.ignored, people.spoke_at, people.fresh, *receipts]
+        waits = [each.outcomes for each in view.outgoing.under_way.values() if each.outcomes.get(old["id"], "") is None]
+        tables: List[Dict[str, Any]] = [people.ignored, people.spoke_at, people.fresh, *waits]
         for table in tables:
             if old["id"] in table:
                 table[new["id"]] = table.pop(old["id"])
@@ -8800,6 +8826,11 @@ class ChatView:
     def area(self) -> Layout:
         """Return the size of the part of the screen that shows messages, among others."""
         return layout(self, self.rows, self.cols)
+
+    def is_in_sight(self, receipts: Receipts) -> bool:
+        """Whether the message that these belong to is on screen, and so is what became of it."""
+        scrollback = self.window.scrollback
+        return self.on_screen and receipts.window is self.window and scrollback.is_on_screen(receipts.seq, self.area())
 
 
 # -- the start form ------------------------------------------------------------------------------------

@@ -1239,6 +1239,43 @@ def test_a_failure_is_said_again_as_soon_as_its_message_is_out_of_sight(below, i
     assert ("not delivered" in view.window.scrollback.entries[-1].text) is is_told
 
 
+def view_kept(view, number, name, text):
+    """A message failed, and waits for its receiver's return."""
+    view_event(view, {"event": "failed", "id": f"me-{number}", "to": view_peer(view, name), "reason": "silent", "text": text,
+                      "kept": True})
+
+
+def view_delivered_late(view, number, name):
+    """It was lost, and has come back."""
+    view_event(view, {"event": "delivered", "id": f"me-{number}", "to": view_peer(view, name), "kept": True})
+
+
+def test_what_waits_for_a_lost_receiver_says_so_until_it_is_delivered():
+    view = view_make("Bob", "Carol")
+    for number, text in ((1, "hello"), (2, "hello again")):
+        view.enter(text)
+        view_event(view, {"event": "delivered", "id": f"me-{number}", "to": view_peer(view, "Carol")})
+        view_kept(view, number, "Bob", text)
+    assert len([row for row in view_screen(view) if "✗ not delivered to Bob (silent); it waits" in row]) == 2
+    assert "✗ not delivered to Bob (silent); it waits" in view_answer(view, "/info")
+    view_delivered_late(view, 1, "Bob")
+    assert len([row for row in view_screen(view, 60) if "✗ not delivered" in row]) == 2  # that of the other, and the answer
+    view.enter("/clear")
+    view_delivered_late(view, 2, "Bob")
+    assert view.window.scrollback.entries[-1].text == "✓ delivered to Bob after all: hello again"
+    assert not view.outgoing._kept and not view.outgoing.under_way
+
+
+def test_what_waits_and_is_given_up_is_said_again():
+    view = view_make("Bob")
+    view.enter("hello")
+    view_kept(view, 1, "Bob", "hello")
+    view_failed(view, 1, "Bob", "hello", "it did not come back")
+    (row,) = [row for row in view_screen(view) if "not delivered" in row]
+    assert "✗ not delivered to Bob (it did not come back)" in row
+    assert not view.outgoing._kept
+
+
 def test_a_receipt_finds_a_receiver_that_was_renamed():
     view = view_make("Bob")
     view.enter("hello")
@@ -1321,6 +1358,11 @@ def test_without_a_screen_no_entry_is_made():
     assert [line[6:] for line in lines] == [
         "Bob: hello", "Bob → Alice: psst", "* Alice waves", "+ Carol joined", "+ Dave joined", "- Dave (silent) is gone",
         "! ✗ not delivered to Bob (silent): /me waves"]
+    view.enter("later")
+    view_kept(view, 2, "Bob", "later")
+    view_delivered_late(view, 2, "Bob")
+    assert lines[-2:] == ["22:13 ! ✗ not delivered to Bob (silent); it waits: later",
+                          "22:13 - ✓ delivered to Bob after all: later"]
     assert not view.window.scrollback.entries and not view.window.scrollback.next
 
 
