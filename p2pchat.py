@@ -166,6 +166,10 @@ OUTBOX_BYTES = 4 * 1024 * 1024  # the same in bytes
 KEPT_MESSAGES = 1000  # that wait for one peer that was lost
 KEPT_BYTES = 1024 * 1024  # the same in bytes
 KEPT_BYTES_IN_ALL = 16 * 1024 * 1024  # for all that were lost; a text that waits for several counts once
+CATCH_UP = 200  # messages of one conversation that newcomers are told at most; they are kept in memory for that
+CATCH_UP_BYTES = 64 * 1024  # the same in bytes: 1.1 MiB for everyone and all channels that one can be in
+CATCH_UP_TIME = 3600.0  # older ones are not told
+CATCH_UP_TRIES = 3  # peers that are asked, until one of them has something to tell
 MAX_REFUSALS = 32  # ranges of refused messages in one acknowledgement; with so many, all further ones are refused
 CHAT_OVERHEAD = 128  # bytes that a budget counts for a message beside its text
 GOODBYE_TIME = 0.5  # a peer that said goodbye is removed after this: its messages on a second link still count
@@ -244,6 +248,7 @@ class Settings(NamedTuple):
     lan: bool = True  # look for others on the local network
     budget: int = 1024 * 1024  # bytes of chat accepted from one sender in a minute; 0: no limit
     channels: Tuple[str, ...] = ()  # joined from the start
+    catch_up: int = CATCH_UP  # messages from before our start that we want to be told, at most
     log_file: Optional[str] = None
 
 
@@ -588,6 +593,8 @@ MSG_CHAT_SETTLED = "MSG_CHAT_SETTLED"
 MSG_SYNC_PEERS_REQUEST = "MSG_SYNC_PEERS_REQUEST"
 MSG_SYNC_PEERS_RESPONSE = "MSG_SYNC_PEERS_RESPONSE"
 MSG_PEER_NEWS = "MSG_PEER_NEWS"
+MSG_CATCH_UP_REQUEST = "MSG_CATCH_UP_REQUEST"
+MSG_CATCH_UP_RESPONSE = "MSG_CATCH_UP_RESPONSE"
 MSG_HELLO = "MSG_HELLO"
 MSG_PROBE = "MSG_PROBE"
 MSG_PROBE_ACK = "MSG_PROBE_ACK"
@@ -880,9 +887,9 @@ def _hex(size: int) -> Tuple[Callable[[Any], bool], str]:
     return _is_text(2 * size, allowed.fullmatch), f"{2 * size} hexadecimal digits in lower case"
 
 
-def _is_list(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return a check: a list of at most MAX_PEERS items that each pass `check`."""
-    return lambda value: type(value) is list and len(value) <= MAX_PEERS and all(map(check, value))
+def _is_list(check: Callable[[Any], bool], most: int = MAX_PEERS) -> Callable[[Any], bool]:
+    """Return a check: a list of at most `most` items that each pass `check`."""
+    return lambda value: type(value) is list and len(value) <= most and all(map(check, value))
 
 
 def _is_object(fields: Fields) -> Callable[[Any], bool]:
@@ -961,6 +968,10 @@ _HELLO_PEER = (lambda peer: check_peer(peer) and bool(peer.get("instance")), "a 
 _LEFT = (_is_list(_is_object({"id": _ID, "reason?": _WORDS, **_IDENTITY})), 'a list of {"id", "reason"}')
 _YOU = (_is_object({"ip?": (_is_text(MAX_ID), "an address")}), "an object with the ip that was seen")
 _ROOM = (_is_text(MAX_NAME, is_room), f"a name of at most {MAX_ROOM} bytes")
+_CONVERSATION = (lambda name: name == EVERYONE or _is_channel_text(name), "* or a channel")
+_MESSAGE_ID = (_is_text(64, lambda text: re.fullmatch(r"[0-9A-Za-z]{1,32}-[0-9]{1,16}", text)), "instance-number")
+_SAID: Fields = {"id": _MESSAGE_ID, "from": _ONE, "to": _CONVERSATION, "text": (_is_text(MAX_TEXT), "a text"),
+                 "age": _COUNT}
 _CONTENTS: Dict[str, Fields] = {
     MSG_REGISTER: {"username": _NAME, "port": _PORT, **_IDENTITY, "channels?": _CHANNELS},
     MSG_REGISTER_ACK: {"peer_id": _ID, "peer_list": _PEERS},
@@ -970,6 +981,9 @@ _CONTENTS: Dict[str, Fields] = {
     MSG_SYNC_PEERS_REQUEST: {"digest?": _WORDS},
     MSG_SYNC_PEERS_RESPONSE: {"peer_list": _PEERS},
     MSG_PEER_NEWS: {"peers": _PEERS},
+    MSG_CATCH_UP_REQUEST: {"of": (_is_list(_CONVERSATION[0], MAX_CHANNELS + 1), "a list of conversations"),
+                           "most": _COUNT},
+    MSG_CATCH_UP_RESPONSE: {"messages": (_is_list(_is_object(_SAID), CATCH_UP), f"at most {CATCH_UP} messages")},
     MSG_HELLO: {"peer": _HELLO_PEER, "you?": _YOU},
     MSG_PROBE: {"number": _COUNT, "incarnation?": _COUNT, "status?": _STATUS},
     MSG_PROBE_ACK: {"number": _COUNT},
@@ -2617,7 +2631,8 @@ def error_text(error: Exception) -> str:
 
 
 ANSWERS = {MSG_REGISTER: MSG_REGISTER_ACK, MSG_HEARTBEAT: MSG_HEARTBEAT, MSG_PROBE: MSG_PROBE_ACK,
-           MSG_PROBE_REQUEST: MSG_PROBE_RESULT, MSG_SYNC_PEERS_REQUEST: MSG_SYNC_PEERS_RESPONSE}  # by type of question
+           MSG_PROBE_REQUEST: MSG_PROBE_RESULT, MSG_SYNC_PEERS_REQUEST: MSG_SYNC_PEERS_RESPONSE,
+           MSG_CATCH_UP_REQUEST: MSG_CATCH_UP_RESPONSE}  # by type of question
 
 
 class Question(NamedTuple):
@@ -4147,6 +4162,7 @@ def make_beacon(sender_id: str, content: Dict[str, Any], size: int) -> bytes:
 #   Discovery    the connection to a discovery server
 #   Identity     what we say of ourselves: name and address, away, channels
 #   Delivery     chat messages: numbered, kept until acknowledged, shown once and in order
+#   Recall       what was said before a newcomer came: asks for that, and tells it
 #   Finder       looks for others: addresses named by hand, beacons on the local network
 # Each calls only those above it. To reach others it makes an upcall: it calls a short method of PeerNode,
 # which calls the helpers concerned, in the right order. Everything that they keep about one peer stands in
@@ -4219,6 +4235,7 @@ class Link(Endpoint):
         self.listed_at = float("-inf")  # when our list was last sent over it
         self.warned_at = float("-inf")  # when its peer was last told that it is suspected
         self.renames = RateLimit(MAX_RENAMES)
+        self.catch_ups = RateLimit(2 * MAX_CHANNELS)  # questions for what was said
         self.failure = ""  # why it can't be bound, in words
         self.timer = Timer()  # fires if the far end has not said hello in time
 
@@ -6084,6 +6101,129 @@ class Delivery:
         return known or Contact(*parts)
 
 
+class Said:
+    """The last messages of a conversation, for those who come later."""
+
+    def __init__(self) -> None:
+        self.messages: Deque[Tuple[float, Dict[str, Any], Event]] = collections.deque()  # when, who, chat or sent
+        self.told: Set[str] = set()  # ids of the messages that we were told ourselves
+        self._size = 0  # characters
+
+    def add(self, now: float, sender: Dict[str, Any], event: Event) -> None:
+        self.messages.append((now, sender, event))
+        self._size += len(event["text"])
+        while len(self.messages) > CATCH_UP or self._size > CATCH_UP_BYTES:
+            self._size -= len(self.messages.popleft()[2]["text"])
+
+
+class Recall:
+    """Tells those who come late what was said, and asks for that when we do; private messages are no part of it.
+
+    Each tells only what it heard itself: nobody passes on under its own name what a liar has invented. Of the linked
+    peers that one is asked which runs longest by its own word; another one, if it has nothing to tell."""
+
+    def __init__(self, node: "PeerNode") -> None:
+        self.node = node
+        self.is_known: Callable[[str], bool] = lambda message_id: False  # whether the user has a message already
+        self._said = {name: Said() for name in (EVERYONE, *node.settings.channels)}
+        self._wanted: Dict[str, None] = dict.fromkeys(self._said)  # conversations for which nobody was asked yet
+        self._is_settled = False
+        self._timer = Timer()
+
+    # -- listening -------------------------------------------------------------------------------------
+
+    def listen(self, events: List[Event]) -> None:
+        """Keep what is said; ask when we have looked around, and when we join a channel."""
+        now, me = self.node.loop.now(), self.node.me.public
+        for event in events:
+            kind = event["event"]
+            if kind == "chat" or kind == "sent":
+                said = self._said.get(event["to"])
+                if said is not None:
+                    said.add(now, event.get("from", me), event)
+                    if event["id"] in said.told:
+                        event["told"] = True
+            elif kind in ("settled", "joined", "channels"):
+                self._is_settled = self._is_settled or kind == "settled"
+                if kind == "channels" and event["peer"]["id"] == me["id"]:
+                    self._on_own_channels(event["joined"], event["left"])
+                if self._wanted and self._is_settled and self.node.settings.catch_up and not self._timer.active:
+                    self._timer = self.node.loop.call_later(0, self._ask_for_what_is_wanted)
+
+    def _on_own_channels(self, joined: List[str], left: List[str]) -> None:
+        for name in left:
+            del self._said[name]
+            self._wanted.pop(name, None)
+        for name in joined:
+            self._said[name], self._wanted[name] = Said(), None
+
+    # -- asking ----------------------------------------------------------------------------------------
+
+    def _ask_for_what_is_wanted(self) -> None:
+        """Ask about each conversation in which somebody else is."""
+        wanted = [name for name in self._wanted if self._tellers([name], [])]
+        for name in wanted:
+            del self._wanted[name]
+        self._ask(wanted, [])
+
+    def _tellers(self, wanted: List[str], tried: List[Contact]) -> List[Contact]:
+        """Those who may tell what was said in one of the conversations."""
+        return [peer for peer in self.node.present() if peer.link is not None and peer.incarnation and peer not in tried
+                and (EVERYONE in wanted or not set(wanted).isdisjoint(peer.channels))]
+
+    def _ask(self, wanted: List[str], tried: List[Contact]) -> None:
+        """Ask one peer about the conversations that it is in, and others about the rest."""
+        tellers = self._tellers(wanted, tried) if len(tried) < CATCH_UP_TRIES else []
+        if not tellers or self.node.stopping:
+            return
+        teller = min(tellers, key=lambda peer: (peer.incarnation, peer.id))
+        here = [name for name in wanted if name == EVERYONE or name in teller.channels]
+        tried = [*tried, teller]
+        link, content = teller.link, {"of": here, "most": self.node.settings.catch_up}
+        assert link is not None
+        link.ask(MSG_CATCH_UP_REQUEST, content, functools.partial(self._on_told, teller, here, tried),
+                 self.node.settings.timeout, functools.partial(self._ask, here, tried))
+        self._ask([name for name in wanted if name not in here], [])
+
+    def _on_told(self, teller: Contact, wanted: List[str], tried: List[Contact], message: Message) -> None:
+        """Hand over what a peer tells, but for what is known, the oldest first."""
+        messages = message["content"]["messages"]
+        if not messages:
+            self._ask(wanted, tried)
+        known = {event["id"] for said in self._said.values() for _, _, event in said.messages}
+        told = sorted(messages, key=lambda each: -int(each["age"]))[-self.node.settings.catch_up:]
+        for each in told:
+            said = self._said.get(each["to"])
+            is_own = each["id"].startswith(f"{self.node.me.instance}-")
+            if said is None or each["to"] not in wanted or each["age"] > CATCH_UP_TIME or is_own:
+                continue
+            if each["id"] not in known and each["id"] not in said.told and not self.is_known(each["id"]):
+                said.told.add(each["id"])
+                self.node.emit({"event": "told", "from": Contact.from_wire(each["from"]).public, "to": each["to"],
+                                "text": clean(each["text"], newlines=True), "id": each["id"], "age": each["age"],
+                                "told_by": teller.public})
+
+    # -- telling ---------------------------------------------------------------------------------------
+
+    def handle_catch_up_request(self, link: Link, message: Message) -> None:
+        """Somebody asks what was said: tell the newest of it, the oldest first."""
+        content, now = message["content"], self.node.loop.now()
+        if not link.catch_ups.take(now):
+            link.error("you ask too often for what was said")
+            return
+        said = [each for name in dict.fromkeys(content["of"]) if name in self._said for each in self._said[name].messages
+                if now - each[0] <= CATCH_UP_TIME and "-unnumbered-" not in each[2]["id"]]
+        said.sort(key=lambda each: each[0])
+        told: List[Dict[str, Any]] = []
+        room = CATCH_UP_BYTES
+        for when, sender, event in said[:-1 - min(CATCH_UP, content["most"]):-1]:
+            room -= len(event["text"].encode("utf-8", "replace"))
+            if room >= 0:
+                told.append({"id": event["id"], "from": sender, "to": event["to"], "text": event["text"],
+                             "age": int(now - when)})
+        link.answer(message, MSG_CATCH_UP_RESPONSE, {"messages": told[::-1]})
+
+
 NO_NETWORK = "This machine has no address on a network at the moment."
 
 
@@ -6324,6 +6464,8 @@ def node_handlers(node: "PeerNode") -> Dict[str, Callable[[Link, Message], None]
         MSG_PEER_NEWS: node.gossip.handle_news,
         MSG_SYNC_PEERS_REQUEST: node.gossip.handle_sync_request,
         MSG_SYNC_PEERS_RESPONSE: Link.handle_answer,
+        MSG_CATCH_UP_REQUEST: node.recall.handle_catch_up_request,
+        MSG_CATCH_UP_RESPONSE: Link.handle_answer,
         MSG_ERROR: node.finder.handle_error,
         MSG_REGISTER: lambda link, message: link.refuse("this is a peer, not a discovery server: say MSG_HELLO"),
     }
@@ -6400,7 +6542,6 @@ class PeerNode:
         self.settings = settings
         self.other_rooms = OtherRooms(self)
         self.room = make_room(loop, room, self.other_rooms.on_mismatch)
-        self.listeners = list(listeners)
         self.me = Contact(settings.username or "anonymous", "127.0.0.1", 0,
                           instance=f"{loop.random.getrandbits(64):016x}", incarnation=int(loop.wall() * 1000))
         self.me.channels = settings.channels
@@ -6414,8 +6555,7 @@ class PeerNode:
         self.stopping = False  # saying goodbye
         self._is_settled = self._has_stopped = False
         self._turn = Turn(self)
-        self.emit = self._turn.emit
-        self.acknowledge_later = self._turn.acknowledge_later
+        self.emit, self.acknowledge_later = self._turn.emit, self._turn.acknowledge_later
         self._listener: Optional[SocketListener] = None
         self._tickers: List[Ticker] = []
         self.whereabouts = Whereabouts(self)
@@ -6425,8 +6565,10 @@ class PeerNode:
         self.discovery = Discovery(self)
         self.identity = Identity(self)
         self.delivery = Delivery(self)
+        self.recall = Recall(self)
         self.finder = Finder(self)
         self.handlers = node_handlers(self)
+        self.listeners = [self.recall.listen, *listeners]
         # Methods of the helpers that interfaces call as methods of the node. `alone` says why nobody is here.
         self.present, self.find, self.label = self.peers.present, self.peers.find, self.peers.label_of
         self.first_look, self.alone, self.connect = self.finder.first_look, self.finder.report, self.finder.connect
@@ -10159,6 +10301,7 @@ def _option(convert: Callable[[str], Any], right: str = "", valid: Callable[[Any
 
 _port = _option(int, "a port: 0 to 65535", lambda port: 0 <= port <= 65535)
 _seconds = _option(float, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400)
+_catch_up = _option(int, f"a number of messages: 0 to {CATCH_UP}", lambda value: 0 <= value <= CATCH_UP)
 _bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
 _username, _address, _room = _option(check_username), _option(parse_address), _option(check_room)
 _channel = _option(lambda text: check_channel(text if is_channel(text) else f"#{text}"))  # shells take # for a comment
@@ -10189,6 +10332,7 @@ PEER_OPTIONS: Tuple[Row, ...] = (
     ("heartbeat-interval", _seconds, "S", "between heartbeats to the server (10 s)"),
     ("gossip-interval", _seconds, "S", "between two comparisons of the list with a random peer (5 s)"),
     ("timeout", _seconds, "S", "for a connection to a peer to answer, and for leaving (5 s)"),
+    ("catch-up", _catch_up, "N", f"earlier messages that you want to be told at the start ({CATCH_UP}; 0: none)"),
     ("budget", _bytes, "BYTES", "of chat accepted from one sender a minute (1048576; 0: no limit)"),
 )
 

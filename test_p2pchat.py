@@ -4065,9 +4065,15 @@ def check_bounds(node):
     over = {name: size for name, (size, bound) in sizes.items() if size > bound}
     assert not over, f"outside their bounds: {over}"
     outboxes = [peer.outbox for peer in known if peer.outbox is not None]
-    assert node.delivery.in_flight == sum(len(outbox.waiting) for outbox in outboxes)
+    assert node.delivery.in_flight == sum(len(outbox.waiting) for outbox in outboxes if outbox.kept_at is None)
     for outbox in outboxes:
-        assert outbox.size <= p2pchat.OUTBOX_BYTES and len(outbox.waiting) <= p2pchat.OUTBOX_MESSAGES
+        is_kept = outbox.kept_at is not None
+        assert outbox.size <= (p2pchat.KEPT_BYTES if is_kept else p2pchat.OUTBOX_BYTES)
+        assert len(outbox.waiting) <= (p2pchat.KEPT_MESSAGES if is_kept else p2pchat.OUTBOX_MESSAGES)
+    kept = node.delivery._kept
+    assert kept._size <= p2pchat.KEPT_BYTES_IN_ALL and len(kept.peers) <= most + 1
+    for said in node.recall._said.values():
+        assert len(said.messages) <= p2pchat.CATCH_UP and len(said.told) <= p2pchat.CATCH_UP_TRIES * p2pchat.CATCH_UP
     for owner in [*known, *node.links.all]:
         assert owner.inbox is None or len(owner.inbox.refused) <= p2pchat.MAX_REFUSALS
 
@@ -8247,6 +8253,164 @@ def test_node_nothing_waits_for_who_will_not_return(trio, how):
         trio.bob.restart()
         trio.run(10)
     assert trio.ann.saw("failed")[-1].get("kept") is None and trio.ann.undelivered == 1
+
+
+# -- peer node: what those who come late are told ------------------------------------------------------------
+
+
+def told(peer):
+    """What a peer was told: text, conversation, sender's name, who told it."""
+    return [(event["text"], event["to"], event["from"]["username"], event["told_by"]["username"]) for event in peer.saw("told")]
+
+
+def talked(**network):
+    """Ann and Bob, who came after her, have talked to all and in #lab, and privately."""
+    world = World("Ann", settings={"lan": True, "channels": ("#lab",)}, **network)
+    world.run(5)
+    world.add("Bob")
+    world.run(5)
+    world.ann.say("first")
+    world.run(60)
+    world.bob.say("second\nline", "third")
+    world.ann.send_chat_message(world.ann.find("Bob")[0].id, "a secret")
+    world.bob.send_chat_messages("#lab", ["in the lab"])
+    world.run(60)
+    return world
+
+
+FIRST_WORDS = [("first", "*", "Ann", "Ann"), ("second\nline", "*", "Bob", "Ann"), ("third", "*", "Bob", "Ann")]
+
+
+def test_node_who_comes_late_is_told_what_was_said():
+    world = talked()
+    late = world.add("Late", channels=("#lab",))
+    world.run(10)
+    assert told(late) == [*FIRST_WORDS, ("in the lab", "#lab", "Bob", "Ann")]
+    assert [event["age"] // 10 for event in late.saw("told")] == [12, 6, 6, 6] and not late.saw("chat")
+    ids = {event["id"] for peer in (world.ann, world.bob) for event in peer.saw("sent")}
+    assert {event["id"] for event in late.saw("told")} < ids
+    assert not told(world.bob) and not world.ann.saw("delivered")[5:]
+
+
+def test_node_channels_are_told_to_those_who_join_them():
+    world = talked()
+    late = world.add("Late", channels=())
+    world.run(10)
+    assert told(late) == FIRST_WORDS
+    late.join("#lab")
+    world.run(5)
+    assert told(late)[3:] == [("in the lab", "#lab", "Bob", "Ann")]
+    late.part("#lab")
+    late.join("#lab")
+    world.run(5)
+    assert told(late)[4:] == [("in the lab", "#lab", "Bob", "Ann")]  # its window is a new one
+
+
+def test_node_who_is_in_the_channel_is_asked_about_it():
+    """Ann runs longest, but is not there."""
+    world = talked()
+    world.ann.part("#lab")
+    late = world.add("Late")
+    world.run(10)
+    assert told(late) == [*FIRST_WORDS, ("in the lab", "#lab", "Bob", "Bob")]
+
+
+@pytest.mark.parametrize("settings, wait, texts", [
+    ({"catch_up": 0}, 0, []), ({"catch_up": 2}, 0, ["third", "in the lab"]), ({}, 3500, ["second\nline", "third", "in the lab"]),
+    ({}, 3700, [])])
+def test_node_no_more_is_told_than_one_wants_nor_what_is_old(settings, wait, texts):
+    world = talked()
+    world.run(wait)
+    late = world.add("Late", **settings)
+    world.run(10)
+    assert late.texts("told") == texts
+
+
+def test_node_what_may_be_told_is_bounded():
+    world = World("Ann", "Bob", settings={"lan": True, "budget": 0})
+    world.run(5)
+    for number in range(500):
+        world.ann.say(f"{number}")
+    for number in range(5):
+        world.ann.say(f"{number}" + "x" * (p2pchat.MAX_TEXT * 2 // 3))
+    world.run(5)
+    late = world.add("Late")
+    world.run(10)
+    texts = late.texts("told")
+    assert len(texts) == p2pchat.CATCH_UP and texts[:195] == [f"{number}" for number in range(305, 500)]
+    for peer in world.peers:
+        said = peer.node.recall._said["*"]
+        assert len(said.messages) <= p2pchat.CATCH_UP and said._size <= p2pchat.CATCH_UP_BYTES
+
+
+def test_node_another_one_is_asked_if_the_first_knows_nothing_or_does_not_answer():
+    """The one that runs longest has forgotten; the next is an older program."""
+    world = talked()
+    world.add("Cy", channels=())
+    world.run(10)
+    world.cy.say("from Cy")
+    world.run(2)
+    world.ann.node.recall._said["*"].messages.clear()
+    world.bob.node.handlers.pop("MSG_CATCH_UP_REQUEST")
+    late = world.add("Late", channels=())
+    world.run(15)
+    assert told(late) == [("from Cy", "*", "Cy", "Cy")]
+
+
+def test_node_what_came_live_meanwhile_is_not_told_again():
+    """It takes the answer a second to come; and what was told before it comes live says so."""
+    world = talked(delay=(0.5, 0.5))
+    late = world.add("Late")
+    world.until(lambda: late.sees(), 20)
+    for number in range(40):
+        world.bob.say(f"live {number}")
+        world.run(0.1)
+    world.run(20)
+    texts = [event["text"] for event in late.events if event["event"] == "told" or event["event"] == "chat" and "told" not in event]
+    assert late.texts("told")[:3] == ["first", "second\nline", "third"] and late.texts()[-1] == "live 39"
+    assert sorted(texts) == sorted(set(texts))
+
+
+def test_node_each_tells_only_what_it_heard_itself():
+    world = talked()
+    world.add("Cy")
+    world.run(10)
+    assert told(world.cy) == FIRST_WORDS + [("in the lab", "#lab", "Bob", "Ann")]
+    for peer in (world.ann, world.bob):
+        peer.depart()
+    world.run(10)
+    late = world.add("Late")
+    world.run(20)
+    assert [peer.username for peer in late.present()] == ["Cy"] and told(late) == []
+
+
+def test_node_whoever_asks_all_the_time_is_told_no_more(solo):
+    mallory = solo.attack(solo.ann)
+    for number in range(100):
+        mallory.say("MSG_CATCH_UP_REQUEST", {"of": ["*"], "most": 200})
+    solo.run(1)
+    assert 0 < len(mallory.take("MSG_CATCH_UP_RESPONSE")) < 50 and "too often" in mallory.reasons()[0]
+
+
+@pytest.mark.parametrize("message, is_shown", [
+    ({}, True), ({"to": "#lab"}, False), ({"to": "Ann@10.0.0.2:1"}, False), ({"age": 3601}, False), ({"age": -1}, False),
+    ({"id": "x"}, False), ({"id": "own"}, False), ({"text": 5}, False), ({"from": {"id": "x"}}, False), ({"text": "\x1b[2J"}, True)])
+def test_node_what_a_liar_tells_is_checked(solo, message, is_shown):
+    """It can invent what it likes, and that is marked with its name. It can't put words in our own mouth."""
+    solo.run(5)
+    mallory = solo.attack(solo.ann)
+    solo.run(1)
+    (question,) = mallory.take("MSG_CATCH_UP_REQUEST")
+    assert question["of"] == ["*"]
+    said = {"id": f"{'ab' * 8}-7", "from": wire_record("Bob", "10.0.0.3", 5000), "to": "*", "text": "I quit", "age": 60, **message}
+    said["id"] = said["id"].replace("own", f"{solo.ann.me.instance}-1")
+    for _ in range(2):
+        mallory.say("MSG_CATCH_UP_RESPONSE", {"messages": [said, said]})
+    solo.run(5)
+    events = solo.ann.saw("told")
+    assert len(events) == is_shown and not solo.ann.saw("chat")
+    if is_shown:
+        assert events[0]["told_by"]["username"] == mallory.peer.username and "\x1b" not in events[0]["text"]
 
 
 # -- peer node: channels -----------------------------------------------------------------------------------
@@ -13059,7 +13223,7 @@ def test_the_docstring_maps_the_sections_of_the_program():
 # -- the shape of the node -----------------------------------------------------------------------------
 
 NODE_HELPERS = ("whereabouts", "links", "detector", "gossip", "discovery", "identity", "delivery",
-                "finder")  # from top to bottom
+                "recall", "finder")  # from top to bottom
 
 
 def program_tree():
