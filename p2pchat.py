@@ -5613,8 +5613,9 @@ def change_event(change: Change) -> Event:
         return {"event": "joined", "peer": peer.public, **{key: value for key, value in more.items() if value}}
     if change.kind == RENAMED:
         return {"event": "renamed", "peer": peer.public, "old": change.old}
-    words, peer.last_words = peer.last_words, ""
-    return {"event": "left", "peer": peer.public, "reason": change.reason, **({"text": words} if words else {})}
+    more, peer.last_words = {"text": peer.last_words, "channels": list(peer.channels)}, ""
+    return {"event": "left", "peer": peer.public, "reason": change.reason,
+            **{key: value for key, value in more.items() if value}}
 
 
 class Identity:
@@ -7726,7 +7727,7 @@ def _window_lists(view: "ChatView", cols: int) -> Tuple[Line, Line, Line]:
             text = f"{text}({window.unread}{called})"
         shown.append((window, Span("  " + text, "called" if called else "bar")))
     called = "!" * any(each.calls for each in news)
-    count = [Span(f"  {len(news)} new{called}", "called" if called else "bar")] * bool(news)
+    count = [Span(f"  new in {len(news)}{called}", "called" if called else "bar")] * bool(news)
     if cols < SIDE_COLS:
         return count, count, count
     return ([span for _, span in shown],
@@ -7809,7 +7810,7 @@ class Narrator:
         self._has_met_server = False
         self._namesake = ""  # the user's own name, once it was said that somebody else has it, too
         kinds = ("ready", "settled", "server", "network", "joined", "left", "renamed", "chat", "sent", "delivered",
-                 "failed", "notice")
+                 "failed", "notice", "channels")
         self._handlers: Dict[str, Callable[[Event], None]] = {kind: getattr(self, f"on_{kind}") for kind in kinds}
 
     def handle(self, events: List[Event]) -> None:
@@ -7928,7 +7929,7 @@ class Narrator:
     def on_joined(self, event: Event) -> None:
         peer_id = event["peer"]["id"]
         self.view.people.fresh[peer_id] = self.view.node.loop.wall()
-        self._come_or_go("joined", peer_id, "")
+        self._come_or_go("joined", peer_id, "", [EVERYONE, *event.get("channels", ())])
         self._continue_window(event["peer"])
         self._warn_of_namesake()
 
@@ -7950,25 +7951,43 @@ class Narrator:
         self.view.people.fresh.pop(peer_id, None)
         words = f" ({event['text']})" if event.get("text") else ""
         kind, why = ("left", words) if reason == "left" else ("gone", f" ({reason})")
-        self._come_or_go(kind, peer_id, why)
+        self._come_or_go(kind, peer_id, why, [EVERYONE, peer_id, *event.get("channels", ())])
 
-    def _come_or_go(self, kind: str, peer_id: str, reason: str) -> None:
-        """Say that a peer came or went."""
+    def on_channels(self, event: Event) -> None:
+        """Say that a peer joined or left channels that the user is in; open or close windows if that is the user."""
+        view, peer_id = self.view, event["peer"]["id"]
+        if peer_id == view.node.me.id:
+            for name in event["left"]:
+                if name in view.windows.all:
+                    view.windows.close(view.windows.all[name])
+            for name in event["joined"]:
+                view.windows.open(name)
+                self._say_members(name)
+            return
+        for kind in ("joined", "left"):
+            for name in event[kind]:
+                if name in view.node.me.channels:
+                    self._come_or_go(kind, peer_id, "", [name])
+
+    def _say_members(self, name: str) -> None:
+        """Say in the window of a channel who else is in it."""
+        labels = self.view.labels(self.view.node.members(name))
+        more = f", {len(labels) - GATHER_NAMES} more" if len(labels) > GATHER_NAMES else ""
+        others = f" with {', '.join(labels[:GATHER_NAMES])}{more}." if labels else ". Nobody else is in it so far."
+        self.view.notice(f"You are in {name}{others}", window=self._window(name))
+
+    def _come_or_go(self, kind: str, peer_id: str, reason: str, conversations: Sequence[str]) -> None:
+        """Say that a peer came to conversations, or went: on the screen in the windows of those."""
         view = self.view
         now = view.node.loop.wall()
         if view.is_quiet and now - view.people.spoke_at.get(peer_id, float("-inf")) > LATELY:
             return
-        if view.transcript is not None:
-            view.add(kind, self._crowd(kind, [(peer_id, reason)]))
-            return
-        for window in self._windows_with(peer_id):
-            if kind != "joined" or not window.is_private:
+        if view.transcript is None:
+            for window in [view.windows.all[key] for key in conversations if key in view.windows.all]:
                 self._gather(window, kind, peer_id, reason)
-
-    def _windows_with(self, peer_id: str) -> List[Window]:
-        """Return the windows of the conversations that a peer is or was in."""
-        windows = self.view.windows.all
-        return [windows[key] for key in (EVERYONE, peer_id) if key in windows]
+        else:
+            where = f" {conversations[0]}" * is_channel(conversations[0])
+            view.add(kind, self._crowd(kind, [(peer_id, reason)]) + where)
 
     def _gather(self, window: Window, kind: str, peer_id: str, reason: str) -> None:
         """Say on the screen what a peer did. Those who do the same one after the other share a line."""
@@ -8002,7 +8021,9 @@ class Narrator:
         is_me, is_name = new["id"] == view.node.me.id, old["username"] != new["username"]
         what = f"known as {self._label(new['id'])}" if is_name else f"at {new['ip']}:{new['port']}"
         text = f"{'You are' if is_me else old['username'] + ' is'} now {what}."
-        for window in [view.window] if is_me or not view.on_screen else self._windows_with(new["id"]):
+        peer = view.node.peers.get(new["id"])
+        about = [EVERYONE, new["id"], *(peer.channels if peer else ())] if view.on_screen and not is_me else []
+        for window in [view.windows.all[key] for key in about if key in view.windows.all] or [view.window]:
             view.notice(text, window=window)
         self._warn_of_namesake()
 
@@ -8018,6 +8039,8 @@ class Narrator:
 
     def on_ready(self, event: Event) -> None:
         self.view.notice(f"You are {event['id']}. /help lists the commands.")
+        for name in self.view.node.me.channels:
+            self.view.windows.open(name)
 
     def on_settled(self, event: Event) -> None:
         """The first look around is over: say what it has shown, and if nobody is here, why."""
@@ -8027,6 +8050,8 @@ class Narrator:
         text = "\n".join(line for line in lines if line not in ("", f"You are {node.me.id}."))
         if text:
             self.view.notice(text)
+        for name in node.me.channels:
+            self._say_members(name)
 
     def on_server(self, event: Event) -> None:
         """Say that the server is online, or is not: but not that there is none where nobody named one."""
@@ -8135,11 +8160,9 @@ class Command(NamedTuple):
 GROUPS = ("talk", "windows", "people", "screen", "connection")  # the order of /help
 COMMANDS: Dict[str, Command] = {}
 _ALIASES: Dict[str, Command] = {}  # the same commands, by every name
-_ONE_CONVERSATION = "There is one conversation so far, and you are in it. /query NAME talks to one peer, /quit leaves."
 _UNCLEAR = {  # names that mean different things elsewhere, or something that does not exist here: what is answered
     "/w": "Which one: /who, /whois NAME, /window NAME or /msg NAME TEXT?",
     "/q": "Which one: /query NAME or /quit?",
-    **dict.fromkeys(("/list", "/join", "/j", "/part", "/leave"), _ONE_CONVERSATION),
 }
 _SYNONYMS = {  # what other programs call our commands: is suggested, not done
     "/msg": ("/whisper", "/tell", "/dm", "/pm", "/send", "/notice"), "/reply": ("/answer", "/r"),
@@ -8147,7 +8170,7 @@ _SYNONYMS = {  # what other programs call our commands: is suggested, not done
     "/who": ("/ls", "/online", "/ping"), "/search": ("/find", "/grep", "/lastlog", "/last"),
     "/ignore": ("/block", "/mute"), "/away": ("/afk", "/brb"), "/unignore": ("/unblock", "/unmute"),
     "/clear": ("/cls",), "/help": ("/?", "/man", "/commands"), "/quit": ("/disconnect", "/logout", "/stop"),
-    "/window": ("/switch", "/goto", "/tab"),
+    "/window": ("/switch", "/goto", "/tab"), "/join": ("/channel", "/enter"), "/list": ("/channels", "/rooms"),
 }
 
 
@@ -8378,14 +8401,23 @@ class Commands(CommandLine):
     @command("/who", "people", "/users")
     def _who(self, rest: str) -> None:
         """who is here; and how well they are heard."""
-        peers, view, how = self.node.present(), self.view, self.node.encryption()
+        peers, how = self.node.present(), self.node.encryption()
         quiet = sum(peer.quiet for peer in peers)
         online, address, _ = self.node.server_status()
         summary = (f"{len(peers)} here: {len(peers) - quiet} heard, {quiet} quiet; "
                    f"{f'server {address} online' if online else 'no server'}; you are {self.node.me.id}; {how}.")
-        table = fit_columns(self.node.who(), view.answer_cols(), (4, 1)) if peers else []
         alone = self.node.alone()
-        view.answer("\n".join([*alone, f"{how[0].upper()}{how[1:]}."] if alone else [summary, *table]))
+        lines = [*alone, f"{how[0].upper()}{how[1:]}."] if alone else [summary, *self._table(peers)]
+        self.view.answer("\n".join(lines))
+
+    def _table(self, peers: Sequence[Peer]) -> List[str]:
+        """Return a table of present peers, with how each is heard."""
+        if not peers:
+            return []
+        wanted = {peer.id for peer in peers}
+        heading, *rows = self.node.who()
+        rows = [row for peer, row in zip(self.node.present(), rows) if peer.id in wanted]
+        return fit_columns([heading, *rows], self.view.answer_cols(), (4, 1))
 
     @command("/whois NAME", "people", "/wi")
     def _whois(self, rest: str) -> None:
@@ -8567,6 +8599,40 @@ class Commands(CommandLine):
 class WindowCommands(Commands):
     """And those for windows and channels."""
 
+    @command("/join #NAME", "windows", "/j")
+    def _join(self, rest: str) -> None:
+        """enter a channel; it is there as long as somebody is in it."""
+        if not rest:
+            raise ChatError("/join wants a channel, for example: /join #lab. /list shows those that are there.")
+        self._go_to(self.node.join(rest if is_channel(rest) else f"#{rest}"))
+
+    @command("/part [#NAME]", "windows", "/leave")
+    def _part(self, rest: str) -> None:
+        """leave a channel; that at hand, or another; its window closes."""
+        view, joined = self.view, self.node.me.channels
+        name = self._key(rest if is_channel(rest) else f"#{rest}") if rest else view.window.key
+        if not is_channel(name):
+            raise ChatError(f"Which one? You are in {', '.join(joined)}." if joined else "You are in no channel.")
+        self.node.part(name)
+        if name in view.windows.all:
+            view.windows.close(view.windows.all[name])
+        view.answer(f"You left {name}.")
+
+    @command("/list", "windows")
+    def _list(self, rest: str) -> None:
+        """show the channels; and how many are in each."""
+        counts = sorted(self.node.channel_counts().items(), key=lambda item: (-item[1], item[0]))
+        rows = [(name, str(count), "you are in it" if name in self.node.me.channels else "") for name, count in counts]
+        self.view.answer("\n".join(fit_columns([("channel", "peers", ""), *rows], self.view.answer_cols(), (2,)))
+                         if rows else "There is no channel yet. /join #NAME makes one.")
+
+    @command("/names", "windows", "/n")
+    def _names(self, rest: str) -> None:
+        """who is in this conversation; as /who shows it."""
+        members, name = self.node.members(self.view.window.key), self.view.name_of(self.view.window.key)
+        others = f"{_count(len(members), 'peer')} and you" if members else "nobody but you"
+        self.view.answer("\n".join([f"{name}: {others}.", *self._table(members)]))
+
     @command("/query [NAME [TEXT]]", "windows")
     def _query(self, rest: str) -> None:
         """type to NAME only; in a window; /query alone: to everyone again."""
@@ -8598,18 +8664,24 @@ class WindowCommands(Commands):
         window = self.view.window
         if window.key == EVERYONE:
             raise ChatError("Everyone's window stays open. /quit leaves the chat.")
+        if is_channel(window.key):
+            self._part("")
+            return
         self.view.windows.close(window)
-        self._say_receiver()
+        if not self.view.on_screen:
+            self._say_receiver()
 
     def _go_to(self, key: str) -> None:
         """Take a window at hand; open it if there is none."""
         windows = self.view.windows
+        if is_channel(key) and key not in self.node.me.channels:
+            raise ChatError(f"You are not in {key}. /join {key} enters it.")
         is_new = key not in windows.all
         window = windows.open(key)
         if window is None:
             raise ChatError(f"There are {MAX_WINDOWS} windows already: /close one.")
         windows.go_to(window)
-        if is_new or not self.view.on_screen:
+        if is_new and window.is_private or not self.view.on_screen:
             self._say_receiver()
 
     def _say_receiver(self) -> None:
@@ -8657,11 +8729,16 @@ class Completion:
             return [name + " " for name in (*COMMANDS, "keys") if name.lstrip("/").startswith(word.lstrip("/"))]
         if not word and not before:
             return []
+        if word.startswith("#"):
+            return [name + " " for name in sorted(view.node.channel_counts()) if name.startswith(word)]
         at = "@" if word.startswith("@") else ""
         end = ": " if start == 0 else " "
         spoke_at = view.people.spoke_at
         peers = sorted(view.node.present(), key=lambda peer: -spoke_at.get(peer.id, float("-inf")))
-        return [at + label + end for label in view.labels(peers) if label.casefold().startswith(word[len(at):])]
+        labels = view.labels(peers)
+        if before[:1] and _ALIASES.get(before[0]) is COMMANDS["/window"]:
+            labels = list(dict.fromkeys([*map(view.name_of, view.windows.all), *labels]))
+        return [at + label + end for label in labels if label.casefold().startswith(word[len(at):])]
 
 
 class LookBack:
@@ -8810,7 +8887,7 @@ class Keyboard:
         self._go_to(self.view.windows.beside(step), "")
 
     def go_to_news(self) -> None:
-        self._go_to(next(iter(self.view.windows.with_news()), None), "There is nothing new in another window.")
+        self._go_to(next(iter(self.view.windows.with_news()), None), "Nothing new in another window.")
 
     def _go_to(self, window: Optional[Window], otherwise: str) -> None:
         """Take a window at hand, or say why there is none; but a passphrase is typed to its end."""
@@ -10109,8 +10186,8 @@ class PlainInterface(Interface):
 
 _ID_GIVEN = (lambda value: is_count(value) or type(value) is str and len(value) <= MAX_ID,
              f"an integer, or a text of at most {MAX_ID} characters")
-_SAYING: Fields = {"text": (_is_text(MAX_LINE), "a text"), "to?": (_is_text(MAX_ID, len), "a name, or * for everyone"),
-                   "id?": _ID_GIVEN}
+_SAYING: Fields = {"text": (_is_text(MAX_LINE), "a text"),
+                   "to?": (_is_text(MAX_ID, len), "a name, a #channel, or * for everyone"), "id?": _ID_GIVEN}
 _COMMANDING: Fields = {"command": (lambda value: type(value) is str and re.match(r"\s*/(?!/)", value) is not None,
                                    "a text that begins with one slash"), "id?": _ID_GIVEN}
 

@@ -74,8 +74,9 @@ class ViewNode:
         self.network_gone = False
         self.online = True
         self.room = types.SimpleNamespace(name="")
-        self.present, self.find = self.peers.present, self.peers.find
-        self.members = types.MethodType(p2pchat.PeerNode.members, self)
+        self.present, self.find, self.label = self.peers.present, self.peers.find, self.peers.label_of
+        self.members, self.channel_counts = (types.MethodType(each, self) for each in (
+            p2pchat.PeerNode.members, p2pchat.PeerNode.channel_counts))
         self.sent = []
         self.calls = []
         self.emit = lambda event: None
@@ -90,6 +91,8 @@ class ViewNode:
 
     def join(self, name, ip=None, port=10001, tell=False):
         number = len(self.peers) + 2
+        if name.startswith("#"):
+            return self._set_channels(p2pchat.check_channel(name), True)
         self.processes += 1
         peer = p2pchat.Peer(name, ip or f"10.0.0.{number}", port, f"i{self.processes}", 1)
         self.peers.merge_own_claim(peer.wire(0.0), 0.0)
@@ -98,21 +101,27 @@ class ViewNode:
             self.emit({"event": "joined", "peer": peer.public})
         return peer.public
 
+    def part(self, name):
+        self._set_channels(name, False)
+
+    def _set_channels(self, name, is_in, peer=None):
+        """Somebody, oneself as a rule, joins or leaves a channel."""
+        peer = peer or self.me
+        peer.set_channels([each for each in peer.channels if each != name] + [name] * is_in)
+        self.emit({"event": "channels", "peer": peer.public, "joined": [name] * is_in, "left": [name] * (not is_in)})
+        return name
+
     def leave_peer(self, public, reason="left"):
         peer = self.peers.get(public["id"])
         self.peers.remove(peer, "left", reason, 0.0)
-        self.emit({"event": "left", "peer": public, "reason": reason})
-
-    def label(self, peer_id):
-        peer = self.peers.get(peer_id)
-        return self.peers.label(peer or p2pchat.Peer(*p2pchat.split_id(peer_id)))
+        self.emit({"event": "left", "peer": public, "reason": reason, "channels": list(peer.channels)})
 
     def send_chat_messages(self, to, texts):
         return [self._send(None if to == "*" else to, text) for text in list(map(p2pchat.check_text, texts))]
 
     def _send(self, to, text):
         self.sent.append((text, to))
-        receivers = [to] if to else [peer.id for peer in self.present()]
+        receivers = [peer.id for peer in self.members(to or "*")]
         message_id = f"me-{len(self.sent)}"
         self.emit({"event": "sent", "to": to or "*", "text": text, "id": message_id, "receivers": receivers})
         return message_id
@@ -174,9 +183,14 @@ def view_new(rows):
     return next(at for at, row in enumerate(rows) if "─ new ─" in row)
 
 
-def view_chat(view, name, text, private=False):
-    to = view.node.me.id if private else "*"
+def view_chat(view, name, text, private=False, to="*"):
+    to = view.node.me.id if private else to
     view_event(view, {"event": "chat", "from": view_peer(view, name), "to": to, "text": text, "id": "x-1"})
+
+
+def view_joins(view, name, channel, is_in=True):
+    """A peer joins or leaves a channel."""
+    view.node._set_channels(channel, is_in, view.node.find(name)[0])
 
 
 def view_keys(view, *keys):
@@ -580,9 +594,15 @@ def test_a_paste_that_is_too_long_is_refused_and_never_cut():
     (["Bobby"], [
         (["/wh", "<tab>"], "/who "), (["<tab>"], "/whois "), (["<ctrl-u>", "/help /se", "<tab>"], "/help /search "),
         (["<ctrl-u>", "/help whoi", "<tab>"], "/help /whois "), (["<ctrl-u>", "/help ke", "<tab>"], "/help keys "),
-        (["<ctrl-u>", "/help zz", "<tab>"], "/help zz")])], ids=["names", "namesakes", "commands"])
+        (["<ctrl-u>", "/help zz", "<tab>"], "/help zz")]),
+    (["Bobby", "Eve"], [
+        (["/join #l", "<tab>"], "/join #lab "), (["<tab>"], "/join #lounge "), (["<ctrl-u>", "see #lou", "<tab>"], "see #lounge "),
+        (["<ctrl-u>", "/win e", "<tab>"], "/win everyone "), (["<tab>"], "/win Eve "), (["<ctrl-u>", "/msg e", "<tab>"], "/msg Eve ")])
+    ], ids=["names", "namesakes", "commands", "windows"])
 def test_completion(names, steps):
     view = view_make(*names)
+    for channel in ("#lab", "#lounge"):
+        view_joins(view, "Bobby", channel)
     view_chat(view, "Bobby", "hi")
     for keys, text in steps:
         view_keys(view, *keys)
@@ -642,7 +662,7 @@ def test_names_that_other_programs_use():
     view = view_make("Bob")
     view.enter("/M Bob hi")
     assert view.node.sent == [("hi", view_peer(view, "Bob")["id"])]
-    assert all(view_answer(view, line) == view_answer(view, "/who") for line in ("/users",))
+    assert view_answer(view, "/users") == view_answer(view, "/who") and view_answer(view, "/n") == view_answer(view, "/names")
     assert view_answer(view, "/version").startswith(f"p2pchat {p2pchat.__version__}, Python 3.")
     assert "/exit, /bye" in view_answer(view, "/help bye") and view_answer(view, "/help m") == view_answer(view, "/help msg")
     for line in ("/exit", "/bye"):
@@ -680,8 +700,9 @@ def test_private_messages(line, name, text):
     ("/unignore", "Nobody is ignored."), ("/ignore alice", "That is you."), ("/help no such", "There is no /no."), ("/log -1", "a number"),
     ('/msg "Bob" ', "nothing to send"), ('/msg "No One" hi', "called No One."), ("/notify 1", "on or off"), ("/me  ", "wants a text"),
     ("/w", "/who, /whois NAME, /window NAME or /msg NAME TEXT?"), ("/w Bob hi", "Which one"), ("/q", "/query NAME or /quit?"),
-    ("/q Bob", "Which one"), ("/list", "one conversation so far"), ("/join #tea", "one conversation so far"),
-    ("/part", "/quit leaves"), ("/help w", "Which one")])
+    ("/q Bob", "Which one"), ("/join", "/list shows"), ("/part", "in no channel"), ("/query #tea", "/join #tea enters it"),
+    ("/close", "Everyone's window stays"), ("/window 2", "no window 2, but 1 window."), ("/window Nobody", "called Nobody."),
+    ("/window Bob x", "called Bob x."), ("/query #a@b", "'@'"), ("/part #", "1 to 32"), ("/help w", "Which one")])
 def test_commands_that_cannot_be_done(line, word):
     view = view_make("Bob")
     answer = view_answer(view, line)
@@ -792,7 +813,7 @@ def test_help_has_every_command_and_key():
         assert view_answer(view, f"/help {command.name[1:]}") == f"{command.usage}  {command.help}{also}"
     keys = view_answer(view, "/help keys")
     assert all(key.names in keys and key.help in keys for key in p2pchat.KEYS)
-    assert len(p2pchat.COMMANDS) == 30
+    assert len(p2pchat.COMMANDS) == 34
 
 
 @pytest.mark.parametrize("cols, most", [(40, 2.0), (80, 1.0), (100, 1.0), (200, 1.0)])
@@ -837,7 +858,7 @@ def test_who_has_one_row_a_peer(cols, head):
 
 
 BEHIND_COMMANDS = ("", "Bob", "Bob how are you?", "carol jones", "nobody else", "on", "off", "3", "keys", "10.0.0.99:5000")
-SILENT = {"/peers", "/clear", "/bare", "/quit", "/query", "/window"}  # what they do is seen
+SILENT = {"/peers", "/clear", "/bare", "/quit", "/query", "/window", "/join", "/close"}  # what they do is seen
 
 
 def answers_of_all_commands(others):
@@ -1574,8 +1595,65 @@ def test_closing_windows():
     view.enter("/close")
     assert view_bar(view) == "[1:everyone]  2:Carol"
     view_keys(view, "<alt-2>", "/close", "<enter>")
-    assert view_bar(view) == "" and view_texts(view) == ["Everyone's window stays open. /quit leaves the chat."] + [
-        "What you type goes to everyone."] * 2
+    assert view_bar(view) == "" and view_texts(view) == ["Everyone's window stays open. /quit leaves the chat."]
+
+
+def test_a_channel_has_a_window():
+    view = view_make("Bob", "Carol", "Dan")
+    view_joins(view, "Bob", "#lab")
+    assert view_texts(view) == [] and view_answer(view, "/list") == "channel  peers\n#lab     1"
+    view.enter("/join Lab")
+    assert view_texts(view) == ["You are in #lab with Bob."] and view_screen(view)[-1] == "[#lab] > " and view_style(view, "[#lab]") == "bold"
+    view.enter("hello")
+    assert view.node.sent == [("hello", "#lab")] and view_side(view)[:2] == ["● Bob", ""]
+    view_joins(view, "Carol", "#lab")
+    view_chat(view, "Carol", "hi", to="#lab")
+    view_joins(view, "Bob", "#lab", False)
+    view_rename(view, "Carol", "Caro")
+    view.node.leave_peer(view_peer(view, "Caro"))
+    assert view_texts(view)[1:] == ["hello", "Carol joined", "hi", "Bob left", "Carol is now known as Caro.", "Caro left"]
+    assert view_texts(view, 1)[1:] == ["Carol is now known as Caro.", "Caro left"]
+    view_keys(view, "<alt-1>")
+    view_chat(view, "Bob", "late", to="#lab")
+    assert view_bar(view) == "[1:everyone]  2:#lab(1)"
+    view_chat(view, "Bob", "Alice?", to="#lab")
+    assert view_bar(view) == "[1:everyone]  2:#lab(2!)" and view_texts(view)[-1] == "Bob (#lab) wrote to you: Alt-A goes there."
+    assert view.has_rung and view_screen(view, 12, 40)[0].startswith(" Alice  new in 1!  ")
+    assert view_answer(view, "/query #lab more") == "" and view.node.sent[-1] == ("more", "#lab")
+    assert view_answer(view, "/names").startswith("#lab: nobody but you.") and "you are in it" in view_answer(view, "/list")
+    assert "Which one? You are in #lab." in [view_keys(view, "<alt-1>"), view_answer(view, "/part")]
+    assert view_answer(view, "/part lab") == "You left #lab." and view_bar(view) == "" and view.node.me.channels == ()
+    view.enter("/join #tea")
+    assert view_texts(view) == ["You are in #tea. Nobody else is in it so far."]
+    assert view_answer(view, "/close") == "You left #tea." and view.node.me.channels == () and view.window.key == "*"
+
+
+def test_channels_joined_at_the_start_have_windows():
+    view = view_make("Bob")
+    view.node.me.set_channels(["#lab", "#tea"])
+    view_event(view, {"event": "ready", "id": view.node.me.id})
+    view_joins(view, "Bob", "#tea")
+    view_event(view, {"event": "settled"})
+    assert view_bar(view) == "[1:everyone]  2:#lab  3:#tea" and view_texts(view, 2) == ["You are in #lab. Nobody else is in it so far."]
+    assert view_texts(view, 3) == ["Bob joined", "You are in #tea with Bob."]
+
+
+def test_without_a_screen_each_line_names_its_channel():
+    view = view_make("Bob", on_screen=False)
+    lines = []
+    view.transcript._show = lines.append
+    view.enter("/join #lab")
+    view_joins(view, "Bob", "#lab")
+    view_joins(view, "Bob", "#tea")
+    view_chat(view, "Bob", "hi", to="#lab")
+    view_chat(view, "Bob", "/me waves", to="#lab")
+    view.enter("hello")
+    view_joins(view, "Bob", "#lab", False)
+    view.enter("/part")
+    view.enter("hello all")
+    assert [line[6:] for line in lines] == [
+        "- You are in #lab. Nobody else is in it so far.", "- What you type goes to #lab.", "+ Bob joined #lab", "Bob → #lab: hi",
+        "* Bob → #lab waves", "Alice → #lab: hello", "- Bob left #lab", "- You left #lab.", "Alice: hello all"]
 
 
 def test_strangers_open_a_bounded_number_of_windows():
@@ -1591,7 +1669,7 @@ def test_strangers_open_a_bounded_number_of_windows():
     kept = {view.name_of(key) for key in view.windows.all}
     assert len(kept) == p2pchat.MAX_WINDOWS and set(names) - kept == {"P1", "P2", *names[-4:]}
     assert [text for text in view_texts(view, 1) if "from" in text] == [f"from {name}" for name in names[-4:]]
-    assert all(view_columns(row) <= 80 for row in view_screen(view)) and "48 new!" in view_screen(view, 12, 40)[0]
+    assert all(view_columns(row) <= 80 for row in view_screen(view)) and "new in 48!" in view_screen(view, 12, 40)[0]
 
 
 def test_all_windows_together_hold_a_bounded_amount():
@@ -9987,7 +10065,7 @@ PTY_SCRIPT = [  # what is typed, and what the screen shows then
     ("\x03", "Ctrl-C again leaves"),
     ("/query Bob\r", "[Bob] >"),
     ("\x1b1", "[1:everyone]  2:Bob"),
-    ("\x1ba", "nothing new in another window"),
+    ("\x1ba", "Nothing new in another window"),
     ("/win bob\r", "Alice: psst"),
     ("/query\r", "[1:everyone]  2:Bob"),
     ("/info\r", "delivered to: Bob"),
