@@ -6822,6 +6822,7 @@ class PeerNode:
 # One rule says in which window something stands. What is said stands in the window of its conversation. That
 # somebody came, went or took another name stands in those of the conversations that this peer is in. All the
 # rest, which is answers, errors and notices, stands in the window at hand.
+#
 # render(view, rows, cols) draws the view as lines of styled spans: a pure function, for every size. Nothing
 # here knows curses, sockets or a clock, and every text that comes in is clean already.
 # ======================================================================================================
@@ -7521,6 +7522,7 @@ class Windows:
     def close(self, window: Window) -> None:
         """Close a window other than everyone's; the one before it comes back."""
         del self.all[window.key]
+        window.scrollback.drop(len(window.scrollback.entries))  # receipts may hold the window for long
         if window is self.current:
             self.go_to(self._before)
         if self._before is window:

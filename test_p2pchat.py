@@ -10070,6 +10070,9 @@ PTY_SCRIPT = [  # what is typed, and what the screen shows then
     ("/query\r", "[1:everyone]  2:Bob"),
     ("/info\r", "delivered to: Bob"),
     ("/whois Bob\r", "Bob is Bob@"),
+    ("/join lab\r", "You are in #lab. Nobody else"),
+    ("/list\r", "#lab     1      you are in it"),
+    ("/close\r", "You left #lab."),
 ]
 
 
@@ -10095,6 +10098,26 @@ def test_the_script_on_a_terminal():
         alice.expect("Bob: Alice, look")
         alice.ends(0, "/quit\r")
         assert bob.event("left")["peer"]["username"] == "Alice"
+
+
+def test_windows_on_a_terminal():
+    with pty_pair(PtyProgram, "Alice", "--channel", "lab") as (bob, alice):
+        assert bob.event("joined")["channels"] == ["#lab"]
+        alice.expect("2:#lab")
+        bob.say("/join #lab")
+        bob.say("/msg Alice psst")
+        alice.expect("3:Bob(1!)")
+        for text, to in (("Alice, here", "#lab"), ("and here", "*"), ("to you", "Alice")):
+            bob.say(json.dumps({"to": to, "text": text}))
+        alice.expect("[1:everyone]  2:#lab(1!)  3:Bob(2!)")
+        alice.talk(("a draft", "> a draft"), ("\x1ba", "Bob: Alice, here"), ("to all\x1b1", "> a draft"), ("\x1b[1;3D", "[3:Bob]"),
+                   ("secret\r", "Alice: secret"), ("\x1b[15~\r", "Alice: to all"), ("/part\r", "You left #lab."))
+        assert bob.event("chat", text="secret")["to"].startswith("Bob@") and bob.event("chat", text="to all")["to"] == "#lab"
+        assert bob.event("channels", left=["#lab"])["peer"]["username"] == "Alice"
+        bob.say("/quit")
+        alice.expect("[2:Bob]")
+        alice.expect("Bob left")
+        alice.ends(0, "\x15/quit\r")
 
 
 def test_resizing():
@@ -10520,7 +10543,9 @@ def test_plain_lines_do_not_break_into_the_line_that_is_typed():
         ann.type("\r")
         ann.expect("> half aX l\n")
         assert bob.event("chat")["text"] == "half aX l"
-        ann.talk(("/hlep\r", "Did you mean /help?"), ("rest", "> rest"))
+        ann.talk(("/query bob\r", "What you type goes to Bob only.\n[Bob] >"), ("psst\r", "[Bob] > psst\n[Bob] >"))
+        assert bob.event("chat", text="psst")["to"].startswith("Bob@")
+        ann.talk(("/query\r", "goes to everyone.\n>"), ("/hlep\r", "Did you mean /help?"), ("rest", "> rest"))
         ann.ends(0, "\x15\x04")
 
 
@@ -13173,10 +13198,10 @@ def test_readme_has_no_long_sentences():
 # -- the picture of the README -------------------------------------------------------------------------
 
 PICTURE_FILE = os.path.join(os.path.dirname(PROGRAM_FILE), ".github", "p2pchat.svg")
-PICTURE_TALK = (  # who, what; "Bob>" said it to Alice alone, "Bob<" was told it
+PICTURE_TALK = (  # who, what; "Bob>" said it to Alice alone, "Bob<" was told it, "Bob#" said it in a channel
     ("Alice", "Good morning! It is exercise 3 today, in pairs."),
     ("Bob", "Good morning 👋"), ("李雷", "大家早上好！"), ("Мария", "Доброе утро! Who pairs up with me?"), ("Bob", "/me raises a hand"),
-    ("Zoë>", "May I hand in mine on paper?"), ("Zoë<", "Of course."),
+    ("Zoë>", "May I hand in mine on paper?"), ("Bob#", "Part b is hard."), ("Priya#", "It is."),
     ("Ελένη", "Alice, does part b need a proof? Καλημέρα!"), ("Alice", "A sketch is enough. Who has part a?"),
     ("李雷", "We do:\ndef fib(n):\n    a, b = 0, 1\n    while n:\n        n, a, b = n - 1, b, a + b\n    return a"),
     ("Ελένη", "👍"), ("Alice", "That is it. Nine more minutes!"))
@@ -13208,6 +13233,7 @@ def picture_view():
     view.node.peers.get(view_peer(view, "Priya")["id"]).away = "back at ten"
     names = [peer.id for peer in view.node.present()]
     view_event(view, {"event": "ready", "id": view.node.me.id})
+    view.node.me.set_channels(["#pairs"])
     for peer in view.node.present():
         view_event(view, {"event": "joined", "peer": peer.public})
     view_event(view, {"event": "server", "online": True, "address": "10.0.0.9:9999", "reason": ""})
@@ -13219,7 +13245,7 @@ def picture_view():
             for peer_id in names[number + 1 == len(PICTURE_TALK):]:  # somebody has not acknowledged the last one yet
                 view_event(view, {"event": "delivered", "id": f"me-{len(view.node.sent)}", "to": {"id": peer_id}})
         else:
-            view_chat(view, who.rstrip(">"), text, private=who.endswith(">"))
+            view_chat(view, who.rstrip(">#"), text, private=who.endswith(">"), to="#pairs" if who.endswith("#") else "*")
     view.keyboard.type("/msg Zoë See you af")
     return view
 
