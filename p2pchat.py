@@ -123,7 +123,8 @@ DRAIN_TIMEOUT = 3.0  # a closing connection has this long to deliver what is que
 TURN_TIME = 0.015  # for the ready sockets of one turn, and as much goes into telling of it: keys and timers wait for it
 FLUSH_TIME = 0.008  # for sending, twice a turn: a list of 1,000 peers to as many newcomers is 100 MB
 WORK_TIME = 0.01  # for the lists that are merged in one turn, and as much for handshakes and proofs
-ACCEPT_BATCH = 128  # connections accepted in one turn: a burst of 1,000 takes eight turns; more makes turns longer
+STRANGERS_TIME = 0.005  # for the sockets of those who have not said yet who they are: others come first in a turn
+ACCEPT_TIME = 0.003  # for accepting in one turn: some 70 connections, so a burst of 1,000 takes fifteen turns
 ACCEPT_PAUSE = 0.5  # accepting pauses for this long when the descriptors are used up
 MAX_PER_ADDRESS = 256  # peers at one address other than our own, so that no single machine fills the list
 MAX_UNIDENTIFIED = 1500  # connections from one address without a hello: a class behind one NAT; each is a descriptor
@@ -1577,6 +1578,8 @@ class Connection:
     States: connecting -> open -> draining -> closed. `close` first sends what is queued, `abort` drops it.
     Both may be called in any state, and from within the handler."""
 
+    is_stranger = False  # it was accepted, and the far end has not said yet who it is: others are read first
+
     def __init__(self, loop: "Loop", remote: Address, state: str) -> None:
         self.loop = loop
         self.remote = remote
@@ -1909,7 +1912,8 @@ class SocketListener:
         self._socket.close()
 
     def _on_ready(self, events: int) -> None:
-        for _ in range(ACCEPT_BATCH):
+        end = self._loop.now() + ACCEPT_TIME
+        while self._loop.now() < end:
             try:
                 self._loop.check_descriptors()
                 sock, remote = self._socket.accept()
@@ -1949,6 +1953,7 @@ class Unidentified:
         ip = connection.remote[0]
         waiting = self._by_ip.setdefault(ip, {})
         waiting[connection] = None
+        connection.is_stranger = True
         self._room -= 1
         if self._room < 0:
             ip, waiting = max(self._by_ip.items(), key=lambda item: len(item[1]))
@@ -1964,6 +1969,7 @@ class Unidentified:
         waiting = self._by_ip.get(ip, {})
         self._room += connection in waiting
         waiting.pop(connection, None)
+        connection.is_stranger = False
         if not waiting:
             self._by_ip.pop(ip, None)
 
@@ -2162,9 +2168,11 @@ class Loop:
         self._timers: List[Tuple[float, int, Timer]] = []
         self._count = itertools.count()
         self._ready: Deque[Tuple[selectors.SelectorKey, int]] = collections.deque()  # sockets, not handled yet
+        self._strangers: Deque[Tuple[selectors.SelectorKey, int]] = collections.deque()  # the same, of strangers
         self._unflushed: List[Connection] = []
         self._to_flush_soon: Dict[Connection, None] = {}
         self._turn_ends: List[Callable[[], None]] = []
+        self._last: List[Timer] = []
         self._stopped = False
         self._addresses = ["127.0.0.1"]
         self._most = max(24, raise_descriptor_limit() - 32)  # descriptors to wait for; 32 are left for other files
@@ -2259,20 +2267,10 @@ class Loop:
     def turn(self, longest: Optional[float] = None) -> None:
         """Wait for a socket or a timer, at most `longest` seconds, then handle those that are ready or due.
 
-        The ready sockets share TURN_TIME; each of two flushes has FLUSH_TIME. Sockets that are left come first in
-        the next turn, after only the keyboard; so none waits long."""
+        The ready sockets share TURN_TIME; each of two flushes has FLUSH_TIME. Sockets that are left come first in the
+        next turn, after only the keyboard; so none waits long. Strangers come last, when all else is done and shown."""
         self._select(longest)
-        end = self.now() + TURN_TIME
-        while self._ready:
-            key, events = self._ready.popleft()
-            callback, owner = key.data
-            if owner is self:
-                callback(events)
-                end = self.now() + TURN_TIME  # keys do not use up the sockets' time
-            else:
-                self._run(callback, owner, events)
-            if self.now() >= end:
-                break
+        self._handle(self._ready, TURN_TIME)
         now = self.now()
         due: List[Timer] = []
         while self._timers and self._timers[0][0] <= now:
@@ -2284,23 +2282,52 @@ class Loop:
         for callback in turn_ends:
             self._run(callback, None)
         self._flush()
+        self._handle(self._strangers, STRANGERS_TIME)
+        last, self._last = self._last, []
+        for timer in last:
+            self._run(timer.fire, None)
 
     def _select(self, longest: Optional[float]) -> None:
         """Wait until something is ready, unless something is left of the turn before. Watched files come first."""
-        left = {key.fd for key, _ in self._ready}
+        left = {key.fileobj for key, _ in itertools.chain(self._ready, self._strangers)}
         for ready in self._selector.select(0.0 if left else self._wait_time(longest)):
-            if ready[0].fd not in left:
-                put = self._ready.appendleft if ready[0].data[1] is self else self._ready.append
-                put(ready)
+            owner = ready[0].data[1]
+            if ready[0].fileobj in left:
+                continue
+            if owner is self:
+                self._ready.appendleft(ready)
+            elif owner is None or owner.is_stranger:  # None: newcomers and datagrams
+                self._strangers.append(ready)
+            else:
+                self._ready.append(ready)
+
+    def _handle(self, waiting: Deque[Tuple[selectors.SelectorKey, int]], seconds: float) -> None:
+        """Handle ready sockets for so long."""
+        end = self.now() + seconds
+        while waiting:
+            key, events = waiting.popleft()
+            callback, owner = key.data
+            if owner is self:
+                callback(events)
+                end = self.now() + seconds  # keys do not use up the sockets' time
+            else:
+                self._run(callback, owner, events)
+            if self.now() >= end:
+                break
 
     @property
     def is_behind(self) -> bool:
         """Whether something has come that there was no time to read in this turn."""
-        return bool(self._ready)
+        return bool(self._ready or self._strangers)
 
     def at_turn_end(self, callback: Callable[[], None]) -> None:
         """Call back once, after this turn has handled everything; then what was queued by that is sent, too."""
         self._turn_ends.append(callback)
+
+    def call_last(self, callback: Callable[[], None]) -> Timer:
+        """Call back once, when all else of this turn, or the next, is done: work that can wait."""
+        self._last.append(Timer(0.0, callback))
+        return self._last[-1]
 
     def flush_later(self, connection: Connection) -> None:
         """Flush a connection at the end of this turn."""
@@ -2358,7 +2385,7 @@ class Loop:
     def _wait_time(self, longest: Optional[float]) -> Optional[float]:
         while self._timers and not self._timers[0][2].active:
             heapq.heappop(self._timers)
-        if self._unflushed or self._turn_ends:
+        if self._unflushed or self._turn_ends or self._last:
             return 0.0
         if not self._timers:
             return longest
@@ -2449,7 +2476,7 @@ class FairQueue:
 
     def _set_timer(self) -> None:
         if self._by_owner and not self._timer.active:
-            self._timer = self._loop.call_later(0, self._spend_time)
+            self._timer = self._loop.call_last(self._spend_time)
 
     def _spend_time(self, owner: Any = None) -> None:
         """Do pieces of one owner's work, or of all in turn, until the time or the work is over: at least one piece."""
@@ -3241,7 +3268,8 @@ class SealedConnection(Connection, Handler):
         self.proof: Optional[Proof] = None
         self.is_exposed = False  # the far end that we dialled may know whether it guessed right, and we do not
         self._accept = accept
-        self._tls: Optional[Tls] = None
+        self._speaks_tls = accept is None
+        self._tls: Optional[Tls] = None  # made once there is work for it: strangers' ends would take too long
         self._taken = 0  # bytes from the far end before the proof
         self._unread: List[bytes] = []  # those that wait for their turn
         self._is_queued = False
@@ -3252,6 +3280,14 @@ class SealedConnection(Connection, Handler):
     @property
     def unsent(self) -> int:
         return self.queued + self.raw.queued
+
+    @property
+    def is_stranger(self) -> bool:
+        return self.raw.is_stranger
+
+    @is_stranger.setter
+    def is_stranger(self, is_stranger: bool) -> None:
+        self.raw.is_stranger = is_stranger
 
     @property
     def is_dialled(self) -> bool:
@@ -3277,12 +3313,12 @@ class SealedConnection(Connection, Handler):
     def start_tls(self, raw: Connection) -> None:
         """What is below speaks TLS: hand over its bytes."""
         raw.reader = TlsReader(self.take)
-        self._tls = self.room.make_tls(is_server=not self.is_dialled)
+        self._speaks_tls = True
 
     def on_open(self) -> None:
         self.remote, self.local = self.raw.remote, self.raw.local
         self._timer = self.loop.call_later(HELLO_TIMEOUT, self.on_late)
-        assert self._tls is not None
+        self._tls = self.room.make_tls(is_server=False)
         self._tls.receive(b"")  # begins the handshake
         self._answer()
 
@@ -3389,7 +3425,10 @@ class SealedConnection(Connection, Handler):
     def _say(self, kind: str, content: Any) -> None:
         """Send a message before the proof: in the clear, if the far end does not speak TLS, and from nobody."""
         data = create_message(kind, "", content)
-        self.raw.send(data if self._tls is None else self._tls.seal(data))
+        if self._tls is not None:
+            self.raw.send(self._tls.seal(data))
+        elif not self._speaks_tls:
+            self.raw.send(data)
 
     def _read_on(self) -> None:
         """Work off what came before the proof."""
@@ -3401,7 +3440,7 @@ class SealedConnection(Connection, Handler):
             self.abort(self._reason)
 
     def _prove(self, data: bytes) -> None:
-        assert self._tls is not None
+        self._tls = self._tls or self.room.make_tls(is_server=True)
         if self.is_dialled and self._taken == len(data) and data[:1] not in b"\x15\x16":
             self.fail(*(ROOM, IN_OPEN_ROOM) if data[:1] == b"{" else (PROTOCOL, "what answers there is no p2pchat"))
             return
