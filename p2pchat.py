@@ -24,6 +24,7 @@ One thread, one loop, and no call that blocks. Each section uses only the sectio
     Closed room        certificates, the proof of the passphrase, guesses, TLS under a connection
     Discovery server   DiscoveryServer, and this file over HTTP
     Peer node          PeerNode: links, delivery, failure detection, gossip; reports by events
+    History            what was said, in a file, if the user asked for it
     Chat view          the model behind the interfaces: messages, input line, commands, rendering
     Interfaces         curses, plain lines, JSON lines
     Command line       argparse and main()
@@ -63,6 +64,7 @@ from typing import (
     AbstractSet,
     Any,
     Callable,
+    Container,
     Deque,
     Dict,
     FrozenSet,
@@ -251,6 +253,7 @@ class Settings(NamedTuple):
     channels: Tuple[str, ...] = ()  # joined from the start
     catch_up: int = CATCH_UP  # messages from before our start that we want to be told, at most
     log_file: Optional[str] = None
+    history: Optional[str] = None  # the file that keeps what is said; None: nothing is kept
 
 
 # ======================================================================================================
@@ -6849,6 +6852,434 @@ class PeerNode:
 
 
 # ======================================================================================================
+# History
+#
+# What was said, kept in a file for the next start: only where --history names one. A History listens to a node,
+# gathers what it hears, and writes it in batches, by the loop's timer. Nothing here waits: a file that another
+# program is just reading is written a little later. Whatever else goes wrong, the user is told once, nothing is
+# kept from then on, and the chat goes on. No file is ever destroyed: one that is not ours is left alone, and a
+# damaged one gets another name. What is read is cleaned like what comes from the network: a file can be changed.
+# ======================================================================================================
+
+HISTORY_ID = 0x70327063  # "p2pc", as SQLite's application_id: by that a file is known to be a history
+HISTORY_VERSION = 1  # of the tables, as SQLite's user_version; a file with a higher one is left alone
+WRITE_INTERVAL = 0.1  # between two batches: kill -9 loses no more than that
+WRITE_INTERVAL_MAX = 6.4  # the same where each commit is slow; doubled each time
+SLOW_COMMIT = 0.05  # a commit that takes longer makes the next ones rarer: nothing else happens meanwhile
+WRITE_PORTION = 1000  # messages of a batch: some 20 ms of work
+WRITE_SIZE = 1024 * 1024  # characters of a batch, of about the same cost
+MAX_UNWRITTEN = 32 * 1024 * 1024  # characters of what waits while another program has the file; the oldest is dropped
+MESSAGE_OVERHEAD = 200  # characters that a message counts beside its text
+MAX_HISTORY = 256 * 1024 * 1024  # bytes in use in the file: 1.5 million usual messages; then the oldest are deleted
+MAX_ENTERED = 500  # lines that the user entered
+SEARCH_TIME = 0.015  # of one turn
+HISTORY_PAGE = 200  # messages read at a time
+PAGE_SIZE = 256 * 1024  # characters of them: what a scrollback has room for 16 times
+LAST_TIME = 253402300799.0  # 9999: what a file says of time is held within what can be shown
+_LOCKED_BYTE = 0x40000000 + 4096  # is locked while a History has the file: far behind the bytes that SQLite locks
+ACTION = "/me "  # begins a text that says what its sender does
+
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS messages (row INTEGER PRIMARY KEY, id TEXT UNIQUE, time REAL NOT NULL, "
+    "conversation TEXT NOT NULL, sender TEXT NOT NULL, own INTEGER NOT NULL, told_by TEXT NOT NULL, "
+    "text TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS conversations ON messages (conversation)",
+    "CREATE TABLE IF NOT EXISTS entered (row INTEGER PRIMARY KEY, text TEXT NOT NULL)")
+
+
+class Said(NamedTuple):
+    """A message in the history."""
+
+    row: int  # rises from message to message
+    id: str
+    time: float  # Unix time at which it came or was sent
+    conversation: str  # EVERYONE, a channel, or the name of the other user: ids do not last
+    sender: str  # a name
+    own: bool
+    told_by: str  # name of the peer that told of it, if it did not come from its sender
+    text: str
+
+
+_COLUMNS = ", ".join(Said._fields)
+
+
+def is_channel_or_all(conversation: str) -> bool:
+    return conversation == EVERYONE or conversation.startswith("#")
+
+
+def said_from(values: Sequence[Any]) -> Said:
+    """Return a message from what a file says, whatever that is."""
+    row, message_id, when, conversation, sender, own, told_by, text = values
+    seconds = when if type(when) is float and 0 <= when <= LAST_TIME else 0.0
+    names = (clean(str(each)) for each in (conversation, sender, told_by))
+    conversation, sender, told_by = names
+    return Said(row, str(message_id or ""), seconds, conversation, sender, bool(own), told_by,
+                clean(str(text), newlines=True))
+
+
+def check_history_file(header: bytes) -> None:
+    """Check the first 100 bytes of a file. Raises ValueError, with words, if it can't be a history that we know."""
+    if header[:16] != b"SQLite format 3\0" or int.from_bytes(header[68:72], "big") != HISTORY_ID:
+        raise ValueError("it is another program's file")
+    if int.from_bytes(header[60:64], "big") > HISTORY_VERSION:
+        raise ValueError("a newer version of p2pchat wrote it")
+
+
+def open_history_file(path: str, create: bool) -> Tuple[int, bool]:
+    """Open a file, check that it is a history, or empty; return its descriptor, and whether it is empty.
+
+    Raises OSError, and ValueError with words."""
+    flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no file")
+        header = os.read(descriptor, 100)
+        if header:
+            check_history_file(header)
+    except Exception:
+        os.close(descriptor)
+        raise
+    return descriptor, not header
+
+
+def lock_history_file(descriptor: int) -> None:
+    """Lock a file for as long as it is open here. Raises OSError, and ValueError if another process has done so.
+
+    SQLite's own locks come and go with each commit, so that others can read meanwhile."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _LOCKED_BYTE)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, getattr(errno, "EDEADLOCK", errno.EAGAIN)):
+            raise ValueError("another chat keeps its history there") from None
+        raise
+
+
+def free_name(path: str) -> str:
+    """Return a name for a damaged file that no other file has."""
+    numbers = (f"{path}.damaged-{number}" for number in itertools.count(1))
+    return next(name for name in numbers if not os.path.lexists(name) and not os.path.lexists(f"{name}-journal"))
+
+
+class HistoryReader:
+    """Reads the file of a history, which another process may write meanwhile. Raises what SQLite does."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._database: Any = None  # while the file is open
+
+    def connect(self, **how: Any) -> None:
+        """Open the file with SQLite. Raises ImportError, and the module's errors."""
+        import sqlite3
+        self._database = sqlite3.connect(os.path.abspath(self.path), isolation_level=None, **how)
+        self._database.text_factory = lambda data: data.decode("utf-8", "replace")
+
+    def rows(self, query: str, *values: Any) -> List[Any]:
+        """Return the rows of a query."""
+        return list(self._database.execute(query, values))
+
+    def before(self, row: int, conversation: Optional[str], count: int = HISTORY_PAGE) -> List[Said]:
+        """Return the messages of a conversation, or of all, above a row: so many, oldest first."""
+        return self._page("row < ?", row, conversation, "DESC", count)[::-1]
+
+    def since(self, row: int, conversation: Optional[str], count: int = HISTORY_PAGE) -> List[Said]:
+        """Return the messages from a row on, oldest first."""
+        return self._page("row >= ?", row, conversation, "ASC", count)
+
+    def _page(self, where: str, row: int, conversation: Optional[str], order: str, count: int) -> List[Said]:
+        page = self._select(where, row, conversation, order, count)
+        sizes = itertools.accumulate(len(message.text) for message in page)
+        return page[:max(1, sum(size <= PAGE_SIZE for size in sizes))]
+
+    def _select(self, where: str, row: int, conversation: Optional[str], order: str, count: int) -> List[Said]:
+        """Return messages of a conversation; None stands for all."""
+        only, values = ("", ()) if conversation is None else ("conversation = ? AND ", (conversation,))
+        if conversation == EVERYONE and "holds" in where:
+            only = f"+{only}"  # without the index, which is a detour if most messages are wanted
+        query = f"SELECT {_COLUMNS} FROM messages WHERE {only}{where} ORDER BY row {order} LIMIT ?"
+        return [said_from(each) for each in self.rows(query, *values, row, count)]
+
+
+class History(HistoryReader):
+    """What was said, and the lines that the user entered, in a file. open() before anything else.
+
+    It reads nothing if the file can't be read; the user is told of that."""
+
+    def __init__(self, loop: Loop, path: str) -> None:
+        super().__init__(path)
+        self._loop = loop
+        self._sqlite3: Any = None  # the module
+        self._descriptor = -1  # of the file, for its lock
+        self._unwritten: Deque[Said] = collections.deque()
+        self._size = 0  # characters of that
+        self._entered: List[str] = []  # lines that are not written yet
+        self._interval = WRITE_INTERVAL
+        self._timer = Timer()  # of the next batch
+        self._search = Timer()  # of the next portion of a search
+        self._has_set_aside = self._has_dropped = False
+
+    @property
+    def is_open(self) -> bool:
+        return self._database is not None
+
+    def open(self) -> None:
+        """Open the file, or begin it. If that can't be done, the user is told, and nothing is kept."""
+        try:
+            import sqlite3
+            self._sqlite3 = sqlite3
+        except ImportError:
+            self._give_up("this Python has no sqlite3")
+            return
+        try:
+            self._descriptor, is_new = open_history_file(self.path, create=True)
+            lock_history_file(self._descriptor)
+            if is_new and os.name == "posix":
+                os.chmod(self.path, 0o600)
+            self.connect(timeout=0)
+            self._prepare()
+        except OSError as error:
+            self._give_up(error_text(error))
+        except ValueError as error:
+            self._give_up(str(error))
+        except sqlite3.Error as error:
+            self._on_error(error, is_opening=True)
+
+    def _prepare(self) -> None:
+        """Make the tables, if they are missing. The file is written in any case: that shows whether it can be."""
+        for pragma in ("journal_mode = DELETE", "synchronous = OFF", "temp_store = MEMORY"):  # WAL fails on NFS
+            self._database.execute(f"PRAGMA {pragma}").fetchall()
+        steps = (f"PRAGMA application_id = {HISTORY_ID}", f"PRAGMA user_version = {HISTORY_VERSION}", *_TABLES)
+        for step in ("BEGIN IMMEDIATE", *steps, "COMMIT"):
+            self._database.execute(step)
+
+    def close(self) -> None:
+        """Write what waits, and let go of the file."""
+        if self.is_open:
+            self._database.execute("PRAGMA busy_timeout = 1000")
+        waiting = -1
+        while self.is_open and self._unwritten and waiting != len(self._unwritten):
+            waiting = len(self._unwritten)
+            self.write()
+        self.write()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the file. Only then its descriptor: closing that drops every lock that this process has on the file."""
+        self._timer.cancel()
+        database, self._database = self._database, None
+        if database is not None:
+            database.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _give_up(self, why: str) -> None:
+        """Go on without, and say why."""
+        self._let_go()
+        self._unwritten.clear()
+        log.critical("No history is kept: %s: %s", clean(self.path), clean(why))
+
+    # -- in --------------------------------------------------------------------------------------------
+
+    def listen(self, node: PeerNode, ignored: Container[str]) -> None:
+        """Keep what is said at a node, but not by peers whose ids are ignored: they were not shown either."""
+        node.listeners.insert(0, functools.partial(self._on_events, node.me, ignored))
+
+    def _on_events(self, me: Peer, ignored: Container[str], events: List[Event]) -> None:
+        if not self.is_open:
+            return
+        for event in events:
+            kind = event["event"]
+            if kind == "sent":
+                to = event["to"]
+                self._keep(event, to if is_channel_or_all(to) else (split_id(to) or (to,))[0], me.username, own=True)
+            elif kind in ("chat", "told") and event["from"]["id"] not in ignored:
+                to, sender = event["to"], event["from"]["username"]
+                self._keep(event, to if is_channel_or_all(to) else sender, sender)
+
+    def _keep(self, event: Event, conversation: str, sender: str, own: bool = False) -> None:
+        when, teller = self._loop.wall() - event.get("age", 0.0), event.get("told_by", "")
+        told_by = teller["username"] if isinstance(teller, dict) else teller
+        self._unwritten.append(Said(0, event["id"], when, conversation, sender, own, told_by, event["text"]))
+        self._size += len(event["text"]) + MESSAGE_OVERHEAD
+        while self._size > MAX_UNWRITTEN:
+            self._size -= len(self._unwritten.popleft().text) + MESSAGE_OVERHEAD
+            if not self._has_dropped:
+                self._has_dropped = True
+                log.critical("The history %s could not be written for long: some messages are missing there",
+                             clean(self.path))
+        self._write_later(self._interval)
+
+    def keep_entered(self, text: str) -> None:
+        """Keep a line that the user entered, but not what begins like /passphrase: the passphrase may follow."""
+        if self.is_open and len(text) <= MAX_TEXT and not clean(text).lstrip().lower().startswith("/pass"):
+            self._entered = [*self._entered[1 - MAX_ENTERED:], text]
+            self._write_later(self._interval)
+
+    def _write_later(self, delay: float) -> None:
+        if not self._timer.active and self.is_open:
+            self._timer = self._loop.call_later(delay, self.write)
+
+    def write(self) -> None:
+        """Write a batch of what waits, and see to the rest later."""
+        self._timer.cancel()
+        if not self.is_open or not (self._unwritten or self._entered):
+            return
+        batch: List[Said] = []
+        size = 0
+        for message in self._unwritten:
+            if len(batch) == WRITE_PORTION or size > WRITE_SIZE:
+                break
+            batch.append(message)
+            size += len(message.text)
+        started = self._loop.now()
+        try:
+            self._commit(batch)
+        except self._sqlite3.Error as error:
+            self._on_error(error)
+            return
+        for message in batch:
+            self._unwritten.popleft()
+            self._size -= len(message.text) + MESSAGE_OVERHEAD
+        self._entered = []
+        is_slow = self._pace(self._loop.now() - started)
+        if self._unwritten:
+            self._write_later(self._interval if is_slow else 0.0)
+
+    def _commit(self, batch: List[Said]) -> None:
+        """Write messages, and the lines entered, in one transaction. If it raises, nothing was written."""
+        execute = self._database.execute
+        execute("BEGIN IMMEDIATE")
+        for message in batch:
+            self._insert(message)
+        for text in self._entered:
+            execute("INSERT INTO entered (text) VALUES (?)", (text,))
+        if self._entered:
+            execute("DELETE FROM entered WHERE row <= (SELECT max(row) FROM entered) - ?", (MAX_ENTERED,))
+        (pages,), (free,), (size,) = (execute(f"PRAGMA {what}").fetchone()
+                                      for what in ("page_count", "freelist_count", "page_size"))
+        if (pages - free) * size > MAX_HISTORY:
+            oldest = "SELECT row FROM messages ORDER BY row LIMIT ?"
+            execute(f"DELETE FROM messages WHERE row IN ({oldest})", (2 * len(batch) + 64,))
+        execute("COMMIT")
+
+    def _insert(self, message: Said) -> None:
+        """Put a message in. What is only told yields to what came from its sender, and is put in if it is not known.
+
+        A sender that uses an id twice gains nothing by that: such a message is kept without its id."""
+        execute, values = self._database.execute, message[2:]
+        into = f"INTO messages ({', '.join(Said._fields[1:])}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        if not message.told_by:
+            execute("DELETE FROM messages WHERE id = ? AND told_by != ''", (message.id,))
+        is_known = not execute(f"INSERT OR IGNORE {into}", (message.id, *values)).rowcount
+        if is_known and not message.told_by:
+            execute(f"INSERT {into}", (None, *values))
+
+    def _pace(self, took: float) -> bool:
+        """Make commits rarer if the last one was slow; return whether it was."""
+        is_slow = took > SLOW_COMMIT
+        if is_slow:
+            self._interval = min(2 * self._interval, WRITE_INTERVAL_MAX)
+            limited_log("history", logging.WARNING, "[P2P] writing %d ms to the history: now every %.1f s",
+                        1000 * took, self._interval)
+        elif took < SLOW_COMMIT / 4:
+            self._interval = max(self._interval / 2, WRITE_INTERVAL)
+        return is_slow
+
+    def _on_error(self, error: Exception, is_opening: bool = False) -> None:
+        """The file could not be written or read: try again, set it aside, or go on without."""
+        text = str(error)
+        if self.is_open and self._database.in_transaction:
+            self._database.rollback()  # on a full disk SQLite has done that itself
+        if "locked" in text and not is_opening:
+            self._write_later(max(5 * WRITE_INTERVAL, self._interval))  # another program reads or writes it just now
+        elif type(error) is self._sqlite3.DatabaseError or text.startswith("no such"):
+            self._set_aside(text)
+        else:
+            self._give_up("another program has it open" if "locked" in text else text)
+
+    def _set_aside(self, why: str) -> None:
+        """The file is damaged: give it another name, and begin a new one, once. Its journal goes along, to mend it."""
+        if self._has_set_aside:
+            self._give_up(why)
+            return
+        self._has_set_aside, name = True, free_name(self.path)
+        self._let_go()
+        try:
+            if os.path.lexists(f"{self.path}-journal"):
+                os.rename(f"{self.path}-journal", f"{name}-journal")
+            os.rename(self.path, name)
+        except OSError as error:
+            self._give_up(f"it is damaged ({why}), and can't be renamed: {error_text(error)}")
+            return
+        log.critical("The history %s is damaged (%s): it is now %s, and a new one begins", clean(self.path), why,
+                     clean(name))
+        self.open()
+        self._write_later(self._interval)
+
+    # -- out -------------------------------------------------------------------------------------------
+
+    def rows(self, query: str, *values: Any) -> List[Any]:
+        """Return the rows of a query, once what waits is written; none if the file can't be read."""
+        self.write()
+        if not self.is_open:
+            return []
+        try:
+            return super().rows(query, *values)
+        except self._sqlite3.Error as error:
+            self._on_error(error)
+            return []
+
+    def entered(self) -> List[str]:
+        """Return the lines that the user entered, oldest first."""
+        rows = self.rows("SELECT text FROM entered ORDER BY row DESC LIMIT ?", MAX_ENTERED)
+        return [clean(str(text), newlines=True) for (text,) in reversed(rows)]
+
+    def row_of(self, message_id: str) -> Optional[int]:
+        """Return the row of a message."""
+        rows = self.rows("SELECT row FROM messages WHERE id = ?", message_id)
+        return rows[0][0] if rows else None
+
+    def find(self, wanted: str, conversation: Optional[str], before: int, count: int,
+             then: Callable[[List[Said]], None]) -> None:
+        """Look for a text in the messages above a row, newest first, and hand over so many that hold it.
+
+        That may be in this turn or a later one: each turn has SEARCH_TIME for it. Another search ends it."""
+        self._search.cancel()
+        self._look(wanted.casefold(), conversation, before, count, [], then)
+
+    def _look(self, wanted: str, conversation: Optional[str], before: int, count: int, found: List[Said],
+              then: Callable[[List[Said]], None]) -> None:
+        """Look through as many messages as there is time for."""
+        until, stopped_at = self._loop.now() + SEARCH_TIME, 0
+
+        def is_late(row: int) -> bool:
+            """Whether there is no time left; then the search stops at this row."""
+            nonlocal stopped_at
+            if not stopped_at and self._loop.now() >= until:
+                stopped_at = row
+            return stopped_at > 0
+
+        if self.is_open:
+            self._database.create_function("is_late", 1, is_late)
+            self._database.create_function("holds", 2, lambda sender, text: wanted in f"{sender}: {text}".casefold())
+        where = "row < ? AND (random() & 63 = 0 AND is_late(row) OR holds(sender, text))"  # now and then, to save time
+        seen = self._select(where, before, conversation, "DESC", count - len(found))
+        found = found + [message for message in seen if message.row > stopped_at]
+        if stopped_at and len(found) < count and self.is_open:
+            self._search = self._loop.call_later(0, self._look, wanted, conversation, stopped_at + 1, count, found,
+                                                 then)
+        else:
+            then(found)
+
+
+# ======================================================================================================
 # Chat view
 #
 # The model behind all three interfaces. ChatView stands at the end of the section and holds the parts:
@@ -6887,7 +7318,6 @@ TIME_COLS = 32  # a narrower screen shows no times
 NICK_STYLES = 8  # colours of names: the styles nick0 to nick7
 BAR_NAME = 16  # columns that the status bar has for the name of a window
 PROMPT = "> "
-ACTION = "/me "  # begins a text that says what its sender does
 CHAT_KINDS = ("chat", "action")  # kinds of entries that somebody said
 
 

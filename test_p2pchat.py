@@ -8888,6 +8888,374 @@ def test_node_one_that_is_said_to_be_dead_and_refuses_is_gone_at_once(off, trio)
     assert [event["peer"]["username"] for event in trio.ann.saw("left")] == ["Bob"]
 
 
+# -- history -------------------------------------------------------------------------------------------
+
+
+class HistoryLoop(LoopClock):
+    """A loop whose timers fire when the test says so; a clock that each look at it moves on."""
+
+    def __init__(self, tick=0.0):
+        super().__init__()
+        self.tick = tick
+        self.delays = []
+
+    def now(self):
+        self.time += self.tick
+        return self.time
+
+    def wall(self):
+        return 1_700_000_000.0 + self.time
+
+    def call_later(self, delay, callback, *args):
+        timer = p2pchat.Timer(self.time + delay, callback, args)
+        self.later.append(timer)
+        self.delays.append(delay)
+        return timer
+
+    def turn(self):
+        """Fire what is to be called; return how many calls that were."""
+        due, self.later = [timer for timer in self.later if timer.active], []
+        for timer in due:
+            timer.fire()
+        return len(due)
+
+
+class HistoryRig:
+    """A history, and a node whose events the test makes up."""
+
+    def __init__(self, path, loop=None):
+        self.loop = loop or HistoryLoop()
+        self.path = str(path)
+        self.history = p2pchat.History(self.loop, self.path)
+        self.me = p2pchat.Peer("Alice", "10.0.0.1", 10001, "me")
+        self.ignored = {}
+        node = types.SimpleNamespace(me=self.me, listeners=[])
+        self.history.listen(node, self.ignored)
+        (self.tell,) = node.listeners
+        self.history.open()
+
+    def chat(self, name, text, to="*", number=0, kind="chat", **more):
+        """Somebody said something, or told of it."""
+        self.numbers = getattr(self, "numbers", itertools.count(1))
+        peer = p2pchat.Peer(name, "10.0.0.2", 10001, name).public
+        message_id = f"{name}-{number or next(self.numbers)}"
+        self.tell([{"event": kind, "from": peer, "to": to, "text": text, "id": message_id, **more}])
+
+    def sent(self, text, to="*"):
+        self.numbers = getattr(self, "numbers", itertools.count(1))
+        self.tell([{"event": "sent", "to": to, "text": text, "id": f"me-{next(self.numbers)}", "receivers": []}])
+
+    def rows(self):
+        """What another program reads in the file."""
+        import sqlite3
+        with contextlib.closing(sqlite3.connect(self.path)) as database:
+            return database.execute("SELECT conversation, sender, own, text FROM messages ORDER BY row").fetchall()
+
+    def found(self, wanted, conversation=None, before=2**62, count=10):
+        """The texts that a search finds, and in how many turns."""
+        found, turns = [], 1
+        self.history.find(wanted, conversation, before, count, found.append)
+        while not found:
+            turns += self.loop.turn()
+        return [message.text for message in found[0]], turns
+
+
+@pytest.fixture
+def history(tmp_path):
+    rig = HistoryRig(tmp_path / "chat.history")
+    yield rig
+    rig.history.close()
+
+
+def history_complaints(caplog):
+    """What users were told."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.CRITICAL]
+
+
+def test_history_keeps_what_is_said_by_conversation(history):
+    assert stat.S_IMODE(os.stat(history.path).st_mode) == 0o600
+    history.chat("Bob", "to all")
+    history.chat("Bob", "to me", to="Alice@10.0.0.1:10001")
+    history.chat("Bob", "to the lab", to="#lab")
+    history.sent("mine")
+    history.sent("to Bob", to="Bob@10.0.0.2:10001")
+    history.ignored["Eve@10.0.0.2:10001"] = None
+    history.chat("Eve", "ignored")
+    assert history.rows() == [] and history.loop.delays == [p2pchat.WRITE_INTERVAL]
+    assert history.loop.turn() == 1
+    assert history.rows() == [("*", "Bob", 0, "to all"), ("Bob", "Bob", 0, "to me"), ("#lab", "Bob", 0, "to the lab"),
+                              ("*", "Alice", 1, "mine"), ("Bob", "Alice", 1, "to Bob")]
+    assert [each.text for each in history.history.before(2**62, "Bob")] == ["to me", "to Bob"]
+    assert [each.text for each in history.history.since(3, None)] == ["to the lab", "mine", "to Bob"]
+    assert history.history.row_of("me-4") == 4 and history.history.row_of("?") is None
+
+
+@pytest.mark.parametrize("events, kept", [
+    ([("chat", 1, "a"), ("told", 1, "a")], ["a"]),
+    ([("told", 1, "a"), ("chat", 1, "a")], ["a"]),
+    ([("told", 1, "a lie"), ("chat", 1, "the truth")], ["the truth"]),
+    ([("told", 1, "a"), ("told", 1, "b")], ["a"]),
+    ([("chat", 1, "a"), ("chat", 1, "with the same id")], ["a", "with the same id"]),
+])
+def test_history_knows_messages_by_their_id(history, events, kept):
+    for kind, number, text in events:
+        history.chat("Bob", text, number=number, kind=kind, **({"told_by": "Carol", "age": 60} if kind == "told" else {}))
+    history.loop.turn()
+    assert [row[3] for row in history.rows()] == kept
+
+
+def test_history_keeps_lines_that_were_entered_but_never_a_passphrase(history):
+    for text in ("hello", "/passphrase", "/passphrase secret", " /PASSPHRASE x", "\u200b/passphrase x", "/passphrse secret", "/msg Bob hi",
+                 "x" * (p2pchat.MAX_TEXT + 1)):
+        history.history.keep_entered(text)
+    history.loop.turn()
+    assert history.history.entered() == ["hello", "/msg Bob hi"]
+    for number in range(p2pchat.MAX_ENTERED + 20):
+        history.history.keep_entered(f"line {number}")
+        history.loop.turn()
+    with open(history.path, "rb") as file:
+        assert b"secret" not in file.read()
+    history.history.close()
+    again = HistoryRig(history.path)
+    assert again.history.entered() == [f"line {number}" for number in range(20, p2pchat.MAX_ENTERED + 20)]
+    again.history.close()
+
+
+@pytest.mark.parametrize("wanted, conversation, texts", [
+    ("ZOË", None, ["für Zoë", "von zoË"]), ("strasse", None, ["STRAẞE"]), ("bob: s", None, ["STRAẞE"]), ("%", None, ["100 %"]),
+    ("* bob", None, []), ("alice", None, ["für Zoë"]), ("e", "Bob", ["STRAẞE"]), ("e", "*", ["100 %"]), ("x", None, [])])
+def test_history_search_folds_case_in_every_script(history, wanted, conversation, texts):
+    history.chat("Bob", "von zoË", to="Alice@10.0.0.1:10001")
+    history.chat("Bob", "STRAẞE", to="Alice@10.0.0.1:10001")
+    history.chat("Carol", "100 %, he says")
+    history.sent("für Zoë", to="Carol@10.0.0.3:10001")
+    found = history.found(wanted, conversation)[0]
+    assert [text[:5] for text in found] == [text[:5] for text in texts]
+
+
+def test_history_search_goes_on_in_later_turns(tmp_path):
+    """Newest first; no turn takes longer than it may; nothing is found twice, nothing missed."""
+    rig = HistoryRig(tmp_path / "h", HistoryLoop())
+    for number in range(5000):
+        rig.chat("Bob", f"message {number}" + " wanted" * (number % 701 == 13), to="*" if number % 2 else "#lab")
+    while rig.history._unwritten:
+        rig.loop.turn()
+    every = [f"message {number} wanted" for number in range(13 + 7 * 701, 0, -701)]
+    assert rig.found("wanted") == (every, 1)
+    rig.loop.tick = p2pchat.SEARCH_TIME / 10
+    for count, conversation, texts in ((20, None, every), (3, None, every[:3]), (20, "*", every[1::2]), (1, "#lab", every[:1]), (1, "?", [])):
+        found, turns = rig.found("wanted", conversation, count=count)
+        assert found == texts and (turns > 3 or conversation or count == 3), (count, conversation, turns)
+    rig.history.close()
+
+
+def test_history_is_bounded(history, monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_HISTORY", 256 * 1024)
+    for number in range(3000):
+        history.chat("Bob", f"message {number} " + "x" * 300)
+        history.loop.turn()
+    texts = [row[3].split()[1] for row in history.rows()]
+    assert os.path.getsize(history.path) < 400 * 1024 and len(texts) > 400
+    assert texts == [str(number) for number in range(3000 - len(texts), 3000)]
+
+
+def test_history_commits_are_rarer_where_each_is_slow(tmp_path):
+    rig, seen = HistoryRig(tmp_path / "h", HistoryLoop()), []
+    for tick in [p2pchat.SLOW_COMMIT * 1.01] * 8 + [p2pchat.SLOW_COMMIT / 2] * 2 + [0.0] * 8:
+        rig.loop.tick = 0.0
+        rig.chat("Bob", "x")
+        seen.append(round(rig.loop.delays[-1], 3))
+        rig.loop.tick = tick
+        rig.loop.turn()
+    assert seen == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 6.4, 6.4, 6.4, 6.4, 3.2, 1.6, 0.8, 0.4, 0.2, 0.1, 0.1]
+    rig.history.close()
+
+
+def test_history_is_written_in_portions(history):
+    for number in range(5 * p2pchat.WRITE_PORTION):
+        history.chat("Bob", f"message {number}")
+    counts = []
+    while history.loop.turn():
+        counts.append(len(history.rows()))
+    assert counts == [(number + 1) * p2pchat.WRITE_PORTION for number in range(5)] and history.loop.delays[1:] == [0.0] * 4
+
+
+def test_history_waits_for_another_program_and_keeps_the_rest_within_a_bound(history, monkeypatch, caplog):
+    """Nothing waits in SQLite meanwhile; what is too much is dropped, the oldest first, and the user is told."""
+    import sqlite3
+    monkeypatch.setattr(p2pchat, "MAX_UNWRITTEN", 20 * (p2pchat.MESSAGE_OVERHEAD + 10))
+    other = sqlite3.connect(history.path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    start = time.monotonic()
+    for number in range(30):
+        history.chat("Bob", f"message {number:02}")
+        history.loop.turn()
+    assert history.history.before(2**62, "*") == [] and time.monotonic() - start < 2 and history.loop.delays[-1] >= 0.5
+    other.execute("ROLLBACK")
+    other.close()
+    history.loop.turn()
+    assert [row[3] for row in history.rows()] == [f"message {number}" for number in range(10, 30)]
+    assert history_complaints(caplog) == [f"The history {history.path} could not be written for long: some messages are missing there"]
+
+
+def history_other(path):
+    """Another program's database."""
+    import sqlite3
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE bookmarks (url)")
+        database.execute("INSERT INTO bookmarks VALUES ('https://example.org')")
+        database.commit()
+
+
+def history_newer(path):
+    """A file of a version to come."""
+    rig = HistoryRig(path)
+    rig.history.close()
+    import sqlite3
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute(f"PRAGMA user_version = {p2pchat.HISTORY_VERSION + 1}")
+
+
+@pytest.mark.parametrize("make, why", [
+    (history_other, "it is another program's file"),
+    (lambda path: path.write_text("what I wrote"), "it is another program's file"),
+    (lambda path: path.write_text("long " * 1000), "it is another program's file"),
+    (history_newer, "a newer version of p2pchat wrote it"),
+    (lambda path: path.mkdir(), "is a directory"),
+    (lambda path: os.mkfifo(path), "it is no file"),
+    (lambda path: path.symlink_to("/dev/null"), "it is no file"),
+    (lambda path: path.symlink_to(path.parent / "missing" / "x"), "no such file or directory"),
+])
+def test_history_leaves_files_alone_that_are_none(tmp_path, caplog, make, why):
+    path = tmp_path / "h"
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    rig = HistoryRig(path)
+    assert history_complaints(caplog) == [f"No history is kept: {path}: {why}"] and not rig.history.is_open
+    rig.chat("Bob", "the chat goes on")
+    rig.history.keep_entered("x")
+    assert rig.loop.turn() == 0 and rig.found("x") == ([], 1) and rig.history.before(9, "*") == rig.history.entered() == []
+    rig.history.close()
+    assert (path.read_bytes() if path.is_file() else None) == before and os.listdir(tmp_path) == ["h"]
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_history_in_a_place_that_is_read_only(tmp_path, caplog, place):
+    HistoryRig(tmp_path / "h").history.close()
+    os.chmod(tmp_path, 0o555 if place == "folder" else 0o755)
+    os.chmod(tmp_path / "h", 0o444 if place == "file" else 0o666)
+    is_root = os.geteuid() == 0
+    for folder in [tmp_path, *tmp_path.parents] if is_root else []:
+        if not os.stat(folder).st_mode & 0o001:
+            os.chmod(folder, os.stat(folder).st_mode | 0o011)
+    try:
+        if is_root:
+            os.seteuid(65534)  # root may write everywhere
+        rig = HistoryRig(tmp_path / "h")
+    finally:
+        if is_root:
+            os.seteuid(0)
+        os.chmod(tmp_path, 0o755)
+    (complaint,) = history_complaints(caplog)
+    assert complaint.startswith(f"No history is kept: {tmp_path / 'h'}: ") and not rig.history.is_open
+    assert any(word in complaint for word in ("permission denied", "readonly", "unable to open")), complaint
+
+
+def history_spoil(path, start, size=4096):
+    """Overwrite a part of a file."""
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(b"\xa5" * size)
+
+
+def history_filled(path, count=2000):
+    """A history with so many messages."""
+    rig = HistoryRig(path)
+    for number in range(count):
+        rig.chat("Bob", f"message {number} " + "x" * 50)
+    while rig.loop.turn():
+        pass
+    rig.history.close()
+
+
+@pytest.mark.parametrize("start, size, at_start", [(100, 3996, True), (4096, 20 * 4096, False), (8192, 100 * 4096, False)])
+def test_history_sets_a_damaged_file_aside(tmp_path, caplog, start, size, at_start):
+    """Under a name that is free; a new one begins, and what was said goes there."""
+    path = tmp_path / "h"
+    history_filled(path)
+    history_spoil(path, start, size)
+    (tmp_path / "h.damaged-1").write_text("an older one")
+    spoilt = path.read_bytes()
+    rig = HistoryRig(path)
+    assert bool(history_complaints(caplog)) == at_start
+    rig.chat("Bob", "is it kept?")
+    for _ in range(3):
+        rig.history.before(2**62, "*")
+        rig.loop.turn()
+    (complaint,) = history_complaints(caplog)
+    assert complaint.startswith(f"The history {path} is damaged (") and complaint.endswith(f"it is now {path}.damaged-2, and a new one begins")
+    assert [row[3] for row in rig.rows()] == ["is it kept?"]
+    assert (tmp_path / "h.damaged-1").read_text() == "an older one"
+    assert (tmp_path / "h.damaged-2").read_bytes()[200:] == spoilt[200:] and stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    rig.history.close()
+    assert sorted(os.listdir(tmp_path)) == ["h", "h.damaged-1", "h.damaged-2"]
+
+
+def test_history_on_a_full_disk(history, caplog):
+    """The user is told once; what was written before can still be read by others."""
+    history.chat("Bob", "the first")
+    history.loop.turn()
+    pages = history.history._database.execute("PRAGMA page_count").fetchone()[0]
+    history.history._database.execute(f"PRAGMA max_page_count = {pages + 2}").fetchall()
+    for number in range(100):
+        history.chat("Bob", f"message {number} " + "x" * 500)
+    history.loop.turn()
+    assert history_complaints(caplog) == [f"No history is kept: {history.path}: database or disk is full"]
+    history.chat("Bob", "the chat goes on")
+    assert history.loop.turn() == 0 and not history.history._unwritten and [row[3] for row in history.rows()] == ["the first"]
+
+
+def test_history_where_python_has_no_sqlite3(monkeypatch, tmp_path, caplog):
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    rig = HistoryRig(tmp_path / "h")
+    assert history_complaints(caplog) == [f"No history is kept: {tmp_path / 'h'}: this Python has no sqlite3"]
+    assert not rig.history.is_open and os.listdir(tmp_path) == []
+
+
+def test_history_cleans_what_it_reads(history):
+    """Somebody else can have changed the file: no escape sequence comes from there, and no value is of a wrong type."""
+    import sqlite3
+    with contextlib.closing(sqlite3.connect(history.path, isolation_level=None)) as database:
+        for values in ((1e300, "*", "a\x1b[31m", b"\xff\x1b]0;"), ("soon", "*", b"\xff", 7), (-1, "*", "B\nob", "x\x07\ny")):
+            database.execute("INSERT INTO messages (time, conversation, sender, text, own, told_by) VALUES (?, ?, ?, ?, 0, '')", values)
+    read = history.history.before(2**62, "*")
+    assert [each.time for each in read] == [0.0] * 3 and history.found("7")[0] == ["7"]
+    assert not any(character < " " and character != "\n" for each in read for text in (each.sender, each.text) for character in text)
+
+
+def test_history_on_the_simulated_network(tmp_path):
+    """Batches are written by the loop's timers; a peer that restarts goes on in the same file."""
+    world = World("Ann", "Bob")
+    history = p2pchat.History(world.bob.loop, str(tmp_path / "h"))
+    history.listen(world.bob.node, ())
+    history.open()
+    world.ann.say("one", "two")
+    world.run(1)
+    world.bob.say("three")
+    world.run(1)
+    history.close()
+    world.bob.crash()
+    again = p2pchat.History(world.bob.restart().loop, str(tmp_path / "h"))
+    again.listen(world.bob.node, ())
+    again.open()
+    world.run(5)
+    world.ann.say("four")
+    world.run(1)
+    assert [(each.sender, each.text) for each in again.before(2**62, "*")] == [
+        ("Ann", "one"), ("Ann", "two"), ("Bob", "three"), ("Ann", "four")]
+    again.close()
+
+
 # ======================================================================================================
 # Processes
 #
