@@ -6871,9 +6871,10 @@ WRITE_SIZE = 1024 * 1024  # characters of a batch, of about the same cost
 MAX_UNWRITTEN = 32 * 1024 * 1024  # characters of what waits while another program has the file; the oldest is dropped
 MESSAGE_OVERHEAD = 200  # characters that a message counts beside its text
 MAX_HISTORY = 256 * 1024 * 1024  # bytes in use in the file: 1.5 million usual messages; then the oldest are deleted
-MAX_ENTERED = 500  # lines that the user entered
+MAX_ENTERED = 500  # lines that the user entered, in all conversations
 SEARCH_TIME = 0.015  # of one turn
 HISTORY_PAGE = 200  # messages read at a time
+HISTORY_END = sys.maxsize  # a row behind the last one
 PAGE_SIZE = 256 * 1024  # characters of them: what a scrollback has room for 16 times
 LAST_TIME = 253402300799.0  # 9999: what a file says of time is held within what can be shown
 _LOCKED_BYTE = 0x40000000 + 4096  # is locked while a History has the file: far behind the bytes that SQLite locks
@@ -6884,7 +6885,7 @@ _TABLES = (
     "conversation TEXT NOT NULL, sender TEXT NOT NULL, own INTEGER NOT NULL, told_by TEXT NOT NULL, "
     "text TEXT NOT NULL)",
     "CREATE INDEX IF NOT EXISTS conversations ON messages (conversation)",
-    "CREATE TABLE IF NOT EXISTS entered (row INTEGER PRIMARY KEY, text TEXT NOT NULL)")
+    "CREATE TABLE IF NOT EXISTS entered (row INTEGER PRIMARY KEY, conversation TEXT NOT NULL, text TEXT NOT NULL)")
 
 
 class Said(NamedTuple):
@@ -6903,8 +6904,9 @@ class Said(NamedTuple):
 _COLUMNS = ", ".join(Said._fields)
 
 
-def is_channel_or_all(conversation: str) -> bool:
-    return conversation == EVERYONE or conversation.startswith("#")
+def conversation_of(key: str) -> str:
+    """Return the name under which the history has a conversation: a peer's id does not last, its user's name does."""
+    return key if key == EVERYONE or is_channel(key) else (split_id(key) or (key,))[0]
 
 
 def said_from(values: Sequence[Any]) -> Said:
@@ -7018,7 +7020,7 @@ class History(HistoryReader):
         self._descriptor = -1  # of the file, for its lock
         self._unwritten: Deque[Said] = collections.deque()
         self._size = 0  # characters of that
-        self._entered: List[str] = []  # lines that are not written yet
+        self._entered: List[Tuple[str, str]] = []  # lines that are not written yet, each with its conversation
         self._interval = WRITE_INTERVAL
         self._timer = Timer()  # of the next batch
         self._search = Timer()  # of the next portion of a search
@@ -7088,8 +7090,10 @@ class History(HistoryReader):
     # -- in --------------------------------------------------------------------------------------------
 
     def listen(self, node: PeerNode, ignored: Container[str]) -> None:
-        """Keep what is said at a node, but not by peers whose ids are ignored: they were not shown either."""
-        node.listeners.insert(0, functools.partial(self._on_events, node.me, ignored))
+        """Keep what is said at a node, but not by peers whose ids are ignored: they were not shown either.
+
+        What is shown comes first: then a window that opens for a message reads here only what was said before."""
+        node.listeners.append(functools.partial(self._on_events, node.me, ignored))
 
     def _on_events(self, me: Peer, ignored: Container[str], events: List[Event]) -> None:
         if not self.is_open:
@@ -7097,11 +7101,10 @@ class History(HistoryReader):
         for event in events:
             kind = event["event"]
             if kind == "sent":
-                to = event["to"]
-                self._keep(event, to if is_channel_or_all(to) else (split_id(to) or (to,))[0], me.username, own=True)
+                self._keep(event, conversation_of(event["to"]), me.username, own=True)
             elif kind in ("chat", "told") and event["from"]["id"] not in ignored:
                 to, sender = event["to"], event["from"]["username"]
-                self._keep(event, to if is_channel_or_all(to) else sender, sender)
+                self._keep(event, to if to == EVERYONE or is_channel(to) else sender, sender)
 
     def _keep(self, event: Event, conversation: str, sender: str, own: bool = False) -> None:
         when, teller = self._loop.wall() - event.get("age", 0.0), event.get("told_by", "")
@@ -7116,10 +7119,10 @@ class History(HistoryReader):
                              clean(self.path))
         self._write_later(self._interval)
 
-    def keep_entered(self, text: str) -> None:
+    def keep_entered(self, conversation: str, text: str) -> None:
         """Keep a line that the user entered, but not what begins like /passphrase: the passphrase may follow."""
         if self.is_open and len(text) <= MAX_TEXT and not clean(text).lstrip().lower().startswith("/pass"):
-            self._entered = [*self._entered[1 - MAX_ENTERED:], text]
+            self._entered = [*self._entered[1 - MAX_ENTERED:], (conversation, text)]
             self._write_later(self._interval)
 
     def _write_later(self, delay: float) -> None:
@@ -7158,8 +7161,8 @@ class History(HistoryReader):
         execute("BEGIN IMMEDIATE")
         for message in batch:
             self._insert(message)
-        for text in self._entered:
-            execute("INSERT INTO entered (text) VALUES (?)", (text,))
+        for line in self._entered:
+            execute("INSERT INTO entered (conversation, text) VALUES (?, ?)", line)
         if self._entered:
             execute("DELETE FROM entered WHERE row <= (SELECT max(row) FROM entered) - ?", (MAX_ENTERED,))
         (pages,), (free,), (size,) = (execute(f"PRAGMA {what}").fetchone()
@@ -7236,9 +7239,10 @@ class History(HistoryReader):
             self._on_error(error)
             return []
 
-    def entered(self) -> List[str]:
-        """Return the lines that the user entered, oldest first."""
-        rows = self.rows("SELECT text FROM entered ORDER BY row DESC LIMIT ?", MAX_ENTERED)
+    def entered(self, conversation: str) -> List[str]:
+        """Return the lines that the user entered in a conversation, oldest first."""
+        query = "SELECT text FROM entered WHERE conversation = ? ORDER BY row DESC LIMIT ?"
+        rows = self.rows(query, conversation, MAX_ENTERED)
         return [clean(str(text), newlines=True) for (text,) in reversed(rows)]
 
     def row_of(self, message_id: str) -> Optional[int]:
@@ -7250,9 +7254,9 @@ class History(HistoryReader):
              then: Callable[[List[Said]], None]) -> None:
         """Look for a text in the messages above a row, newest first, and hand over so many that hold it.
 
-        That may be in this turn or a later one: each turn has SEARCH_TIME for it. Another search ends it."""
+        That is in a later turn: each one has SEARCH_TIME for it. Another search ends it."""
         self._search.cancel()
-        self._look(wanted.casefold(), conversation, before, count, [], then)
+        self._search = self._loop.call_later(0, self._look, wanted.casefold(), conversation, before, count, [], then)
 
     def _look(self, wanted: str, conversation: Optional[str], before: int, count: int, found: List[Said],
               then: Callable[[List[Said]], None]) -> None:
@@ -7304,6 +7308,8 @@ DRAW_PORTION = 48 * 1024  # characters wrapped for one drawing, those beyond ASC
 MAX_WINDOWS = 50  # that are open: strangers open them, too, each by a private message
 MAX_HELD = 3 * MAX_SCROLLBACK  # characters in all windows together, with ENTRY_SIZE for each entry: some 25 MiB
 ENTRY_SIZE = 200  # what an entry without its text counts as
+LAST_LINES = 50  # of the history that a window begins with
+FOUND_LINES = 10  # that /search prints, where there is no screen
 MAX_DRAWN = 50_000  # rows kept as they were drawn: more than the largest screen and the longest texts on it have
 MAX_DELIVERIES = 3000  # awaited at a time while lines are piped in: one acknowledgement may end them all, in one turn
 MAX_SENDING = 1024 * 1024  # bytes of the texts under way meanwhile, on the wire: a quarter of a receiver's outbox
@@ -7440,6 +7446,11 @@ class LineEditor:
             gone = gone + self.was_cut if backwards else self.was_cut + gone
         if gone:
             self.was_cut, self._doing = gone, "cutting"
+
+    def remember(self, lines: List[str]) -> None:
+        """Begin with a history."""
+        self._history = lines + self._history
+        self._at = len(self._history)
 
     def enter(self) -> str:
         """Return the line, add it to the history, and begin an empty one."""
@@ -7612,7 +7623,7 @@ def nick_style(label: str) -> str:
 class Entry:
     """One message or notice of the scrollback."""
 
-    __slots__ = ("seq", "added_at", "kind", "sender", "to", "text", "style", "called", "members", "receipts")
+    __slots__ = ("seq", "added_at", "kind", "sender", "to", "text", "style", "id", "called", "members", "receipts")
 
     def __init__(self, seq: int, now: float, kind: str, text: str, style: str, sender: str, to: str) -> None:
         self.seq = seq  # consecutive: its index in the scrollback is seq minus the seq of the first entry
@@ -7622,6 +7633,7 @@ class Entry:
         self.to = to  # label of the only receiver; empty for everyone
         self.text = text
         self.style = style
+        self.id = ""  # of a message
         self.called = ""  # the user's name, if it stands in the text
         self.members: List[Tuple[str, str]] = []  # ids of those who joined, left or are gone, each with the reason
         self.receipts: Optional[Receipts] = None  # of an own message
@@ -7675,6 +7687,7 @@ class Scrollback:
         self.unread: Optional[int] = None  # seq of the entry below which "new" is drawn
         self._is_missed = False  # that mark is where the focus was lost, and the reader has not seen it yet
         self.found: Optional[int] = None  # seq of the entry that the last search found
+        self.gap: Optional[int] = None  # seq of the first entry below those that a search has brought from far above
         self.wanted = ""  # what the last search looked for
 
     def add(self, now: float, kind: str, text: str, style: str = "", sender: str = "", to: str = "") -> Entry:
@@ -7711,9 +7724,34 @@ class Scrollback:
             self.anchor = (renumbered(self.anchor[0]), self.anchor[1])
         if self.found is not None:
             self.found = renumbered(self.found)
+        if self.gap is not None:
+            self.gap = renumbered(self.gap)
         self._left_at = renumbered(self._left_at + 1) - 1
         if self.unread is not None:
             self.unread = renumbered(self.unread + 1) - 1
+
+    def insert_above(self, entries: Sequence[Entry], is_far: bool = False) -> None:
+        """Put older entries in at the top, those of each day below its date; `is_far` if others come between."""
+        dated, day = [], ""
+        for entry in entries:
+            if self._day(entry.added_at) != day:
+                day = self._day(entry.added_at)
+                dated.append(Entry(0, entry.added_at, "date", day, "", "", ""))
+            dated.append(entry)
+        if self.entries and self.entries[0].kind == "date" and (is_far or self.entries[0].text == day):
+            self.drop(1)
+        if self.entries and is_far:
+            when = self.entries[0].added_at
+            self.insert(0, [Entry(0, when, "date", f"{self._day(when)}; above, some is left out", "", "", "")])
+            self.gap = self.entries[0].seq
+        self.insert(0, dated)
+
+    def close_gap(self) -> None:
+        """Drop what a search has brought from far above."""
+        if self.gap is not None and self.entries[0].seq <= self.gap:
+            self.drop(self.gap - self.entries[0].seq)
+            self.change(self.entries[0], self._day(self.entries[0].added_at))
+        self.gap = None
 
     def change(self, entry: Entry, text: str) -> None:
         self._size += len(text) - len(entry.text)
@@ -7895,10 +7933,26 @@ class Scrollback:
         """Return the messages that contain a text; for the same text again, only those above what was found last."""
         if text.casefold() != self.wanted.casefold():
             self.found = None
+        if self.found is None:
+            self.close_gap()
         self.wanted = text
         before, folded = self.next if self.found is None else self.found, text.casefold()
         return [each for each in self.entries if each.seq < before and each.kind in CHAT_KINDS
                 and folded in (head_text(each.kind, each.sender, each.to) + each.text).casefold()]
+
+
+def split_action(text: str) -> Tuple[str, str]:
+    """Return the kind of entry that a text of a peer is, and what is shown of it."""
+    return ("action", text[len(ACTION):]) if text.startswith(ACTION) else ("chat", text)
+
+
+def past_texts(message: Said, own_name: str) -> Tuple[str, str]:
+    """Return what stands before a message of the history where there are no windows, and the message."""
+    kind, text = split_action(message.text)
+    to = "" if message.conversation == EVERYONE else message.conversation
+    if to and not message.own and not is_channel(to):
+        to = own_name
+    return head_text(kind, message.sender, to), text
 
 
 class Transcript:
@@ -7906,8 +7960,10 @@ class Transcript:
 
     The last messages are kept for /search."""
 
-    def __init__(self, clock: Clock, show: Optional[Callable[[str], None]] = None, echo: bool = True) -> None:
+    def __init__(self, clock: Clock, show: Optional[Callable[[str], None]] = None, echo: bool = True,
+                 date: Clock = lambda when: "") -> None:
         self._clock = clock
+        self._date = date
         self._show = show  # is called with each line; None: the interface prints something else
         self._echo = echo  # whether the user's own messages are shown, too
         self._kept: Deque[Tuple[float, str, str]] = collections.deque()  # messages: when, head, text
@@ -7926,6 +7982,14 @@ class Transcript:
 
     def _line(self, now: float, start: str, text: str) -> str:
         return f"{self._clock(now)} {start}" + (text.replace("\n", "\n      ") if "\n" in text else text)
+
+    def past_line(self, message: Said, own_name: str) -> str:
+        """Return a message of the history as a line."""
+        return f"{self._date(message.time)} {self._line(message.time, *past_texts(message, own_name))}"
+
+    def print(self, line: str) -> None:
+        if self._show is not None:
+            self._show(line)
 
     def search(self, text: str) -> List[str]:
         """Return the messages that contain a text, as lines."""
@@ -7956,9 +8020,9 @@ class Window:
 class Windows:
     """The open windows, in the order of their numbers. The first one is everyone's, and stays."""
 
-    def __init__(self, make: Callable[[], Scrollback]) -> None:
-        self._make = make
-        self.current = self._before = Window(EVERYONE, make())  # the one at hand, and the one before it
+    def __init__(self, make: Callable[[str], Window]) -> None:
+        self._make = make  # is called with the key
+        self.current = self._before = make(EVERYONE)  # the one at hand, and the one before it
         self.all = {EVERYONE: self.current}  # by key
         self._added = 0  # about so many characters since the bound was last checked
 
@@ -7966,7 +8030,7 @@ class Windows:
         """Return the window of a conversation, if need be a new one; None if too many are open."""
         window = self.all.get(key)
         if window is None and self._make_room():
-            window = self.all[key] = Window(key, self._make())
+            window = self.all[key] = self._make(key)
         return window
 
     def _make_room(self) -> bool:
@@ -8032,6 +8096,130 @@ class Windows:
         while sum(each.scrollback.held for each in self.all.values()) > MAX_HELD:
             largest = max((each.scrollback for each in self.all.values()), key=lambda each: each.held)
             largest.drop(len(largest.entries) // 4 + 1)
+
+
+class Past:
+    """What the history has of each conversation: its last lines when a window opens, more when one scrolls up there or
+    looks for something. All that is dim, and stands above what came since."""
+
+    def __init__(self, view: "ChatView", history: Optional[History]) -> None:
+        self.view = view
+        self._history = history
+        self.is_searching = False
+
+    @property
+    def history(self) -> Optional[History]:
+        """The history, if there is one that can be read."""
+        return self._history if self._history is not None and self._history.is_open else None
+
+    def fill(self, window: Window) -> None:
+        """Begin a new window with the last lines of its conversation, and with what was entered there."""
+        if self.history is not None:
+            conversation = conversation_of(window.key)
+            window.line.remember(self.history.entered(conversation))
+            if self.view.on_screen:
+                last = self.history.before(HISTORY_END, conversation, LAST_LINES)
+                window.scrollback.insert_above(list(map(self._entry, last)))
+
+    def print_last(self) -> None:
+        """Print the last lines of all conversations, where there is no screen."""
+        transcript, history = self.view.transcript, self.history
+        last = history.before(HISTORY_END, None, LAST_LINES) if history is not None else []
+        if transcript is not None and last:
+            self.view.notice("From the history:")
+            for message in last:
+                transcript.print(transcript.past_line(message, self.view.node.me.username))
+            self.view.notice("That was the history.")
+
+    def keep_entered(self, text: str) -> None:
+        """Keep a line that is entered in the window at hand."""
+        if self.history is not None:
+            self.history.keep_entered(conversation_of(self.view.window.key), text)
+
+    def load_above(self, rows: int) -> None:
+        """Load more if fewer than so many rows may be left above the lowest one on screen."""
+        scrollback, history = self.view.window.scrollback, self.history
+        if history is None or not scrollback.entries:
+            return
+        lowest = scrollback.anchor[0] if scrollback.anchor else scrollback.entries[-1].seq
+        if lowest - scrollback.entries[0].seq >= rows:
+            return
+        if len(scrollback.entries) + HISTORY_PAGE > MAX_ENTRIES or scrollback.held + PAGE_SIZE > MAX_SCROLLBACK:
+            self.view.hint = "No more is shown here. /search finds what is above."
+            return
+        page = history.before(self._first_row(scrollback), conversation_of(self.view.window.key))
+        scrollback.insert_above(list(map(self._entry, page)))
+        self.view.windows.on_added(sum(len(message.text) + ENTRY_SIZE for message in page))
+
+    def search(self, wanted: str) -> None:
+        """Look for a text in the history: on a screen for the next message above all that is shown."""
+        view, history = self.view, self.history
+        assert history is not None
+        self.is_searching = True
+        view.hint = "Looking through the history ..."
+        if view.transcript is not None:
+            history.find(wanted, None, HISTORY_END, FOUND_LINES, functools.partial(self._on_lines_found, wanted))
+        else:
+            history.find(wanted, conversation_of(view.window.key), self._first_row(view.window.scrollback), 1,
+                         functools.partial(self._on_found, view.window, wanted))
+
+    def _on_lines_found(self, wanted: str, found: List[Said]) -> None:
+        view = self.view
+        assert view.transcript is not None
+        name, print_line = view.node.me.username, view.transcript.past_line
+        if found:
+            view.answer("\n".join(print_line(message, name) for message in reversed(found)))
+        else:
+            view.refuse(f"Nothing was found for {wanted}.")
+        self._end_search()
+
+    def _on_found(self, window: Window, wanted: str, found: List[Said]) -> None:
+        """Show what was found, unless the user has gone to another window."""
+        self.view.hint = ""
+        if found and window is self.view.window:
+            self.view.show_found(self._bring(window, found[0]), "/search goes on above, End comes back.")
+        elif window is self.view.window:
+            more = "more " if window.scrollback.found is not None else ""
+            self.view.refuse(f"Nothing {more}was found for {wanted}.")
+        self._end_search()
+
+    def _end_search(self) -> None:
+        self.is_searching = False
+        self.view.on_change()
+
+    def _bring(self, window: Window, message: Said) -> Entry:
+        """Load what surrounds a message that stands above all that is shown; return its entry.
+
+        If that leaves something out, or would be too much, the top of the scrollback makes room."""
+        scrollback, history, conversation = window.scrollback, self.history, conversation_of(window.key)
+        assert history is not None
+        first = self._first_row(scrollback)
+        page = history.before(message.row, conversation, HISTORY_PAGE // 4)
+        page += [each for each in history.since(message.row, conversation) if each.row < first] or [message]
+        following = history.since(page[-1].row + 1, conversation, 1)
+        is_far = bool(following) and following[0].row < first
+        if is_far or len(scrollback.entries) + len(page) > MAX_ENTRIES:
+            if scrollback.gap is None:
+                scrollback.drop(max(0, len(scrollback.entries) - MAX_ENTRIES // 5))
+            scrollback.close_gap()
+            is_far = True
+        entries = list(map(self._entry, page))
+        scrollback.insert_above(entries, is_far)
+        self.view.windows.on_added(sum(len(each.text) + ENTRY_SIZE for each in page))
+        return next(entry for entry, each in zip(entries, page) if each.row == message.row)
+
+    def _first_row(self, scrollback: Scrollback) -> int:
+        """Return the row of the first message that is shown; 0 if the history does not know it, so nothing is above."""
+        ids = [entry.id for entry in scrollback.entries if entry.id][:20]
+        rows = (self.history.row_of(each) for each in ids if self.history is not None)
+        return next((row for row in rows if row is not None), 0 if ids else HISTORY_END)
+
+    @staticmethod
+    def _entry(message: Said) -> Entry:
+        kind, text = split_action(message.text)
+        entry = Entry(0, message.time, kind, text, "dim", message.sender, "")
+        entry.id = message.id
+        return entry
 
 
 class People:
@@ -8310,7 +8498,7 @@ class Narrator:
             people.private = sender
         is_called = private or view.on_screen and _mentions(text, view.node.me.username)
         window = self._window(sender if private else to)
-        entry = self._say(window, sender, to, text)
+        entry = self._say(window, sender, event)
         if entry is not None and is_called and not private:
             entry.called = view.node.me.username
         if view.on_screen and window is not view.window:
@@ -8328,7 +8516,7 @@ class Narrator:
         """Show what the user said; its receipts will follow."""
         view, text, to = self.view, event["text"], event["to"]
         window = self._window(to)
-        entry = self._say(window, view.node.me.id, to, text, own=True)
+        entry = self._say(window, view.node.me.id, event, own=True)
         receipts = view.outgoing.add(event["id"], text, event["receivers"])
         window.scrollback.found = None
         if entry is not None:
@@ -8343,14 +8531,16 @@ class Narrator:
         window = windows.all.get(key) or (windows.open(key) if self.view.on_screen else None)
         return window or windows.all[EVERYONE]
 
-    def _say(self, window: Window, sender: str, to: str, text: str, own: bool = False) -> Optional[Entry]:
+    def _say(self, window: Window, sender: str, event: Event, own: bool = False) -> Optional[Entry]:
         """Show what somebody said, with the receiver where that is not plain from the window."""
-        kind = "chat"
-        if text.startswith(ACTION):
-            kind, text = "action", text[len(ACTION):]
+        to, (kind, text) = event["to"], split_action(event["text"])
         is_plain = to == EVERYONE or self.view.on_screen and window.key != EVERYONE
         style = "private" if not is_plain and not own and not is_channel(to) else ""
-        return self.view.add(kind, text, style, self._label(sender), "" if is_plain else self._label(to), own, window)
+        to = "" if is_plain else self._label(to)
+        entry = self.view.add(kind, text, style, self._label(sender), to, own, window)
+        if entry is not None:
+            entry.id = event["id"]
+        return entry
 
     def _label(self, peer_id: str) -> str:
         """Return a peer's label. The user's own name never has an address: the label of a namesake has one."""
@@ -8985,19 +9175,25 @@ class Commands(CommandLine):
         wanted = rest or scrollback.wanted
         if not wanted:
             raise ChatError("/search wants a text to look for.")
+        if view.transcript is not None and view.past.history is not None:
+            scrollback.wanted = wanted
+            view.past.search(wanted)
+            return
         if view.transcript is not None:
             scrollback.wanted, lines = wanted, view.transcript.search(wanted)
             if not lines:
                 raise ChatError(f"Nothing was found for {wanted}.")
-            view.answer("\n".join(lines[-10:]))
+            view.answer("\n".join(lines[-FOUND_LINES:]))
             return
         hits = scrollback.search(wanted)
-        if not hits:
+        if hits and view.past.history is not None:
+            view.show_found(hits[-1], "/search goes on above, End comes back.")
+        elif hits:
+            view.show_found(hits[-1], f"{len(hits) - 1} more above: /search goes on, End comes back.")
+        elif view.past.history is not None:
+            view.past.search(wanted)
+        else:
             raise ChatError(f"Nothing {'more ' if scrollback.found is not None else ''}was found for {wanted}.")
-        scrollback.found = hits[-1].seq
-        area = view.area()
-        scrollback.go_to(scrollback.moved((scrollback.found, 0), area.height // 2, area.cols), area)  # below the middle
-        view.hint = f"{len(hits) - 1} more above: /search goes on, End comes back."
 
     @command("/ignore [NAME]", "people")
     def _ignore(self, rest: str) -> None:
@@ -9320,6 +9516,7 @@ class Keyboard:
             return
         self._has_asked = False
         view.window.scrollback.anchor = None  # to the bottom; what was found stays, for /search goes on from there
+        view.past.keep_entered(line.text)
         if not view.enter(line.enter()):
             view.hint = "Up brings the line back."
 
@@ -9368,6 +9565,8 @@ class Keyboard:
             self.view.windows.go_to(window)
 
     def scroll(self, rows: int) -> None:
+        if rows < 0:
+            self.view.past.load_above(2 * self.view.area().height - rows)
         self.view.window.scrollback.scroll(rows, self.view.area())
 
     def page(self, pages: int) -> None:
@@ -9393,6 +9592,7 @@ class Keyboard:
         self.view.has_side = not self.view.has_side
 
     def to_top(self) -> None:
+        self.view.past.load_above(sys.maxsize)
         self.view.window.scrollback.to_top(self.view.area())
 
     def to_bottom(self) -> None:
@@ -9417,16 +9617,17 @@ class ChatView:
     """The model: its parts, and what they share. Interfaces hand in events, lines and keys, and draw it."""
 
     def __init__(self, node: PeerNode, clock: Clock, transcript: Optional[Transcript] = None,
-                 day: Clock = lambda when: "") -> None:
+                 day: Clock = lambda when: "", history: Optional[History] = None) -> None:
         self.node = node
-        self.clock = clock
+        self.clock, self._day = clock, day
         self.transcript = transcript  # where there is no screen
         self.on_screen = transcript is None
         self.has_keyboard = self.on_screen  # so something can be typed that is not shown
         self._draft: Optional[LineEditor] = None  # the line that waits while a passphrase is typed
         self.rows, self.cols = 24, 80
         self.people = People()
-        self.windows = Windows(lambda: Scrollback(clock, day, node.label))
+        self.past = Past(self, history)
+        self.windows = Windows(self._make_window)
         self.outgoing = Outgoing()
         self.lost: List[str] = []  # lines about what was not delivered while leaving
         self.log: Deque[str] = collections.deque(maxlen=500)
@@ -9441,10 +9642,16 @@ class ChatView:
         self.has_focus = True
         self.unread = 0  # messages that came while the terminal did not have the focus
         self.on_answer: Callable[[str, str], None] = lambda text, kind: None
+        self.on_change: Callable[[], None] = lambda: None  # is called when something changes by itself
         self.keyboard = Keyboard(self)
         self.commands = WindowCommands(self)
         self.enter = self.commands.enter
         self.handle = Narrator(self).handle  # takes in the events of one turn
+
+    def _make_window(self, key: str) -> Window:
+        window = Window(key, Scrollback(self.clock, self._day, self.node.label))
+        self.past.fill(window)
+        return window
 
     @property
     def window(self) -> Window:
@@ -9502,6 +9709,13 @@ class ChatView:
             scrollback.pass_over(scrollback.entries[-1])
             scrollback.go_to((scrollback.next - 1, area.height - 1), area)
         self.on_answer(text, kind)
+
+    def show_found(self, entry: Entry, hint: str) -> None:
+        """Show what a search has found in the window at hand."""
+        scrollback, area = self.window.scrollback, self.area()
+        scrollback.found = entry.seq
+        scrollback.go_to(scrollback.moved((entry.seq, 0), area.height // 2, area.cols), area)  # below the middle
+        self.hint = hint
 
     def title(self) -> str:
         return (f"({self.unread}) " if self.unread else "") + f"{self.node.me.username} - p2pchat"
@@ -9757,6 +9971,10 @@ def show_day(when: float) -> str:
     return _time_and_day(int(when // 60))[1]
 
 
+def show_date(when: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(when))
+
+
 @functools.lru_cache(maxsize=64)
 def _time_and_day(minute: int) -> Tuple[str, str]:
     when = time.localtime(minute * 60)
@@ -9775,6 +9993,7 @@ class Interface:
     """What the three have in common. A `failure` is a bug of ours; it ends the program in an orderly way."""
 
     transcript: Optional[Transcript] = None  # of an interface without a screen
+    shows_past = False  # the end of the history is printed at the start
     keys_size = PIPE_SIZE  # bytes of a turn that are typed or pasted
 
     def __init__(self, loop: Loop, settings: Settings, room: Optional[Room] = None) -> None:
@@ -9785,6 +10004,7 @@ class Interface:
         self.log = LogTail(self.tell)
         self.failure: Optional[BaseException] = None
         self.node: Optional[PeerNode] = None
+        self.history: Optional[History] = None
         self.view: ChatView
 
     def run(self) -> int:
@@ -9801,6 +10021,8 @@ class Interface:
                 return complain(port_problem(self.settings.host, self.settings.port, error))
             self.failure = error
         finally:
+            if self.history is not None:
+                self.history.close()
             log.removeHandler(self.log)
             self.loop.close()
         return self.status() if self.failure is None else complain(self._report(self.failure))
@@ -9817,8 +10039,16 @@ class Interface:
         """Start a node and its view. Raises OSError if the port can't be had."""
         self.node = node = PeerNode(self.loop, settings, lambda events: self.guard(self.on_events, node, events),
                                     room=self.room)
-        self.view = ChatView(node, show_time, self.transcript, show_day)
+        if self.history is None and settings.history is not None:
+            self.history = History(self.loop, settings.history)
+            self.history.open()
+        self.view = ChatView(node, show_time, self.transcript, show_day, self.history)
         self.view.log = self.log.lines
+        self.view.on_change = lambda: self.guard(self.changed)
+        if self.history is not None:
+            self.history.listen(node, self.view.people.ignored)
+        if self.shows_past:
+            self.view.past.print_last()
         node.start()
 
     def on_events(self, node: PeerNode, events: List[Event]) -> None:
@@ -10537,7 +10767,8 @@ class PlainInterface(Interface):
         self.reader = LineReader(loop, functools.partial(self.guard, self._on_lines))
         self._writer = LineWriter(loop, self._on_broken)
         show = self._writer.write if self.shows_chat else None
-        self.transcript = Transcript(show_time, show, echo=not self._by_hand)
+        self.transcript = Transcript(show_time, show, not self._by_hand, show_date)
+        self.shows_past = self.shows_chat and self._by_hand and os.isatty(1)
         self._input: Deque[str] = collections.deque()  # lines that came and wait
         self._goes_on = False  # more of them will be entered at the end of this turn
         self._own_lines = Timer()  # of writing them
@@ -10578,7 +10809,14 @@ class PlainInterface(Interface):
             self._writer.when_empty(self.loop.stop)
 
     def changed(self, by_user: bool = False) -> None:
+        if self._input or self.reader.state == "ended":  # they waited for a search
+            self._enter_lines()
         self._writer.flush()
+
+    @property
+    def _must_wait(self) -> bool:
+        """Whether input has to wait: too much is under way, or an answer is."""
+        return self.view.outgoing.is_full or self.view.past.is_searching
 
     def on_keys(self, data: bytes) -> None:
         for kind, value in self._keys.feed(data):
@@ -10602,7 +10840,7 @@ class PlainInterface(Interface):
 
         A command is the first in its turn: its answer stands behind the texts that came before, and counts them."""
         until, room = self.loop.now() + INPUT_TIME, INPUT_ROOM
-        while self._input and room > 0 and not self.view.outgoing.is_full and self.loop.now() < until:
+        while self._input and room > 0 and not self._must_wait and self.loop.now() < until:
             if room < INPUT_ROOM and self.may_be_command(self._input[0]):
                 break
             lines, size = self._next_portion()
@@ -10613,13 +10851,13 @@ class PlainInterface(Interface):
                 self.enter(lines[0])
         if self._input:
             self.reader.pause()
-            if not self.view.outgoing.is_full and not self._goes_on:  # if it is, the next deliveries go on with it
+            if not self._must_wait and not self._goes_on:  # if it must, what it waits for goes on with it
                 self._goes_on = True
                 self.loop.at_turn_end(functools.partial(self.guard, self._go_on))
-        elif self.reader.state == "ended":
-            self.leave()
-        else:
+        elif self.reader.state != "ended":
             self.reader.resume()
+        elif not self.view.past.is_searching:
+            self.leave()
         self._writer.flush()
 
     def _go_on(self) -> None:
@@ -10702,7 +10940,12 @@ class JsonInterface(PlainInterface):
             self.view.refuse(f"Not done: {error}.")
         except ChatError as error:
             self.view.refuse(str(error))
-        self._about = {}
+        if not self.view.past.is_searching:
+            self._about = {}
+
+    def changed(self, by_user: bool = False) -> None:
+        self._about = {}  # a search has ended: it is answered
+        super().changed(by_user)
 
     def may_be_command(self, line: str) -> bool:
         return '"command"' in line or super().may_be_command(line)
@@ -10717,7 +10960,7 @@ class JsonInterface(PlainInterface):
             commands.say(request["text"], request.get("to", ""))
         if commands.sent_id and self._about:
             self._sent_about[commands.sent_id] = self._about
-        elif self._about and not self._is_answered:
+        elif self._about and not self._is_answered and not self.view.past.is_searching:
             self._on_answer("Done.", "answer")
 
     def _on_answer(self, text: str, kind: str) -> None:
@@ -10815,7 +11058,7 @@ def with_command(parser: Parser, arguments: List[str]) -> List[str]:
     if not arguments and os.isatty(0) and os.isatty(1):
         return ["peer"]
     first = arguments[0] if arguments else ""
-    if first not in ("peer", "server", "-h", "--help", "--version"):
+    if first not in ("peer", "server", "history", "-h", "--help", "--version"):
         import shlex
         is_peers = first[:1] not in ("", "-") or any(each.startswith("--user") for each in arguments)
         meant = arguments[1:] if first.lower() == "peer" else arguments
@@ -10847,10 +11090,20 @@ def _option(convert: Callable[[str], Any], right: str = "", valid: Callable[[Any
     return converted
 
 
+def parse_date(text: str) -> float:
+    """Return the Unix time of a date, perhaps with a time of day, on this machine's clock. Raises ValueError."""
+    form = "%Y-%m-%d %H:%M" if ":" in text else "%Y-%m-%d"
+    try:
+        return time.mktime(time.strptime(text.replace("T", " ").strip(), form))
+    except OverflowError as error:
+        raise ValueError from error
+
+
 _port = _option(int, "a port: 0 to 65535", lambda port: 0 <= port <= 65535)
 _seconds = _option(float, "a number of seconds from 0.1 to 86400", lambda value: 0.1 <= value <= 86400)
 _catch_up = _option(int, f"a number of messages: 0 to {CATCH_UP}", lambda value: 0 <= value <= CATCH_UP)
 _bytes = _option(int, "a number of bytes: 0 or more", lambda value: value >= 0)
+_date = _option(parse_date, "a date, such as 2026-11-28 or '2026-11-28 10:00'")
 _username, _address, _room = _option(check_username), _option(parse_address), _option(check_room)
 _channel = _option(lambda text: check_channel(text if is_channel(text) else f"#{text}"))  # shells take # for a comment
 
@@ -10902,7 +11155,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="p2pchat.py", description="Chat for a room full of machines on one network. Alone, on a "
                     "terminal, it starts the chat, and a form asks for your name.")
     parser.add_argument("--version", action="version", version=f"p2pchat {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="server|peer")
+    commands = parser.add_subparsers(dest="command", metavar="server|peer|history")
     server = commands.add_parser(
         "server", help="introduce peers to one another", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="The discovery server. It introduces peers to one another; no chat passes through it.",
@@ -10919,8 +11172,20 @@ def make_parser() -> Parser:
     kind.add_argument("--plain", dest="kind", action="store_const", const=PlainInterface, help="lines in, lines out")
     kind.add_argument("--json", dest="kind", action="store_const", const=JsonInterface,
                       help="lines in, JSON out: for programs")
+    peer.add_argument("--history", metavar="FILE", help="keep what is said there, for the next start")
     peer.set_defaults(verbose=False, quiet=False)
+    _add_history_command(commands.add_parser("history", help="print what --history has kept"))
     return parser
+
+
+def _add_history_command(history: argparse.ArgumentParser) -> None:
+    history.description = "Print what peer --history FILE has kept."
+    history.add_argument("file", metavar="FILE", help="the file; a chat may have it open")
+    history.add_argument("--conversation", metavar="NAME", help="only this one: a user, #channel or everyone")
+    history.add_argument("--since", type=_date, metavar="DATE", default=0.0,
+                         help="only what is not older, for example 2026-11-28 or '2026-11-28 10:00'")
+    history.add_argument("--json", action="store_true", help="a JSON object for each message")
+    history.set_defaults(run=run_history, log_file=None)
 
 
 def _add_options(parser: argparse.ArgumentParser, rows: Sequence[Row], defaults: Any,
@@ -11082,6 +11347,56 @@ def run_peer(options: argparse.Namespace, secret: Optional[str]) -> int:
     except ValueError as error:
         return complain(error, 2)
     return kind(Loop(), settings, room).run()
+
+
+def run_history(options: argparse.Namespace, secret: Optional[str]) -> int:
+    """Print a history, in portions, so that a chat can go on writing it. Who reads it may end that at any time."""
+    try:
+        os.close(open_history_file(options.file, create=False)[0])
+        reader = HistoryReader(options.file)
+        reader.connect(timeout=5)
+        print_history(reader, options)
+        sys.stdout.flush()
+    except ImportError:
+        return complain("this Python has no sqlite3")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more is said of it at the exit either
+    except (OSError, ValueError) as error:
+        why = error_text(error) if isinstance(error, OSError) else error
+        return complain(f"{clean(options.file)}: {why}")
+    except Exception as error:  # of SQLite, which may be missing
+        if type(error).__module__ != "sqlite3":
+            raise
+        return complain(f"{clean(options.file)} can't be read: {error}")
+    return 0
+
+
+def print_history(reader: HistoryReader, options: argparse.Namespace) -> None:
+    """Print the messages that were asked for. Raises ValueError if there is no such conversation."""
+    wanted = options.conversation
+    if wanted is not None:
+        names = sorted(str(name) for (name,) in reader.rows("SELECT DISTINCT conversation FROM messages"))
+        asked = EVERYONE if wanted.casefold() == "everyone" else unicodedata.normalize("NFC", wanted)
+        found = sorted((name for name in names if name.casefold() == asked.casefold()), key=lambda name: name != asked)
+        if not found:
+            there = ", ".join("everyone" if name == EVERYONE else clean(name) for name in names) or "nothing"
+            raise ValueError(f"no conversation {clean(wanted)} is there, but {there}")
+        wanted = found[0]
+    page = reader.since(0, wanted, 1000)
+    while page:
+        lines = [history_line(message, options.json) for message in page if message.time >= options.since]
+        sys.stdout.buffer.write("".join(lines).encode("utf-8", "replace"))
+        page = reader.since(page[-1].row + 1, wanted, 1000)
+
+
+def history_line(message: Said, as_json: bool) -> str:
+    """Return a message as a line, with its end: JSON, or for people, where every line of the text is indented."""
+    if as_json:
+        return json.dumps({"time": message.time, "conversation": message.conversation, "from": message.sender,
+                           "own": message.own, "text": message.text, "id": message.id,
+                           **({"told_by": message.told_by} if message.told_by else {})}) + "\n"
+    start, text = past_texts(message, "you")
+    return f"{show_date(message.time)} {show_time(message.time)} {start}" + text.replace("\n", "\n      ") + "\n"
 
 
 def _chosen(options: argparse.Namespace, names: Iterable[str]) -> Dict[str, Any]:

@@ -8912,6 +8912,10 @@ class HistoryLoop(LoopClock):
         self.delays.append(delay)
         return timer
 
+    @property
+    def seconds(self):
+        return self.wall()
+
     def turn(self):
         """Fire what is to be called; return how many calls that were."""
         due, self.later = [timer for timer in self.later if timer.active], []
@@ -8953,7 +8957,7 @@ class HistoryRig:
 
     def found(self, wanted, conversation=None, before=2**62, count=10):
         """The texts that a search finds, and in how many turns."""
-        found, turns = [], 1
+        found, turns = [], 0
         self.history.find(wanted, conversation, before, count, found.append)
         while not found:
             turns += self.loop.turn()
@@ -9007,17 +9011,17 @@ def test_history_knows_messages_by_their_id(history, events, kept):
 def test_history_keeps_lines_that_were_entered_but_never_a_passphrase(history):
     for text in ("hello", "/passphrase", "/passphrase secret", " /PASSPHRASE x", "\u200b/passphrase x", "/passphrse secret", "/msg Bob hi",
                  "x" * (p2pchat.MAX_TEXT + 1)):
-        history.history.keep_entered(text)
+        history.history.keep_entered("*", text)
     history.loop.turn()
-    assert history.history.entered() == ["hello", "/msg Bob hi"]
+    assert history.history.entered("*") == ["hello", "/msg Bob hi"] and history.history.entered("Bob") == []
     for number in range(p2pchat.MAX_ENTERED + 20):
-        history.history.keep_entered(f"line {number}")
+        history.history.keep_entered("*", f"line {number}")
         history.loop.turn()
     with open(history.path, "rb") as file:
         assert b"secret" not in file.read()
     history.history.close()
     again = HistoryRig(history.path)
-    assert again.history.entered() == [f"line {number}" for number in range(20, p2pchat.MAX_ENTERED + 20)]
+    assert again.history.entered("*") == [f"line {number}" for number in range(20, p2pchat.MAX_ENTERED + 20)]
     again.history.close()
 
 
@@ -9133,8 +9137,8 @@ def test_history_leaves_files_alone_that_are_none(tmp_path, caplog, make, why):
     rig = HistoryRig(path)
     assert history_complaints(caplog) == [f"No history is kept: {path}: {why}"] and not rig.history.is_open
     rig.chat("Bob", "the chat goes on")
-    rig.history.keep_entered("x")
-    assert rig.loop.turn() == 0 and rig.found("x") == ([], 1) and rig.history.before(9, "*") == rig.history.entered() == []
+    rig.history.keep_entered("*", "x")
+    assert rig.loop.turn() == 0 and rig.found("x") == ([], 1) and rig.history.before(9, "*") == rig.history.entered("*") == []
     rig.history.close()
     assert (path.read_bytes() if path.is_file() else None) == before and os.listdir(tmp_path) == ["h"]
 
@@ -9231,6 +9235,221 @@ def test_history_cleans_what_it_reads(history):
     read = history.history.before(2**62, "*")
     assert [each.time for each in read] == [0.0] * 3 and history.found("7")[0] == ["7"]
     assert not any(character < " " and character != "\n" for each in read for text in (each.sender, each.text) for character in text)
+
+
+# -- the history in the view -----------------------------------------------------------------------------
+
+
+class HistoryView:
+    """A view that has a history; its node's events go to both, as those of a turn."""
+
+    def __init__(self, path, *names, on_screen=True):
+        self.rig = HistoryRig(path)
+        self.history, self.loop = self.rig.history, self.rig.loop
+        node = ViewNode(*names)
+        node.loop = self.loop
+
+        def clock(when):
+            return time.strftime("%H:%M", time.gmtime(when))
+
+        def day(when):
+            return f"day {int(when // 86400)}"
+        self.printed = []
+        transcript = None if on_screen else p2pchat.Transcript(clock, self.printed.append, date=day)
+        self.view = p2pchat.ChatView(node, clock, transcript, day, self.history)
+        listeners = [self.view.handle]
+        self.history.listen(types.SimpleNamespace(listeners=listeners, me=node.me), self.view.people.ignored)
+        node.emit = lambda event: [listener([event]) for listener in listeners]
+        self.numbers = itertools.count(1)
+        self.rig.tell = node.emit
+
+    def chat(self, name, text, private=False):
+        to = self.view.node.me.id if private else "*"
+        self.view.node.emit({"event": "chat", "from": view_peer(self.view, name), "to": to, "text": text, "id": f"{name}-{next(self.numbers)}-{id(self)}"})
+
+    def later(self):
+        """Write, and go on with what was begun."""
+        while self.loop.turn():
+            pass
+
+    def texts(self, window=None):
+        """What a window holds of what was said, and the dates."""
+        entries = (window or self.view.window).scrollback.entries
+        return [each.text for each in entries if each.kind in ("chat", "action", "date")]
+
+
+@pytest.fixture
+def remembered(tmp_path):
+    """Opens views on one file, one after the other; begins with 1,000 messages to all over ten days, and two private ones."""
+    opened = []
+
+    def start(*names, on_screen=True):
+        for each in opened:
+            each.history.close()
+        opened.append(HistoryView(tmp_path / "h", *names, on_screen=on_screen))
+        opened[-1].loop.time = 900_000 * (len(opened) - 1)
+        return opened[-1]
+    first = start("Bob", "Carol")
+    for number in range(1000):
+        first.loop.time = number * 864.0
+        first.chat("Carol" if number % 100 == 7 else "Bob", f"message {number}" + " wanted" * (number in (120, 125, 500, 990)))
+        if number in (400, 500):
+            first.chat("Bob", f"private {number}", private=True)
+    first.later()
+    yield start
+    opened[-1].history.close()
+
+
+def test_past_begins_a_window_and_is_dim(remembered):
+    view = remembered("Bob").view
+    assert [entry.text for entry in view.window.scrollback.entries] == ["day 19685"] + [f"message {number}" + " wanted" * (number == 990) for number in range(950, 1000)]
+    assert view_style(view, "message 999") == "dim" and "date" not in view.people.spoke_at and view.unread == 0
+    view_chat(view, "Bob", "live")
+    assert view_style(view, "live") == "" and list(view.windows.all) == ["*"]
+
+
+def test_past_of_a_private_talk_comes_with_its_window(remembered):
+    """Also if a message opens it: that one stands there once, though it is in the history by then."""
+    past = remembered("Bob", "Carol")
+    past.chat("Bob", "are you back?", private=True)
+    bob = past.view.windows.all["Bob@10.0.0.2:10001"]
+    assert past.texts(bob) == ["day 19679", "private 400", "day 19680", "private 500", "day 19686", "are you back?"]
+    assert bob.unread == 1
+    past.later()
+    past.view.enter("/query Bob")
+    past.view.enter("/close")
+    past.view.enter("/query Bob")
+    assert past.texts() == ["day 19679", "private 400", "day 19680", "private 500", "day 19686", "are you back?"]
+    past.view.enter("/query Carol")
+    assert past.texts() == []
+
+
+def test_past_is_loaded_by_scrolling_up(remembered):
+    """Page by page, each message once, in order, each day below its date; what is being read does not move."""
+    past = remembered("Bob")
+    view = past.view
+    view_chat(view, "Bob", "live")
+    view_screen(view)
+    for _ in range(60):
+        before = [row[:20] for row in view_screen(view)[1:-2]]
+        view_keys(view, "<pgup>")
+        after = [row[:20] for row in view_screen(view)[1:-2]]
+        assert after[-1] == before[0] or "day 19675" in after[0], (before, after)
+    texts = past.texts()
+    days = [f"day {day}" for day in range(19675, 19687)]
+    assert [text.split(" wanted")[0] for text in texts if "day" not in text] == [f"message {number}" for number in range(1000)] + ["live"]
+    assert [text for text in texts if "day" in text] == days and texts[0] == days[0]
+    assert "message 0" in view_screen(view)[2]
+    view_keys(view, "<ctrl-home>", "<pgup>", "<end>")
+    assert "live" in "".join(view_screen(view))
+
+
+def test_past_is_loaded_by_going_to_the_top(remembered):
+    view = remembered("Bob").view
+    view_screen(view)
+    for first in (750, 550):
+        view_keys(view, "<ctrl-home>")
+        assert f"message {first}" in "".join(view_screen(view)[:4])
+
+
+def test_past_beyond_what_a_scrollback_holds_is_not_loaded(remembered, monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_ENTRIES", 500)
+    past = remembered("Bob")
+    view_screen(past.view)
+    for _ in range(9):
+        view_keys(past.view, "<ctrl-home>")
+    assert len(past.texts()) <= 500 and "/search finds what is above" in view_screen(past.view)[-2]
+
+
+def test_past_is_searched_beyond_the_scrollback(remembered):
+    """Newest first; what is far above is brought without what lies between, and says so; again goes on from there."""
+    past = remembered("Bob")
+    view, changes = past.view, []
+    view.on_change = lambda: changes.append(view.past.is_searching)
+
+    def search(line):
+        view_screen(view)
+        view.enter(line)
+        past.later()
+        return view.window.scrollback.entries[view.window.scrollback.found - view.window.scrollback.entries[0].seq].text
+    past.chat("Bob", "wanted live")
+    assert search("/search wanted") == "wanted live"
+    assert search("/search") == "message 990 wanted" and changes == []
+    assert search("/search") == "message 500 wanted" and changes == [False]
+    shown = view_screen(view)
+    assert any("message 505" in row for row in shown) and "/search goes on above" in shown[-2]
+    gap = [text for text in past.texts() if "left out" in text]
+    assert gap == ["day 19685; above, some is left out"] and past.texts()[past.texts().index(gap[0]) + 1] == "message 950"
+    assert search("/search") == "message 125 wanted" and search("/search") == "message 120 wanted"
+    assert len([text for text in past.texts() if "left out" in text]) == 1 and "message 500 wanted" not in past.texts()
+    view_screen(view)
+    view.enter("/search")
+    past.later()
+    assert view.window.scrollback.entries[-1].text == "Nothing more was found for wanted."
+    assert search("/search message 951") == "message 951" and not [text for text in past.texts() if "left out" in text]
+    assert search("/search carol: message") == "message 907" and search("/search") == "message 807"
+    assert not [text for text in past.texts() if "left out" in text], "the page reaches down to what was shown"
+    texts = [text.split(" wanted")[0] for text in past.texts() if text.startswith("message")]
+    assert texts == [f"message {number}" for number in range(1000 - len(texts), 1000)]
+    past.chat("Bob", "still live")
+    view_keys(view, "<end>")
+    assert "still live" in "".join(view_screen(view))
+
+
+def test_past_search_in_a_window_finds_only_its_own(remembered):
+    past = remembered("Bob")
+    view_screen(past.view)
+    past.view.enter("/query Bob")
+    past.view.enter("/search message")
+    past.later()
+    assert past.view.window.scrollback.entries[-1].text == "Nothing was found for message."
+
+
+def test_past_lines_entered_come_back_in_their_windows(remembered):
+    past = remembered("Bob")
+    view_keys(past.view, "to all", "<enter>", "/query Bob", "<enter>", "to you", "<enter>", "/passphrase x", "<enter>")
+    past.later()
+    view = remembered("Bob").view
+    view_keys(view, "<up>")
+    assert view.window.line.text == "/query Bob"
+    view_keys(view, "<enter>", "<up>")
+    assert view.window.line.text == "to you"
+    view_keys(view, "<up>")
+    assert view.window.line.text == "to you"
+
+
+def test_past_does_not_have_what_was_ignored(remembered):
+    past = remembered("Bob", "Carol")
+    past.view.enter("/ignore Carol")
+    past.chat("Carol", "ignored")
+    past.later()
+    assert "ignored" not in remembered("Bob", "Carol").texts()
+
+
+def test_past_without_a_screen(remembered):
+    """All in one stream, each line with its date; a search finds the last ten in all conversations."""
+    past = remembered("Bob", on_screen=False)
+    assert past.printed == []
+    past.view.past.print_last()
+    assert past.printed[0] == "08:13 - From the history:" and past.printed[-1] == "08:13 - That was the history."
+    assert past.printed[1] == "day 19685 10:13 Bob: message 950" and len(past.printed) == 52
+    past.view.enter("/search private")
+    assert past.view.past.is_searching
+    past.later()
+    assert past.printed[-1] == "08:13 - day 19679 22:13 Bob → Alice: private 400\n      day 19680 22:13 Bob → Alice: private 500"
+    past.view.enter("/search wanted")
+    past.later()
+    assert past.printed[-1].count("wanted") == 4 and not past.view.past.is_searching and past.view.refused == 0
+    past.view.enter("/search nothing of that")
+    past.later()
+    assert past.printed[-1] == "08:13 ! Nothing was found for nothing of that." and past.view.refused == 1
+
+
+def test_past_view_without_a_history_file_is_as_ever(tmp_path):
+    past = HistoryView(tmp_path, "Bob")  # a folder
+    past.chat("Bob", "one")
+    view_keys(past.view, "<pgup>", "/search one", "<enter>", "/search two", "<enter>")
+    assert past.view.window.scrollback.entries[-1].text == "Nothing was found for two." and past.texts() == ["one"]
 
 
 def test_history_on_the_simulated_network(tmp_path):
@@ -13657,7 +13876,7 @@ def test_readme_has_the_commands_and_keys_of_the_program():
     assert [tuple(row) for row in readme_table("## Keys")] == [(key.names, key.help) for key in p2pchat.KEYS]
 
 
-@pytest.mark.parametrize("command", ["server", "peer"])
+@pytest.mark.parametrize("command", ["server", "peer", "history"])
 def test_readme_has_the_options_of_the_program(command):
     parser = p2pchat.make_parser()._subparsers._group_actions[0].choices[command]
     options = {name for action in parser._actions for name in action.option_strings} - {"-h", "--help"}
