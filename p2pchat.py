@@ -6144,7 +6144,7 @@ class Delivery:
         return known or Contact(*parts)
 
 
-class Said:
+class Talk:
     """The last messages of a conversation, for those who come later."""
 
     def __init__(self) -> None:
@@ -6168,7 +6168,7 @@ class Recall:
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.is_known: Callable[[str], bool] = lambda message_id: False  # whether the user has a message already
-        self._said = {name: Said() for name in (EVERYONE, *node.settings.channels)}
+        self._said = {name: Talk() for name in (EVERYONE, *node.settings.channels)}
         self._wanted: Dict[str, None] = dict.fromkeys(self._said)  # conversations for which nobody was asked yet
         self._is_settled = False
         self._timer = Timer()
@@ -6198,7 +6198,7 @@ class Recall:
             del self._said[name]
             self._wanted.pop(name, None)
         for name in joined:
-            self._said[name], self._wanted[name] = Said(), None
+            self._said[name], self._wanted[name] = Talk(), None
 
     # -- asking ----------------------------------------------------------------------------------------
 
@@ -6254,7 +6254,8 @@ class Recall:
         if not link.catch_ups.take(now):
             link.error("you ask too often for what was said")
             return
-        said = [each for name in dict.fromkeys(content["of"]) if name in self._said for each in self._said[name].messages
+        talks = [self._said[name] for name in dict.fromkeys(content["of"]) if name in self._said]
+        said = [each for talk in talks for each in talk.messages
                 if now - each[0] <= CATCH_UP_TIME and "-unnumbered-" not in each[2]["id"]]
         said.sort(key=lambda each: each[0])
         told: List[Dict[str, Any]] = []

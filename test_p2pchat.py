@@ -8556,7 +8556,7 @@ def test_node_each_tells_only_what_it_heard_itself():
 
 def test_node_whoever_asks_all_the_time_is_told_no_more(solo):
     mallory = solo.attack(solo.ann)
-    for number in range(100):
+    for _ in range(100):
         mallory.say("MSG_CATCH_UP_REQUEST", {"of": ["*"], "most": 200})
     solo.run(1)
     assert 0 < len(mallory.take("MSG_CATCH_UP_RESPONSE")) < 50 and "too often" in mallory.reasons()[0]
