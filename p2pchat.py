@@ -7246,6 +7246,10 @@ class History(HistoryReader):
         rows = self.rows(query, conversation, MAX_ENTERED)
         return [clean(str(text), newlines=True) for (text,) in reversed(rows)]
 
+    def knows(self, message_id: str) -> bool:
+        """Whether it has a message."""
+        return self.is_open and self.row_of(message_id) is not None
+
     def row_of(self, message_id: str) -> Optional[int]:
         """Return the row of a message."""
         rows = self.rows("SELECT row FROM messages WHERE id = ?", message_id)
@@ -7731,6 +7735,11 @@ class Scrollback:
         if self.unread is not None:
             self.unread = renumbered(self.unread + 1) - 1
 
+    def insert_before_live(self, entries: Sequence[Entry]) -> None:
+        """Put entries in above the first one that was added here, and below all that were put in so before."""
+        first = self.entries[0].seq if self.entries else self.next
+        self.insert(min(len(self.entries), max(0, -first)), entries)
+
     def insert_above(self, entries: Sequence[Entry], is_far: bool = False) -> None:
         """Put older entries in at the top, those of each day below its date; `is_far` if others come between."""
         dated, day = [], ""
@@ -7983,6 +7992,13 @@ class Transcript:
 
     def _line(self, now: float, start: str, text: str) -> str:
         return f"{self._clock(now)} {start}" + (text.replace("\n", "\n      ") if "\n" in text else text)
+
+    def add_told(self, words: str, entries: List[Entry], conversation: str) -> None:
+        """Print what was said in a conversation before we came, below a line with these words."""
+        to = "" if conversation == EVERYONE else conversation
+        self.add(entries[0].added_at, "notice", f"{words}:")
+        for entry in entries[1:]:
+            self.add(entry.added_at, entry.kind, entry.text, entry.sender, to)
 
     def past_line(self, message: Said, own_name: str) -> str:
         """Return a message of the history as a line."""
@@ -8465,12 +8481,13 @@ class Narrator:
     def __init__(self, view: "ChatView") -> None:
         self.view = view
         self._labels: Dict[str, str] = {}  # by id; the same for all events of a turn, which come when all is done
+        self._told: Dict[Tuple[str, str], List[Event]] = {}  # in this turn, by conversation and teller
         self._failures: List[Receipts] = []  # of messages that failed and have one more outcome in this turn
         self._rang_at = float("-inf")
         self._has_met_server = False
         self._namesake = ""  # the user's own name, once it was said that somebody else has it, too
         kinds = ("ready", "settled", "server", "network", "joined", "left", "renamed", "chat", "sent", "delivered",
-                 "failed", "notice", "channels")
+                 "failed", "notice", "channels", "told")
         self._handlers: Dict[str, Callable[[Event], None]] = {kind: getattr(self, f"on_{kind}") for kind in kinds}
 
     def handle(self, events: List[Event]) -> None:
@@ -8483,6 +8500,8 @@ class Narrator:
                 handler(event)
         if self._failures:
             self._report_failures()
+        if self._told:
+            self._show_told()
 
     # -- chat ------------------------------------------------------------------------------------------
 
@@ -8490,7 +8509,7 @@ class Narrator:
         """Show what a peer said; ring if it is for the user alone or names the user."""
         view, people = self.view, self.view.people
         sender, to, text = event["from"]["id"], event["to"], event["text"]
-        if sender in people.ignored:
+        if sender in people.ignored or "told" in event:  # it stands there already
             return
         now = view.node.loop.wall()
         people.on_spoke(sender, now)
@@ -8512,6 +8531,28 @@ class Narrator:
             self._rang_at = now
             view.has_rung = view.is_on["bell"]
             view.note = f"{self._label(sender)}: {_shortened(text)}" if view.is_on["notify"] else ""
+
+    def on_told(self, event: Event) -> None:
+        """Somebody tells what was said before we came."""
+        if event["from"]["id"] not in self.view.people.ignored:
+            self._told.setdefault((event["to"], event["told_by"]["id"]), []).append(event)
+
+    def _show_told(self) -> None:
+        """Show it above what came since, dim, under a line that says who tells it: it rings for nobody."""
+        view, told, self._told = self.view, self._told, {}
+        now = view.node.loop.wall()
+        for (conversation, teller), events in told.items():
+            words = f"before you came, told by {self._label(teller)}"
+            entries = [Entry(0, now - events[0]["age"], "date", words, "", "", "")]
+            for event in events:
+                kind, text = split_action(event["text"])
+                entries.append(Entry(0, now - event["age"], kind, text, "dim", self._label(event["from"]["id"]), ""))
+                entries[-1].id = event["id"]
+            if view.transcript is not None:
+                view.transcript.add_told(words, entries, conversation)
+            else:
+                self._window(conversation).scrollback.insert_before_live(entries)
+                view.windows.on_added(sum(len(entry.text) + ENTRY_SIZE for entry in entries))
 
     def on_sent(self, event: Event) -> None:
         """Show what the user said; its receipts will follow."""
@@ -10048,6 +10089,7 @@ class Interface:
         self.view.on_change = lambda: self.guard(self.changed)
         if self.history is not None:
             self.history.listen(node, self.view.people.ignored)
+            node.recall.is_known = self.history.knows
         if self.shows_past:
             self.view.past.print_last()
         node.start()

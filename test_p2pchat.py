@@ -1297,6 +1297,64 @@ def test_what_waits_and_is_given_up_is_said_again():
     assert not view.outgoing._kept
 
 
+def view_told(view, *said, teller="Carol", to="*"):
+    """What a teller says was said: (sender, text, age)."""
+    view.handle([{"event": "told", "from": view_peer(view, name), "to": to, "text": text, "id": f"{name}-{number}", "age": age,
+                  "told_by": view_peer(view, teller)} for number, (name, text, age) in enumerate(said)])
+
+
+def test_what_is_told_stands_above_what_came_since():
+    view = view_make("Bob", "Carol")
+    view_chat(view, "Bob", "live")
+    view_told(view, ("Bob", "an hour ago", 3600), ("Carol", "/me waves", 60))
+    view_told(view, ("Bob", "from another", 30), teller="Bob")
+    rows = [row.partition("│")[0].strip() for row in view_screen(view)]
+    start = next(at for at, row in enumerate(rows) if "before you came, told by Carol" in row)
+    assert [row[6:] if "─" not in row else row.strip("─ ") for row in rows[start:start + 6]] == [
+        "before you came, told by Carol", "Bob: an hour ago", "* Carol waves", "before you came, told by Bob", "Bob: from another",
+        "Bob: live"]
+    assert view_style(view, "an hour ago") == "dim" and not view.has_rung and not view.unread
+    assert list(view.people.spoke_at) == [view_peer(view, "Bob")["id"]] and view.window.scrollback.unread is None
+
+
+def test_what_is_told_keeps_the_place_of_the_reader_and_is_found():
+    view = view_make("Bob", "Carol")
+    for number in range(40):
+        view_chat(view, "Bob", f"message {number}")
+    view_screen(view)
+    view_keys(view, "<pgup>")
+    before = view_screen(view)
+    view_told(view, ("Bob", "a needle", 600))
+    assert view_screen(view) == before
+    view.enter("/search needle")
+    assert any("a needle" in row for row in view_screen(view))
+
+
+def test_what_is_told_of_a_channel_goes_to_its_window_and_what_is_ignored_nowhere():
+    view = view_make("Bob", "Carol")
+    view.enter("/ignore Bob")
+    view_told(view, ("Bob", "spam", 5), ("Carol", "fine", 5), to="#lab")
+    texts = [entry.text for entry in view.windows.all["#lab"].scrollback.entries]
+    assert "fine" in texts and "spam" not in texts and "fine" not in "\n".join(view_screen(view))
+
+
+def test_what_was_told_is_not_shown_again_when_it_comes():
+    view = view_make("Bob", "Carol")
+    view_told(view, ("Bob", "hello", 0))
+    view_event(view, {"event": "chat", "from": view_peer(view, "Bob"), "to": "*", "text": "hello", "id": "Bob-0", "told": True})
+    assert len([row for row in view_screen(view) if "hello" in row]) == 1
+
+
+def test_what_is_told_is_printed_without_a_screen():
+    view = view_make("Bob", "Carol", on_screen=False)
+    lines = []
+    view.transcript._show = lines.append
+    view_told(view, ("Bob", "one\ntwo", 60))
+    view_told(view, ("Bob", "three", 60), to="#lab")
+    assert [line[6:] for line in lines] == ["- before you came, told by Carol:", "Bob: one\n      two",
+                                            "- before you came, told by Carol:", "Bob → #lab: three"]
+
+
 def test_a_receipt_finds_a_receiver_that_was_renamed():
     view = view_make("Bob")
     view.enter("hello")
