@@ -6186,12 +6186,11 @@ class Recall:
                     said.add(now, event.get("from", me), event)
                     if event["id"] in said.told:
                         event["told"] = True
-            elif kind in ("settled", "joined", "channels"):
+            elif kind in ("settled", "channels"):
                 self._is_settled = self._is_settled or kind == "settled"
                 if kind == "channels" and event["peer"]["id"] == me["id"]:
                     self._on_own_channels(event["joined"], event["left"])
-                if self._wanted and self._is_settled and self.node.settings.catch_up and not self._timer.active:
-                    self._timer = self.node.loop.call_later(0, self._ask_for_what_is_wanted)
+                self.ask_soon()
 
     def _on_own_channels(self, joined: List[str], left: List[str]) -> None:
         for name in left:
@@ -6201,6 +6200,11 @@ class Recall:
             self._said[name], self._wanted[name] = Talk(), None
 
     # -- asking ----------------------------------------------------------------------------------------
+
+    def ask_soon(self) -> None:
+        """Ask for what nobody was asked for yet, if we have looked around: perhaps there is somebody now."""
+        if self._wanted and self._is_settled and self.node.settings.catch_up and not self._timer.active:
+            self._timer = self.node.loop.call_later(0, self._ask_for_what_is_wanted)
 
     def _ask_for_what_is_wanted(self) -> None:
         """Ask about each conversation in which somebody else is."""
@@ -6763,6 +6767,7 @@ class PeerNode:
         self.detector.measure_trip(link, peer)
         if not peer.gone and not link.is_resumed:
             self.delivery.resume(peer, link)
+        self.recall.ask_soon()
         self.dialled(link.address, f"connected to {self.peers.label(peer)}")
         self.loop.call_later(SETTLE_TIME / 4, self.on_settled)
 

@@ -8520,6 +8520,17 @@ def test_node_who_comes_late_is_told_what_was_said():
     assert not told(world.bob) and not world.ann.saw("delivered")[5:]
 
 
+@pytest.mark.parametrize("by", ["server", "lan", "join", "first"])
+def test_node_who_comes_late_is_told_however_it_found_the_others(by):
+    """Also if it hears of them before it is linked to anybody."""
+    world = World("Ann", "Bob", by=by, settings={"lan": by == "lan"})
+    world.run(5)
+    world.ann.say("first")
+    late = world.add("Late")
+    world.run(15)
+    assert late.texts("told") == ["first"]
+
+
 def test_node_channels_are_told_to_those_who_join_them():
     world = talked()
     late = world.add("Late", channels=())
