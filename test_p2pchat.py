@@ -3751,6 +3751,7 @@ class SimPeer(EventLog):
         self.born = world.network.time
         self.died = None  # when it crashed, or said goodbye
         self.left = False  # it leaves, or has left
+        self.lies = False  # it tells newcomers what nobody has said
         self.loop = world.network.start(machine, username)
         self.node = p2pchat.PeerNode(self.loop, p2pchat.Settings(username=username, **settings), each(self._event),
                                      room=room)
@@ -6328,6 +6329,10 @@ class Witness:
         self.failed = {}
         self.kept = set()  # failed so far, but waiting for the receiver's return
         self.delivered = set()
+        self.late = 0  # delivered, though they had failed
+        self.said = {}  # message id -> (to, text)
+        self.heard = collections.defaultdict(dict)  # instance -> message id -> when it said or was shown it
+        self.told = collections.defaultdict(dict)  # instance -> message id -> to, as long as it is in that channel
         self.last = collections.defaultdict(int)  # (sender's, receiver's instance) -> sequence last shown
         self.detection = collections.defaultdict(float)  # "crash", "leave" -> longest time until all knew
 
@@ -6336,11 +6341,15 @@ class Witness:
         getattr(self, f"on_{event['event']}", lambda peer, event: None)(peer, event)
 
     def on_sent(self, peer, event):
+        self.said[event["id"]] = (event["to"], event["text"])
+        self.heard[peer.instance][event["id"]] = peer.world.network.time
         for receiver in event["receivers"]:
             self.sent[event["id"], peer.known[receiver]] = (peer, event["text"])
 
     def on_chat(self, peer, event):
         key = (event["id"], peer.instance)
+        assert ("told" in event) == (event["id"] in self.told[peer.instance]), f"{peer} was told {event['id']}, or was it not?"
+        self.heard[peer.instance][event["id"]] = peer.world.network.time
         sender, number = event["id"].split("-")
         assert key in self.sent, f"{peer} was shown {event}, which was not sent to it"
         assert self.sent[key][1] == event["text"]
@@ -6354,6 +6363,8 @@ class Witness:
         assert key in self.shown, f"{peer} believes {key} delivered, but it was not shown"
         assert key not in self.failed and key not in self.delivered, f"{key} has two ends"
         self.delivered.add(key)
+        assert ("kept" in event) == (key in self.kept), f"{key} had failed before, or had it not?"
+        self.late += key in self.kept
         self.kept.discard(key)
 
     def on_failed(self, peer, event):
@@ -6366,6 +6377,27 @@ class Witness:
         else:
             self.failed[key] = event["reason"]
             self.kept.discard(key)
+
+    def on_told(self, peer, event):
+        """Only what was said to all or in the channel, as it was said, once, and not what is known already."""
+        told, teller = self.told[peer.instance], self.peers[peer.known[event["told_by"]["id"]]]
+        if event["id"].startswith("lie"):
+            assert teller.lies, f"{teller} passes on a lie"
+            return
+        to, text = self.said[event["id"]]
+        assert (event["to"], event["text"]) == (to, text) and to in ("*", *peer.me.channels), f"{peer} was told {event}"
+        is_known = to == "*" and event["id"] in self.heard[peer.instance]  # of a channel that was left it may be told again
+        assert event["id"] not in told and not is_known, f"{peer} was told {event['id']} again"
+        when = self.heard[teller.instance][event["id"]]
+        assert -1 <= peer.world.network.time - when - event["age"] < 3, f"{event} was heard at {when}"
+        told[event["id"]] = to
+
+    def on_channels(self, peer, event):
+        """What was told of a channel that it left may be told again."""
+        if event["peer"]["id"] == peer.me.id:
+            told = self.told[peer.instance]
+            for message_id in [each for each, to in told.items() if to in event["left"]]:
+                del told[message_id]
 
     def on_joined(self, peer, event):
         key = event["peer"]["id"]
@@ -6652,6 +6684,87 @@ def scenario_bytes(seed, size=16, seconds=60):
     return {"bytes a round": gossip / rounds, "bytes a peer and minute": sum(census.values()) / minutes}
 
 
+# -- what was said before, and while one was away ------------------------------------------------------------
+
+
+def scenario_catch_up(seed, size=6, minutes=6):
+    """Peers come, talk, join and leave channels and go all the time; one of them lies to those who come."""
+    world = scenario_world(seed, size, by=("lan", "server", "join")[seed % 3], delay=(0.001, 0.3), lan_loss=0.1)
+    network, rng, until = world.network, world.random, world.network.time + minutes * 60
+    channels = ("#a", "#b")
+    liar = world.peers[1]
+    liar.lies = True
+    liar.node.handlers["MSG_CATCH_UP_REQUEST"] = lambda link, message: link.answer(message, "MSG_CATCH_UP_RESPONSE", {
+        "messages": [{"id": f"lie-{number}", "from": liar.me.wire(0.0), "to": rng.choice(("*", *channels)), "text": "a lie",
+                      "age": number} for number in range(rng.randrange(3))]})
+
+    def talk():
+        peer = rng.choice(world.living())
+        for number in range(rng.choice((1, 1, 5))):
+            to = rng.choice(("*", *channels))
+            if peer.node.members(to) and to in ("*", *peer.me.channels):
+                peer.loop.enter(peer.node.send_chat_messages, to, [f"{number} at {network.time:.3f}"])
+        if network.time < until:
+            network.post(rng.expovariate(2.0), talk)
+
+    def change():
+        peer, channel = rng.choice(world.living()), rng.choice(channels)
+        what = rng.randrange(5)
+        if what == 0:
+            world.add(channels=tuple(each for each in channels if rng.random() < 0.5))
+        elif what == 1 and len(world.living()) > 4 and peer is not liar:
+            rng.choice((peer.depart, peer.crash))()
+        else:
+            peer.loop.enter(peer.node.part if channel in peer.me.channels else peer.node.join, channel)
+        if network.time < until:
+            network.post(rng.expovariate(0.2), change)
+
+    talk()
+    change()
+    world.run(minutes * 60)
+    late = world.add(channels=channels)
+    world.run(20)
+    tellers = {late.known[event["told_by"]["id"]] for event in late.saw("told") if event["to"] == "*"}
+    for teller in (each for each in tellers if not world.witness.peers[each].lies):
+        said = [each for each, when in world.witness.heard[teller].items() if world.witness.said[each][0] == "*" and when < late.born]
+        missing = set(said[-20:]) - set(world.witness.told[late.instance]) - set(world.witness.heard[late.instance])
+        assert not missing, f"{late} was not told {missing}"
+    return {**world.finish(), "told": sum(map(len, world.witness.told.values()))}
+
+
+def scenario_return(seed, size=5, hours=4):
+    """Machines are cut off for minutes or more than an hour; some are switched off and come again as another instance.
+    Whoever comes back within the hour gets everything, once and in order."""
+    world = scenario_world(seed, size, by="lan", keep_events=False, delay=(0.001, 0.1))
+    network, rng, until = world.network, world.random, world.network.time + hours * 3600
+    world.witness.strict = False
+    away = set()  # instances that were away for too long, or for good
+    world.chatter(mean_gap=60.0, until=until)
+
+    def vanish():
+        peer = rng.choice(world.living())
+        seconds = 60 * rng.choice((rng.uniform(0.1, 2), rng.uniform(1, 50), rng.uniform(1, 50), rng.uniform(62, 70)))
+        if rng.random() < 0.2:
+            away.add(peer.instance)
+            peer.crash(reset=rng.random() < 0.5)
+            network.post(seconds, peer.restart, rng.random() < 0.5)
+        else:
+            if seconds > 3500:
+                away.add(peer.instance)
+            network.unplug(peer.host)
+            network.post(seconds, network.plug, peer.host)
+        if network.time + seconds + 300 < until:
+            network.post(seconds + rng.uniform(60, 300), vanish)
+
+    vanish()
+    world.run(hours * 3600)
+    figures = world.finish(300)
+    lost = [key for key, (sender, _) in world.witness.sent.items()
+            if key not in world.witness.shown and not {key[1], sender.instance} & away]
+    assert not lost, f"{len(lost)} messages to those who came back in time were not shown: {lost[:3]}"
+    return {**figures, "late": world.witness.late}
+
+
 # -- cases that went wrong in other programs ---------------------------------------------------------------
 
 
@@ -6860,6 +6973,8 @@ SCENARIOS = {
     "partly": (scenario_partly, {"seconds": 60}, 2, {}, 300),
     "delivery": (scenario_delivery, {"minutes": 2}, 4, {}, 300),
     "mess": (scenario_mess, {"minutes": 2}, 2, {}, 300),
+    "catch-up": (scenario_catch_up, {"minutes": 2}, 4, {}, 100),
+    "return": (scenario_return, {"hours": 2}, 2, {}, 100),
     "bytes-16": (scenario_bytes, {"size": 16}, 1, {"size": 16}, 1),
     "bytes-64": (scenario_bytes, {"size": 64}, 1, {"size": 64}, 1),
     "bytes-256": (scenario_bytes, None, 0, {"size": 256}, 1),
