@@ -7316,7 +7316,7 @@ MAX_ENTRIES = 5000  # in a scrollback; with texts of the usual length some 3 MiB
 MAX_SCROLLBACK = 4 * 1024 * 1024  # characters of all entries: 250 of the longest texts, which /search reads in 30 ms
 DRAW_PORTION = 48 * 1024  # characters wrapped for one drawing, those beyond ASCII counted threefold: some 30 ms
 MAX_WINDOWS = 50  # that are open: strangers open them, too, each by a private message
-MAX_HELD = 3 * MAX_SCROLLBACK  # characters in all windows together, with ENTRY_SIZE for each entry: some 25 MiB
+MAX_HELD = 3 * MAX_SCROLLBACK  # characters in all windows together, with ENTRY_SIZE for each entry: 20 to 50 MiB
 ENTRY_SIZE = 200  # what an entry without its text counts as
 LAST_LINES = 50  # of the history that a window begins with
 FOUND_LINES = 10  # that /search prints, where there is no screen
@@ -8106,8 +8106,9 @@ class Windows:
     def with_news(self) -> List[Window]:
         """Return the windows with something new: first those that call the user, each in the order of their numbers
         from the one at hand on."""
-        windows = [self.beside(step) for step in range(1, len(self.all))]
-        return sorted((each for each in windows if each.unread), key=lambda each: not each.calls)
+        windows = list(self.all.values())
+        at = windows.index(self.current)
+        return sorted((each for each in windows[at:] + windows[:at] if each.unread), key=lambda each: not each.calls)
 
     def on_added(self, size: int) -> None:
         """So many characters were added: while all windows hold too much, drop the oldest part of the largest one."""
@@ -8703,6 +8704,7 @@ class Narrator:
         last = scrollback.entries[-1] if scrollback.entries else None
         if last is None or last.kind != kind or not 0 <= now - last.added_at < GATHER_TIME:
             last = scrollback.add(now, kind, "", "private" if kind == "called" else "dim")
+            self.view.windows.on_added(0)
         if kind != "called" or (peer_id, reason) not in last.members:
             last.members.append((peer_id, reason))
         scrollback.change(last, self._crowd(kind, last.members))
@@ -9024,10 +9026,10 @@ class CommandLine:
 
     def _split_key(self, text: str) -> Tuple[str, str]:
         """Return the key of the conversation that a text begins with, and what stands behind it."""
-        word, _, rest = text.partition(" ")
+        word = "".join(text.split(None, 1)[:1])
         key = self._key(word.rstrip(":,"))
-        if key:
-            return key, rest.strip()
+        if key and not any(self.node.find(text[:end]) for end in self._name_ends(text) if end > len(word)):
+            return key, text[len(word):].strip()  # and nobody is called Everyone Else
         peer, rest = self._split_name(text)
         return peer.id, rest
 

@@ -1590,6 +1590,15 @@ def test_what_is_typed_goes_to_the_window_at_hand():
     assert view_answer(view, "/window") == "1  everyone\n2  Bob\n3  Carol" and "no window 4" in view_answer(view, "/window 4")
 
 
+def test_everyone_is_the_whole_room_but_not_the_beginning_of_a_name():
+    view = view_make("Everyone Else", "everyone")
+    for line in ("/msg Everyone Else psst", "/msg EVERYONE: one", '/msg "everyone" psst', "/msg *\ntwo"):
+        view.enter(line)
+    view.commands.say("three", "everyone")
+    assert view.node.sent == [("psst", view_peer(view, "Everyone Else")["id"]), ("one", None),
+                              ("psst", view_peer(view, "everyone")["id"]), ("two", None), ("three", None)]
+
+
 def test_windows_keep_the_draft_the_place_and_what_is_new():
     view = view_make("Bob", said=50)
     view.enter("/msg Bob hi")
@@ -1743,6 +1752,18 @@ def test_all_windows_together_hold_a_bounded_amount():
     assert sum(each.scrollback.held for each in windows) <= p2pchat.MAX_HELD * 1.03
     assert all(len(each.scrollback.entries) > 5 for each in windows[1:])
     assert sum(len(each.scrollback._drawn) for each in windows) < 100, "rows are kept for the window at hand only"
+
+
+def test_memory_is_bounded_with_fifty_windows():
+    view = view_make(*(f"P{number}" for number in range(p2pchat.MAX_WINDOWS + 9)))
+    events = [{"event": "chat", "from": peer.public, "to": view.node.me.id, "text": "", "id": "x-1"} for peer in view.node.present()]
+    tracemalloc.start()
+    for number in range(1500):
+        for event in events:
+            view.handle([{**event, "text": f"message {number} " + "😀" * 20}])
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(view.windows.all) == p2pchat.MAX_WINDOWS and used < 60e6, used
 
 
 def test_without_a_screen_windows_say_where_a_text_goes():
@@ -1997,9 +2018,10 @@ def test_view_a_passphrase_is_typed_unseen_and_remembered_nowhere():
     given = []
     view.node.finder = types.SimpleNamespace(change_passphrase=given.append)
     assert "closed room class-3b" in view_screen(view)[0]
+    view_chat(view, "Bob", "psst", private=True)
     view_keys(view, "half a text")
     draft = view.window.line.enter()
-    view_keys(view, "/passphrase", "<enter>", "Bo", "<tab>", "b-geheim")
+    view_keys(view, "/passphrase", "<enter>", "Bo", "<tab>", "<alt-2>", "<alt-a>", "b-geheim")
     rows = view_screen(view)
     assert rows[-1].startswith("Passphrase: ●●●●●●●●●●") and "geheim" not in "\n".join(rows)
     view.keyboard.press("enter")
@@ -8798,6 +8820,10 @@ def test_node_who_is_in_which_channel_is_known_to_all():
     world.run(2)
     assert [peer.username for peer in world.carol.members("#lab")] == ["Bob", "Late"] and "#lab" not in world.ann.me.channels
     assert world.bob.saw("channels")[-1]["left"] == ["#lab"]
+    for peer in (world.ann, world.bob):
+        peer.leave()
+    world.run(2)
+    assert [event.get("channels") for event in world.carol.saw("left")] == [None, ["#lab"]]
 
 
 def test_node_what_is_said_in_a_channel_reaches_those_in_it():
