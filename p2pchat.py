@@ -8704,7 +8704,6 @@ class Narrator:
         last = scrollback.entries[-1] if scrollback.entries else None
         if last is None or last.kind != kind or not 0 <= now - last.added_at < GATHER_TIME:
             last = scrollback.add(now, kind, "", "private" if kind == "called" else "dim")
-            self.view.windows.on_added(0)
         if kind != "called" or (peer_id, reason) not in last.members:
             last.members.append((peer_id, reason))
         scrollback.change(last, self._crowd(kind, last.members))

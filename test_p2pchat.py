@@ -1640,6 +1640,54 @@ def test_a_window_follows_its_peer():
     assert view_texts(view)[-1] == "Rob is back." and view.window.key == "Rob@10.0.0.9:10001", "the one who is here keeps it"
 
 
+@pytest.mark.parametrize("at_hand", [1, 2, 3, 4])
+def test_a_peer_takes_the_name_and_the_address_of_one_that_left(at_hand):
+    view = view_make("Bob", "Zoe")
+    view.enter("/query Bob")
+    view.enter("/query Zoe")
+    view.node.leave_peer(view_peer(view, "Bob"))
+    view.node.join("Tim", "10.0.0.2", tell=True)
+    view.enter("/query Tim hi")
+    view_keys(view, f"<alt-{at_hand}>")
+    key = view.window.key
+    view_rename(view, "Tim", "Bob")
+    assert view_bar(view).replace("[", "").replace("]", "") == "1:everyone  2:Zoe  3:Bob" and "hi" in view_texts(view, 3)
+    assert view.window.key == (key if at_hand in (1, 3) else "Bob@10.0.0.2:10001")
+
+
+def test_what_calls_the_user_comes_first_and_is_said_once():
+    view = view_make("Bob", "Carol")
+    view.enter("/join #lab")
+    view_keys(view, "<alt-1>")
+    view_joins(view, "Carol", "#lab")
+    view_chat(view, "Carol", "nothing special", to="#lab")
+    view_chat(view, "Bob", "psst", private=True)
+    view_chat(view, "Carol", "for all")
+    view_chat(view, "Bob", "psst", private=True)
+    assert view_texts(view) == ["Bob wrote to you: Alt-A or /window Bob goes there.", "for all"]
+    view_keys(view, "<alt-a>")
+    assert view_bar(view) == "1:everyone  2:#lab(1)  [3:Bob]"
+    view_rename(view, "Bob", "Rob")
+    assert view_bar(view) == "1:everyone  2:#lab(1)  [3:Rob]"
+    view_keys(view, "<alt-a>")
+    for _ in range(2):
+        view_chat(view, "Rob", "psst", private=True)
+        view_keys(view, "<alt-3>", "<alt-2>")
+    assert view_texts(view)[-1] == "Rob wrote to you: Alt-A or /window Rob goes there."
+
+
+def test_the_status_bar_shows_as_many_windows_as_have_room():
+    view = view_make(*(f"{number}" + "W" * 30 for number in range(9)))
+    for peer in view.node.present():
+        view.enter(f"/query {peer.username}")
+    assert view_bar(view, 300).count("WWW…") == 9 and view_bar(view).endswith("[10:8WWWWWWWWWWWWWW…]")
+    view_chat(view, view.node.present()[3].username, "psst", private=True)
+    assert view_bar(view) == "5:3WWWWWWWWWWWWWW…(1!)  [10:8WWWWWWWWWWWWWW…]"
+    for peer in view.node.present():
+        view_chat(view, peer.username, "psst", private=True)
+    assert view_bar(view) == "new in 8!"
+
+
 def test_answers_stand_in_the_window_at_hand_and_failures_are_said_there():
     view = view_make("Bob", "Carol")
     view.enter("/msg Bob important")
@@ -1657,8 +1705,10 @@ def test_closing_windows():
     assert "stays open" in view_answer(view, "/close") and view.refused == 1
     for name in ("Bob", "Carol", "Dan"):
         view.enter(f"/query {name}")
+    view.enter("/msg Bob on its way")
     view_keys(view, "<alt-2>", "/close", "<enter>")
     assert view_bar(view) == "1:everyone  2:Carol  [3:Dan]"
+    assert not view.outgoing.last.window.scrollback.entries, "nothing is kept, even if something knows the window"
     view.enter("/close")
     assert view_bar(view) == "[1:everyone]  2:Carol"
     view_keys(view, "<alt-2>", "/close", "<enter>")
@@ -1730,8 +1780,10 @@ def test_strangers_open_a_bounded_number_of_windows():
     for name in names[:p2pchat.MAX_WINDOWS - 1]:
         view_chat(view, name, f"from {name}", private=True)
         view.node.loop.seconds += 1
-    view_keys(view, "<alt-2>", "a draft", "<alt-3>", "<alt-4>", "<alt-5>")
-    for name in names[p2pchat.MAX_WINDOWS - 1:]:
+    view_keys(view, "<alt-2>", "a draft", "<alt-4>", "<alt-3>", "<alt-5>")
+    view_chat(view, names[p2pchat.MAX_WINDOWS - 1], f"from {names[p2pchat.MAX_WINDOWS - 1]}", private=True)
+    assert set(names[:5]) - {view.name_of(key) for key in view.windows.all} == {"P1"}
+    for name in names[p2pchat.MAX_WINDOWS:]:
         view_chat(view, name, f"from {name}", private=True)
     kept = {view.name_of(key) for key in view.windows.all}
     assert len(kept) == p2pchat.MAX_WINDOWS and set(names) - kept == {"P1", "P2", *names[-4:]}
@@ -1751,7 +1803,7 @@ def test_all_windows_together_hold_a_bounded_amount():
     windows = list(view.windows.all.values())
     assert sum(each.scrollback.held for each in windows) <= p2pchat.MAX_HELD * 1.03
     assert all(len(each.scrollback.entries) > 5 for each in windows[1:])
-    assert sum(len(each.scrollback._drawn) for each in windows) < 100, "rows are kept for the window at hand only"
+    assert [each for each in windows if each.scrollback._drawn] == [view.window], "rows are kept for the window at hand only"
 
 
 def test_memory_is_bounded_with_fifty_windows():
