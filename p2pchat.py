@@ -6952,21 +6952,26 @@ def open_history_file(path: str, create: bool) -> Tuple[int, bool]:
 
 
 def lock_history_file(descriptor: int) -> None:
-    """Lock a file for as long as it is open here. Raises OSError, and ValueError if another process has done so.
+    """Lock a file for as long as this descriptor is open. Raises OSError, and ValueError if somebody else has done so.
 
-    SQLite's own locks come and go with each commit, so that others can read meanwhile."""
+    SQLite's own locks come and go with each commit, so that others can read meanwhile; and it drops every usual lock
+    of this process. So this one belongs to the open file (F_OFD_SETLK). A system without those has no lock here."""
     try:
         if sys.platform == "win32":
             import msvcrt
             os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
+        elif sys.platform in ("linux", "darwin"):
             import fcntl
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _LOCKED_BYTE)
+            import struct
+            if sys.platform == "linux":
+                fcntl.fcntl(descriptor, 37, struct.pack("hhqqq", fcntl.F_WRLCK, os.SEEK_SET, _LOCKED_BYTE, 1, 0))
+            else:
+                fcntl.fcntl(descriptor, 90, struct.pack("qqihh", _LOCKED_BYTE, 1, 0, fcntl.F_WRLCK, os.SEEK_SET))
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, getattr(errno, "EDEADLOCK", errno.EAGAIN)):
             raise ValueError("another chat keeps its history there") from None
-        raise
+        log.info("[P2P] the history can't be locked: %s", error_text(error))  # an old system
 
 
 def free_name(path: str) -> str:

@@ -9499,6 +9499,163 @@ def test_history_cleans_what_it_reads(history):
     assert not any(character < " " and character != "\n" for each in read for text in (each.sender, each.text) for character in text)
 
 
+HISTORY_WRITER = """
+import itertools, logging, os, sys, time, types
+import p2pchat
+p2pchat.WRITE_INTERVAL = float(sys.argv[2])
+logging.basicConfig(level=logging.CRITICAL, stream=sys.stdout, format="%(message)s")
+loop, node = p2pchat.Loop(), types.SimpleNamespace(listeners=[], me=p2pchat.Peer("Alice", "10.0.0.1", 1, "me"))
+history = p2pchat.History(loop, sys.argv[1])
+history.open()
+history.listen(node, ())
+peer, start = p2pchat.Peer("Bob", "10.0.0.2", 2, "bob").public, sys.argv[3]
+
+def say(number):
+    node.listeners[0]([{"event": "chat", "from": peer, "to": "*", "text": f"{start} {number} " + "x" * 300, "id": f"{start}-{number}"}])
+    os.write(1, f"{number} {time.monotonic()}\\n".encode())
+    loop.call_later(0.0005, say, number + 1)
+
+say(0)
+loop.run()
+"""
+
+
+@contextlib.contextmanager
+def history_writer(path, interval=p2pchat.WRITE_INTERVAL, name="run", prefix=()):
+    """A process that says something every half millisecond, and prints what number that had, and when it was said."""
+    writer = subprocess.Popen([*prefix, sys.executable, "-c", HISTORY_WRITER, str(path), str(interval), str(name)], stdout=subprocess.PIPE,
+                              cwd=os.path.dirname(PROGRAM_FILE), env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1"))
+    try:
+        yield writer
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
+def history_kills(path, count, seed):
+    """Kill writers at any moment, most of them in the middle of a batch, one after the other on one file.
+
+    Each time it opens, what was said is there from the first message on without a gap; the longest time of which it is
+    missing is returned."""
+    rng, longest = random.Random(seed), 0.0
+    for run in range(count):
+        is_usual = run % 3 == 0  # else it does nothing but write
+        with history_writer(path, p2pchat.WRITE_INTERVAL if is_usual else 0.0, run) as writer:
+            said = writer.stdout.readline()
+            time.sleep(rng.uniform(0.0, 0.4))
+            writer.kill()
+            said += writer.stdout.read()
+        said = [line.split() for line in said.splitlines() if line.count(b" ") == 1]
+        rig = HistoryRig(path)
+        assert rig.history.is_open and rig.history.rows("PRAGMA quick_check") == [("ok",)], f"seed {seed}, run {run}"
+        kept = [row[3].split()[1] for row in rig.rows() if row[3].startswith(f"{run} ")]
+        assert kept == [str(number) for number in range(len(kept))], f"seed {seed}, run {run}"
+        if is_usual and len(kept) < len(said):
+            longest = max(longest, float(said[-1][1]) - float(said[len(kept)][1]))
+        rig.history.close()
+    return longest
+
+
+def test_history_is_whole_after_kill_9(tmp_path, caplog):
+    longest = history_kills(tmp_path / "h", 7, seed=time.time_ns() if "SEED" in os.environ else 1)
+    assert longest < 2 * p2pchat.WRITE_INTERVAL and history_complaints(caplog) == [] and os.listdir(tmp_path) == ["h"]
+
+
+def test_history_has_one_writer_at_a_time(tmp_path, caplog):
+    """The second is told, and spoils nothing; others may read; when the first is gone, however it ended, it is free."""
+    with history_writer(tmp_path / "h") as writer:
+        writer.stdout.readline()
+        second = HistoryRig(tmp_path / "h")
+        assert history_complaints(caplog) == [f"No history is kept: {tmp_path / 'h'}: another chat keeps its history there"]
+        assert not second.history.is_open
+        for _ in range(1000):
+            writer.stdout.readline()
+            second.rows()
+    assert len(second.rows()) > 100
+    third = HistoryRig(tmp_path / "h")
+    assert third.history.is_open and third.rows() == second.rows()
+    third.history.close()
+
+
+def test_history_on_a_disk_that_fills_up(tmp_path):
+    """The user is told once, the file is whole, and its end is missing."""
+    mount = f"mount -t tmpfs -o size=256k none {tmp_path} && "
+    unshare = ["unshare", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "sh", "-c", f"{mount}true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("a file system of one's own needs Linux and root")
+    with history_writer(tmp_path / "h", 0.02, prefix=[*unshare, "sh", "-c", f'{mount}exec "$@"', "sh"]) as writer:
+        complaints = (line.decode() for line in iter(writer.stdout.readline, b"") if not re.match(rb"\d+ [\d.]+\n", line))
+        assert next(complaints) == f"No history is kept: {tmp_path / 'h'}: database or disk is full\n"
+        assert all(re.match(rb"\d+ [\d.]+\n", writer.stdout.readline()) for _ in range(50)), "it goes on, and says no more of it"
+        shutil.copy(f"/proc/{writer.pid}/root{tmp_path}/h", tmp_path / "copy")
+    rig = HistoryRig(tmp_path / "copy")
+    rows = rig.rows()
+    rig.history.close()
+    assert len(rows) > 50 and [row[3].split()[1] for row in rows] == [str(number) for number in range(len(rows))]
+
+
+HISTORY_PRINTED = {  # arguments behind `history FILE`: exit status, and what is printed or complained of
+    "": (0, "2023-11-14 22:13 Bob: to all\n2023-11-15 22:13 Bob → you: to me\n2023-11-16 22:13 * Bob waves\n      twice\n"
+            "2023-11-17 22:13 Alice → #lab: mine\n"),
+    "--conversation everyone": (0, "2023-11-14 22:13 Bob: to all\n2023-11-16 22:13 * Bob waves\n      twice\n"),
+    "--conversation bOB": (0, "2023-11-15 22:13 Bob → you: to me\n"),
+    "--conversation #lab": (0, "2023-11-17 22:13 Alice → #lab: mine\n"),
+    "--conversation Carol": (1, "no conversation Carol is there, but #lab, everyone, Bob\n"),
+    "--since 2023-11-17": (0, "2023-11-17 22:13 Alice → #lab: mine\n"),
+    "--since 2023-11-16T22:14": (0, "2023-11-17 22:13 Alice → #lab: mine\n"),
+    "--since 2030-01-01": (0, ""),
+    "--since yesterday": (2, "'yesterday' is not a date, such as 2026-11-28 or '2026-11-28 10:00'"),
+    "--since 2023-13-01": (2, "is not a date"),
+    "--since 9999999999-01-01": (2, "is not a date"),
+    "--json --conversation bob": (0, '{"time": 1700086400.0, "conversation": "Bob", "from": "Bob", "own": false, "text": "to me", '
+                                     '"id": "Bob-2"}\n'),
+    "--nonsense": (2, "unrecognized arguments"),
+}
+
+
+@pytest.fixture
+def kept_history(history):
+    for days, call in enumerate((lambda: history.chat("Bob", "to all"), lambda: history.chat("Bob", "to me", to="Alice@10.0.0.1:10001"),
+                                 lambda: history.chat("Bob", "/me waves\ntwice"), lambda: history.sent("mine", to="#lab"))):
+        history.loop.time = days * 86_400.0
+        call()
+    history.loop.turn()
+    return history
+
+
+@pytest.mark.parametrize("arguments", HISTORY_PRINTED)
+def test_history_command(kept_history, monkeypatch, capfdbinary, arguments):
+    """While a chat has the file open."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    status, words = HISTORY_PRINTED[arguments]
+    try:
+        assert p2pchat.main(["history", kept_history.path, *arguments.split()]) == status
+    except SystemExit as end:
+        assert end.code == status
+    out, err = (said.decode() for said in capfdbinary.readouterr())
+    assert (out == words and not err) if status == 0 else (not out and words in err and err.count("\n") == 1)
+
+
+@pytest.mark.parametrize("make, why", [
+    (lambda path: None, "no such file or directory"), (history_other, "it is another program's file"), (history_newer, "a newer version"),
+    (lambda path: path.mkdir(), "it is no file"), (lambda path: (history_filled(path), history_spoil(path, 100, 3996)), "can't be read: ")])
+def test_history_command_of_what_is_none(tmp_path, capsys, make, why):
+    make(tmp_path / "h")
+    before = sorted(os.listdir(tmp_path))
+    assert p2pchat.main(["history", str(tmp_path / "h")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"p2pchat: {tmp_path / 'h'}") and why in err and err.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_history_command_into_a_pipe_that_breaks(tmp_path):
+    history_filled(tmp_path / "h", 5000)
+    command = f"{sys.executable} {PROGRAM_FILE} history {tmp_path / 'h'} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+    assert done.stdout.decode().split(" ", 2)[2] == "Bob: message 0 " + "x" * 50 + "\n0\n"
+
+
 # -- the history in the view -----------------------------------------------------------------------------
 
 
@@ -10233,6 +10390,70 @@ def script_end_of_input(cast):
     assert alice.status() == 1 and alice.saw("failed")[0]["text"] == "nobody will see this"
 
 
+def script_history(cast):
+    """What is said is there at the next start, and is found; a bot is not told of it by itself. Kill -9 loses little."""
+    path = cast.log_of("history")
+    server, (bob,) = yield from cast.room("Bob")
+    alice = cast.peer("Alice", server, "--history", path)
+    yield cast.together(alice, bob)
+    for text in ("old news", '{"text": "psst", "to": "Alice"}'):
+        bob.say(text)
+    alice.say("my own")
+    yield lambda: len(alice.texts()) == 2 and alice.saw("delivered"), 15, "they talk"
+    second = cast.peer("Second", server, "--history", path)
+    complaint = f"No history is kept: {path}: another chat keeps its history there."
+    yield lambda: second.saw("notice", text=complaint, error=True), 10, "a second one is told"
+    second.say("/quit")
+    print_it = ["history", path, "--json"]
+    shown = cast.start("history", *print_it)
+    yield lambda: shown.status() is not None, 10, "it is printed meanwhile"
+    reader = p2pchat.HistoryReader(path)
+    reader.connect()
+    yield lambda: len(reader.before(99, None)) == 3, 5, "it is written"
+    alice.signal(signal.SIGKILL)
+    shown = cast.start("history", *print_it)
+    yield lambda: shown.status() is not None, 10, "it is printed"
+    said = [json.loads(line) for line in shown.lines]
+    assert sorted((each["conversation"], each["from"], each["own"]) for each in said) == [
+        ("*", "Alice", True), ("*", "Bob", False), ("Bob", "Bob", False)], said
+    answers = {}
+    for kind, lines in (("--json", ('{"command": "/search PSST", "id": 7}', "/search old", '{"command": "/search my", "id": 9}')),
+                        ("--plain", ("/search old", "/search my"))):
+        alice = cast.peer("Alice", server, "--history", path, kind=kind)
+        for line in lines:
+            alice.say(line)
+        alice.end_input()
+        yield lambda: alice.status() is not None, 30, "it answers, and leaves by itself"
+        assert alice.status() == 0 and not alice.saw("chat"), alice.tail()
+        answers[kind] = [line for line in alice.lines if re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d ", line)]
+    assert [json.loads(line).get("re") for line in answers["--json"]] == [7, None, 9] and "Alice: psst" in answers["--json"][0]
+    assert [line.split(" ", 4)[4] for line in answers["--plain"]] == ["Bob: old news", "Alice: my own"], answers
+
+
+def script_nothing_is_written(cast):
+    """Without --history and --log-file, no interface writes anything anywhere: neither at home, nor where it is started."""
+    home = os.path.join(cast.directory, "home")
+    os.mkdir(home)
+    os.mkdir(os.path.join(home, "tmp"))
+    there = {"HOME": home, "TMPDIR": os.path.join(home, "tmp"), "XDG_CACHE_HOME": home}
+    server = cast.server()
+    yield cast.listening(server)
+    where = ("--server", f"127.0.0.1:{cast.port_of(server)}")
+    peers = [cast.start(name, "peer", "--user", name, *LOOPBACK_ONLY, *where, kind, prefix=("env", "-C", home), environment=there)
+             for name, kind in (("Ann", "--json"), ("Bob", "--plain"))]
+    ann, bob = peers
+    yield lambda: ann.saw("joined", of="Bob"), 15, "they meet"
+    ann.say("hello")
+    yield lambda: any("Ann: hello" in line for line in bob.lines), 10, "they talk"
+    for peer in peers:
+        peer.say("/search hello")
+        peer.say("/nick X" + peer.name)
+        peer.say("/quit")
+    yield lambda: all(peer.status() is not None for peer in peers), 10, "they leave"
+    written = [os.path.join(place, name) for place, folders, names in os.walk(home) for name in [*folders, *names]]
+    assert written == [os.path.join(home, "tmp")], written
+
+
 def script_signals(cast):
     """SIGTERM, SIGINT and SIGHUP are orderly ways to go, for peers and for the server."""
     server, peers = yield from cast.room("Alice", "Bob", "Carol", "Dan")
@@ -10397,6 +10618,7 @@ WRONG_PLACES = {  # what a shell does to the program: its exit status, and what 
     "{peer} --plain --log-file /dev/full </dev/null": (0, "The log file can't be written: no space left on device."),
     "ulimit -n 6; {peer} --plain </dev/null": (1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32"),
     "ulimit -n 6; {server}": (1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32"),
+    "{peer} --plain --history /dev/full </dev/null": (0, "No history is kept: /dev/full: it is no file."),
     "{peer} --host 192.0.2.77 </dev/null": (1, "p2pchat: can't listen on 192.0.2.77, port 0: cannot assign requested address"),
     "echo hi | {peer} --plain": (1, "Not sent: nobody else is here. /who says why."),
     "echo /dance | {peer} --json": (1, "There is no /dance. /help lists the commands."),
@@ -10677,6 +10899,8 @@ PROCESS_SCRIPTS = {
         script_bad_input, target_of=lambda cast: functools.partial(cast.peer, "Alice", None)),
     "one shot": script_one_shot,
     "end of input": script_end_of_input,
+    "history": script_history,
+    "nothing is written": script_nothing_is_written,
     "signals": script_signals,
     "interrupted twice": script_interrupted_twice,
     "port taken": script_port_taken,
