@@ -6941,7 +6941,7 @@ def open_history_file(path: str, create: bool) -> Tuple[int, bool]:
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o600)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no file")
+            raise ValueError("it is no ordinary file")
         header = os.read(descriptor, 100)
         if header:
             check_history_file(header)
@@ -6952,7 +6952,7 @@ def open_history_file(path: str, create: bool) -> Tuple[int, bool]:
 
 
 def lock_history_file(descriptor: int) -> None:
-    """Lock a file for as long as this descriptor is open. Raises OSError, and ValueError if somebody else has done so.
+    """Lock a file for as long as this descriptor is open. Raises ValueError if somebody else has done so.
 
     SQLite's own locks come and go with each commit, so that others can read meanwhile; and it drops every usual lock
     of this process. So this one belongs to the open file (F_OFD_SETLK). A system without those has no lock here."""
@@ -7053,7 +7053,7 @@ class History(HistoryReader):
             self._descriptor, is_new = open_history_file(self.path, create=True)
             lock_history_file(self._descriptor)
             if is_new and os.name == "posix":
-                os.chmod(self.path, 0o600)
+                os.fchmod(self._descriptor, 0o600)
             self.connect(timeout=0)
             self._prepare()
         except OSError as error:
@@ -7961,6 +7961,11 @@ class Scrollback:
                 and folded in (head_text(each.kind, each.sender, each.to) + each.text).casefold()]
 
 
+def teller_added(message: Said) -> str:
+    """Return the name of a message's sender, and who told of it if it did not come from there."""
+    return message.sender + (f" (told by {message.told_by})" if message.told_by else "")
+
+
 def split_action(text: str) -> Tuple[str, str]:
     """Return the kind of entry that a text of a peer is, and what is shown of it."""
     return ("action", text[len(ACTION):]) if text.startswith(ACTION) else ("chat", text)
@@ -7972,7 +7977,7 @@ def past_texts(message: Said, own_name: str) -> Tuple[str, str]:
     to = "" if message.conversation == EVERYONE else message.conversation
     if to and not message.own and not is_channel(to):
         to = own_name
-    return head_text(kind, message.sender, to), text
+    return head_text(kind, teller_added(message), to), text
 
 
 class Transcript:
@@ -8245,7 +8250,7 @@ class Past:
     @staticmethod
     def _entry(message: Said) -> Entry:
         kind, text = split_action(message.text)
-        entry = Entry(0, message.time, kind, text, "dim", message.sender, "")
+        entry = Entry(0, message.time, kind, text, "dim", teller_added(message), "")
         entry.id = message.id
         return entry
 

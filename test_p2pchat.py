@@ -9270,6 +9270,28 @@ def test_history_knows_messages_by_their_id(history, events, kept):
     assert [row[3] for row in history.rows()] == kept
 
 
+def test_history_what_others_tell_is_asked_for_once(tmp_path):
+    """A peer that restarts is told what it missed, but not what its history has; the next time it has that as well."""
+    world, counts = World("Ann", "Bob"), []
+    world.ann.say("while Bob is away 0")
+    for number in range(3):
+        if world.bob.died is None:
+            world.bob.crash()
+        world.run(60)
+        bob = world.bob.restart()
+        history = p2pchat.History(bob.loop, str(tmp_path / "h"))
+        history.listen(bob.node, ())
+        history.open()
+        bob.node.recall.is_known = history.knows
+        world.run(10)
+        world.ann.say(f"live {number}")
+        world.run(1)
+        counts.append((bob.texts("told"), bob.texts()))
+        history.close()
+    assert counts == [(["while Bob is away 0"], ["live 0"]), ([], ["live 1"]), ([], ["live 2"])]
+    assert [row[3] for row in HistoryRig(tmp_path / "h").rows()] == ["while Bob is away 0", "live 0", "live 1", "live 2"]
+
+
 def test_history_keeps_lines_that_were_entered_but_never_a_passphrase(history):
     for text in ("hello", "/passphrase", "/passphrase secret", " /PASSPHRASE x", "\u200b/passphrase x", "/passphrse secret", "/msg Bob hi",
                  "x" * (p2pchat.MAX_TEXT + 1)):
@@ -9388,8 +9410,8 @@ def history_newer(path):
     (lambda path: path.write_text("long " * 1000), "it is another program's file"),
     (history_newer, "a newer version of p2pchat wrote it"),
     (lambda path: path.mkdir(), "is a directory"),
-    (lambda path: os.mkfifo(path), "it is no file"),
-    (lambda path: path.symlink_to("/dev/null"), "it is no file"),
+    (lambda path: os.mkfifo(path), "it is no ordinary file"),
+    (lambda path: path.symlink_to("/dev/null"), "it is no ordinary file"),
     (lambda path: path.symlink_to(path.parent / "missing" / "x"), "no such file or directory"),
 ])
 def test_history_leaves_files_alone_that_are_none(tmp_path, caplog, make, why):
@@ -9639,7 +9661,7 @@ def test_history_command(kept_history, monkeypatch, capfdbinary, arguments):
 
 @pytest.mark.parametrize("make, why", [
     (lambda path: None, "no such file or directory"), (history_other, "it is another program's file"), (history_newer, "a newer version"),
-    (lambda path: path.mkdir(), "it is no file"), (lambda path: (history_filled(path), history_spoil(path, 100, 3996)), "can't be read: ")])
+    (lambda path: path.mkdir(), "it is no ordinary file"), (lambda path: (history_filled(path), history_spoil(path, 100, 3996)), "can't be read: ")])
 def test_history_command_of_what_is_none(tmp_path, capsys, make, why):
     make(tmp_path / "h")
     before = sorted(os.listdir(tmp_path))
@@ -10618,7 +10640,7 @@ WRONG_PLACES = {  # what a shell does to the program: its exit status, and what 
     "{peer} --plain --log-file /dev/full </dev/null": (0, "The log file can't be written: no space left on device."),
     "ulimit -n 6; {peer} --plain </dev/null": (1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32"),
     "ulimit -n 6; {server}": (1, "p2pchat: too few files may be open at once; 32 are needed: ulimit -n 32"),
-    "{peer} --plain --history /dev/full </dev/null": (0, "No history is kept: /dev/full: it is no file."),
+    "{peer} --plain --history /dev/full </dev/null": (0, "No history is kept: /dev/full: it is no ordinary file."),
     "{peer} --host 192.0.2.77 </dev/null": (1, "p2pchat: can't listen on 192.0.2.77, port 0: cannot assign requested address"),
     "echo hi | {peer} --plain": (1, "Not sent: nobody else is here. /who says why."),
     "echo /dance | {peer} --json": (1, "There is no /dance. /help lists the commands."),
@@ -14901,8 +14923,43 @@ ON_DEMAND = """usage: python test_p2pchat.py COMMAND
   answers                                    what each command says, at 80x24
   hostile [NAME...]                          the heavy part of hostile input, in full
   fuzz [--seeds N] [--minutes N] [--first N] mutated messages against codec, server and peer
+  history [--kills N] [--seed N]             a history under kill -9, its search, a start with it
   picture                                    the picture of the README, drawn anew
 The suite itself: python -m pytest test_p2pchat.py"""
+
+
+def history_command(arguments):
+    """What a history withstands and what it costs: kill -9, a search in 100,000 messages, a start with so many."""
+    parser = argparse.ArgumentParser(prog="test_p2pchat.py history")
+    parser.add_argument("--kills", type=int, default=100, help="how many writers are killed in the middle of a batch")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        killed, full = os.path.join(directory, "killed"), os.path.join(directory, "full")
+        missing = history_kills(killed, options.kills, options.seed)
+        print(f"{options.kills} kills: the file opens, without a gap; at most the last {1000 * missing:.0f} ms are missing")
+        history_filled(full, 100_000)
+        loop, turns, times = p2pchat.Loop(), [], []
+        history = p2pchat.History(loop, full)
+        history.open()
+        for conversation, wanted in itertools.product((None, "*"), ("not there", "nicht dä", "message 7 x")):
+            found, start = [], time.perf_counter()
+            history.find(wanted, conversation, p2pchat.HISTORY_END, 1, found.append)
+            while not found:
+                begun = time.perf_counter()
+                loop.turn(0)
+                turns.append(1000 * (time.perf_counter() - begun))
+            times.append(1000 * (time.perf_counter() - start))
+        history.close()
+        loop.close()
+        print(f"a search in 100,000 messages: {min(times):.0f} to {max(times):.0f} ms, the longest turn {max(turns):.0f} ms (aims: 100, 50)")
+        command, with_it = ["-m", "p2pchat", *pty_peer("Alice")], ["--history", full]
+        _start_once(directory, command, b"Chat P2P")  # compiles it
+        pairs = [(_start_once(directory, command, b"Chat P2P"), _start_once(directory, [*command, *with_it], b"Chat P2P"))
+                 for _ in range(11)]
+        more = statistics.median(there for _, there in pairs) - statistics.median(without for without, _ in pairs)
+        print(f"a start with 100,000 messages: {more:.0f} ms more than without (aim: 30)")
+    return int(missing > 1.5 * p2pchat.WRITE_INTERVAL or max(turns) > 50 or max(times) > 150 or more > 30)
 
 
 def fuzz_command(arguments):
@@ -14918,7 +14975,7 @@ def fuzz_command(arguments):
 def on_demand(arguments):
     """Run what is too long for the suite; return the exit status."""
     commands = {"simulate": simulate, "soak": soak, "bench": bench, "hostile": hostile, "fuzz": fuzz_command,
-                "answers": answers, "picture": picture}
+                "history": history_command, "answers": answers, "picture": picture}
     if not arguments or arguments[0] not in commands:
         print(ON_DEMAND)
         return 2
