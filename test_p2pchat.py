@@ -5563,6 +5563,24 @@ def test_server_a_thousand_at_once_cost_each_of_them_little(registry):
     assert learned == {client.id for client in clients}
 
 
+def test_server_a_crowd_that_comes_one_by_one_is_told_of_together(registry):
+    """Each update goes to all: the more there are, the longer the next is gathered. After a rest it is told at once."""
+    first = registry.registered("First", "10.0.9.9")
+    for number in range(300):
+        if number == 100:
+            first.heard.clear()
+        client = registry.client(registry.server, f"10.0.{number // 200 + 1}.{number % 200 + 1}")
+        registry.run(0.01)
+        client.say("MSG_REGISTER", {"username": "x", "port": 5000})
+    registry.run(0.1)
+    assert sum(len(message["content"]["joined"]) for message in first.heard) in (200, 201)
+    assert len(first.heard) < 150, "without gathering each is told alone"
+    first.heard.clear()
+    client.say("MSG_UNREGISTER", None)
+    registry.run(p2pchat.UPDATE_GATHER_TIME + 0.005)
+    assert len(first.got("MSG_PEER_LIST_UPDATE")) == 1
+
+
 def test_server_a_beacon_is_answered_by_no_more_than_it_brought():
     server = server_world().server
     question = {"role": "peer", "port": 5, "instance": "a", "server_wanted": True}
@@ -13091,17 +13109,20 @@ def _register_in_room(count: int) -> float:
 
 def _register_some(pipe: Any, port: int, count: int, number: int) -> None:
     """Register so many peers at a server of the closed room, all at once."""
-    class Registering(p2pchat.Handler):
+    class Registering(p2pchat.Handler, p2pchat.Reader):
         def __init__(self, at: int) -> None:
+            super().__init__()
             self.at = at
             self.connection = room.connect(("127.0.0.1", port), self, 5.0)
 
         def on_open(self) -> None:
+            self.connection.reader = self  # which parses nothing: a thousand lists of a thousand are 5 s of work
             content = {"username": f"u{self.at}", "port": 1000 + self.at}
             self.connection.send(p2pchat.create_message("MSG_REGISTER", "u@127.0.0.1:1", content))
 
-        def on_messages(self, messages: List[Dict[str, Any]]) -> None:
-            registered.extend(self.at for message in messages if message["type"] == "MSG_REGISTER_ACK")
+        def feed(self, data: bytes) -> List[Dict[str, Any]]:
+            registered.extend([self.at] * data.count(b'"type":"MSG_REGISTER_ACK"'))
+            return []
 
     loop, registered = p2pchat.Loop(), []  # type: ignore[var-annotated]
     room = p2pchat.make_room(loop, p2pchat.Room("bench", b"correct horse"), lambda *what: None)
