@@ -5566,15 +5566,15 @@ def test_server_a_thousand_at_once_cost_each_of_them_little(registry):
 def test_server_a_crowd_that_comes_one_by_one_is_told_of_together(registry):
     """Each update goes to all: the more there are, the longer the next is gathered. After a rest it is told at once."""
     first = registry.registered("First", "10.0.9.9")
-    for number in range(300):
-        if number == 100:
-            first.heard.clear()
-        client = registry.client(registry.server, f"10.0.{number // 200 + 1}.{number % 200 + 1}")
-        registry.run(0.01)
+    clients = [registry.client(registry.server, f"10.0.{number // 200 + 1}.{number % 200 + 1}") for number in range(300)]
+    for client in clients:
         client.say("MSG_REGISTER", {"username": "x", "port": 5000})
+        registry.run(0.011)
+        if client is clients[99]:
+            first.heard.clear()
     registry.run(0.1)
     assert sum(len(message["content"]["joined"]) for message in first.heard) in (200, 201)
-    assert len(first.heard) < 150, "without gathering each is told alone"
+    assert len(first.heard) < 150, "without a rest each is told alone"
     first.heard.clear()
     client.say("MSG_UNREGISTER", None)
     registry.run(p2pchat.UPDATE_GATHER_TIME + 0.005)
@@ -13119,6 +13119,9 @@ def _register_some(pipe: Any, port: int, count: int, number: int) -> None:
             self.connection.reader = self  # which parses nothing: a thousand lists of a thousand are 5 s of work
             content = {"username": f"u{self.at}", "port": 1000 + self.at}
             self.connection.send(p2pchat.create_message("MSG_REGISTER", "u@127.0.0.1:1", content))
+
+        def on_close(self, reason: str) -> None:
+            Registering(self.at)  # as peers do, if the server has too little of a busy machine
 
         def feed(self, data: bytes) -> List[Dict[str, Any]]:
             registered.extend([self.at] * data.count(b'"type":"MSG_REGISTER_ACK"'))
