@@ -608,6 +608,7 @@ MSG_PROBE_RESULT = "MSG_PROBE_RESULT"
 MSG_BEACON = "MSG_BEACON"
 MSG_ROOM = "MSG_ROOM"
 MSG_PAKE = "MSG_PAKE"
+MSG_GUESSES = "MSG_GUESSES"
 MSG_ERROR = "MSG_ERROR"
 
 Fields = Dict[str, Tuple[Callable[[Any], bool], str]]  # name -> check of the value, and in words what is allowed
@@ -998,6 +999,8 @@ _CONTENTS: Dict[str, Fields] = {
                  **_IDENTITY},
     MSG_ROOM: {"room": _ROOM, "nonce": _hex(32)},
     MSG_PAKE: {"y?": _hex(32), "confirm?": _hex(64)},
+    MSG_GUESSES: {"ip": _IP, "count": (lambda count: is_count(count) and 1 <= count <= MEMBER_GUESSES,
+                                       f"an integer from 1 to {MEMBER_GUESSES}")},
     MSG_ERROR: {"reason": _WORDS, "you?": _YOU},
 }
 _CHECKS: Dict[str, Callable[[Message, Any], None]] = {**dict.fromkeys(_CONTENTS, _check_content), MSG_CHAT: _check_chat}
@@ -4512,6 +4515,7 @@ class OtherRooms:
         self._barred: Dict[Address, Tuple[float, float]] = {}  # who refused us: how long to wait, and until when
         self._limits: Dict[Tuple[str, str], RateLimit] = {}  # of what is said of an address
         self._notices = RateLimit(MAX_NOTICES)
+        self._reports = RateLimit(MAX_NOTICES)  # what others say takes no room from what we have seen
 
     def on_beacon(self, address: Address, content: Dict[str, Any]) -> bool:
         """Note whose beacon came, and return whether it is of our room."""
@@ -4566,14 +4570,30 @@ class OtherRooms:
         elif is_dialled and words:
             self._tell(place, about, f"{place}: {words}.", 600.0)
         elif not self.is_paused:  # else it is ours that is wrong
-            wrong = node.room.wrong_guesses(address[0])
-            tried = f"tried {'a wrong passphrase' if wrong < 2 else f'{wrong} wrong passphrases'}"
-            text = tried if about == PASSPHRASE else "is in another room"
-            self._tell(address[0], about, f"{address[0]} {text}.", 60.0)
+            wrong = max(1, node.room.wrong_guesses(address[0]))
+            text = tried(address[0], wrong) if about == PASSPHRASE else f"{address[0]} is in another room."
+            if self._tell(address[0], about, text, 60.0) and about == PASSPHRASE:
+                self._report(address[0], wrong)
         if len(self._refused_at) >= MAX_REFUSED and not self.is_paused:
             self.is_paused = True
             node.emit({"event": "notice", "text": f"{MAX_REFUSED} peers have another passphrase. Is yours right? "
                        "/passphrase asks for it again; until then nobody is dialled.", "about": PASSPHRASE})
+
+    def _report(self, ip: str, count: int) -> None:
+        """Tell the members who has guessed here, those to whom there is a link."""
+        ip = self.node.me.ip if is_loopback(ip) else ip  # the loopback's addresses mean another machine elsewhere
+        for peer in self.node.present():
+            if peer.link is not None:
+                peer.link.send(MSG_GUESSES, {"ip": ip, "count": count})
+
+    def handle_guesses(self, link: "Link", message: Message) -> None:
+        """A member says who has guessed at its place. That is shown, with who says it, and never acted on: a member may
+        lie. Nobody passes it on, and of one address it is shown once a minute, whoever says it."""
+        ip, now = message["content"]["ip"], self.node.loop.now()
+        limits = [self._limits[ip, about] for about in (PASSPHRASE, "report") if (ip, about) in self._limits]
+        if self.node.room.name and link.peer is not None and not any(limit.wait(now) for limit in limits):
+            text = f"{self.node.peers.label(link.peer)} says: {tried(ip, message['content']['count'])}"
+            self._tell(ip, "report", text, 60.0, self._reports)
 
     def start_over(self) -> None:
         """The passphrase is another now: whoever refused the former one may be dialled again."""
@@ -4588,13 +4608,22 @@ class OtherRooms:
             self._barred.clear()
         self._barred[address] = (wait, self.node.loop.now() + delay)
 
-    def _tell(self, place: str, about: str, text: str, interval: float) -> None:
-        """Tell the user, at most once in an interval about one address."""
+    def _tell(self, place: str, about: str, text: str, interval: float, notices: Optional[RateLimit] = None) -> bool:
+        """Tell the user, at most once in an interval about one address. Returns whether it was told."""
         if len(self._limits) >= MAX_ELSEWHERE:
             self._limits.clear()
         now = self.node.loop.now()
-        if self._limits.setdefault((place, about), RateLimit(1, interval)).take(now) and self._notices.take(now):
-            self.node.emit({"event": "notice", "text": text, "about": about})
+        if not self._limits.setdefault((place, about), RateLimit(1, interval)).take(now):
+            return False
+        if not (notices or self._notices).take(now):
+            return False
+        self.node.emit({"event": "notice", "text": text, "about": ROOM if about == ROOM else PASSPHRASE})
+        return True
+
+
+def tried(ip: str, count: int) -> str:
+    """Return the sentence about an address that has guessed."""
+    return f"{ip} tried {'a wrong passphrase' if count == 1 else f'{count} wrong passphrases'}."
 
 
 class Links:
@@ -6518,6 +6547,7 @@ def node_handlers(node: "PeerNode") -> Dict[str, Callable[[Link, Message], None]
         MSG_SYNC_PEERS_RESPONSE: Link.handle_answer,
         MSG_CATCH_UP_REQUEST: node.recall.handle_catch_up_request,
         MSG_CATCH_UP_RESPONSE: Link.handle_answer,
+        MSG_GUESSES: node.other_rooms.handle_guesses,
         MSG_ERROR: node.finder.handle_error,
         MSG_REGISTER: lambda link, message: link.refuse("this is a peer, not a discovery server: say MSG_HELLO"),
     }

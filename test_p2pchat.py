@@ -2123,6 +2123,7 @@ VALID = {
     "MSG_CHAT": "hello",
     "MSG_CHAT_ACK": {"upto": 3, "refused": [[1, 2, "slow down"], [3, 3, "why"]]},
     "MSG_CHAT_SETTLED": {"upto": 3},
+    "MSG_GUESSES": {"ip": "10.0.0.7", "count": 3},
     "MSG_SYNC_PEERS_REQUEST": {"digest": "00", "count": 3},
     "MSG_SYNC_PEERS_RESPONSE": {"peer_list": [wire_record()], "digest": "00"},
     "MSG_PEER_NEWS": {"peers": [wire_record(), wire_record("Bob", "10.0.0.3", 40001, "x", status="dead", age=3)]},
@@ -6074,6 +6075,65 @@ def test_room_what_hanging_up_after_each_step_tells(guess, is_dialled, steps, co
     world.run(p2pchat.HELLO_TIMEOUT + 1)
     assert ann.node.room.wrong_guesses(EVIL) == (counted is True or counted == "if wrong" and guess is WRONG_LAB)
     assert not ann.node.room._exposed and not ann.node.room._waiting
+
+
+def test_room_who_guessed_is_told_to_everybody_once_a_minute():
+    """By whom it was seen, and to the others with who says so; those who have seen it themselves are told no more of it."""
+    world = room_world("Ann", "Bob", "Cid")
+    for number in range(3):
+        for target in (world.ann, world.bob)[:1 + (number == 1)]:
+            TlsEnd(world.process_at(EVIL), guess=WRONG_LAB).dial(target.me.address)
+            world.run(1)
+    assert world.ann.texts("notice") == [f"{EVIL} tried a wrong passphrase."]
+    assert world.bob.texts("notice") == [f"Ann says: {EVIL} tried a wrong passphrase.", f"{EVIL} tried a wrong passphrase."]
+    assert world.cid.saw("notice") == [
+        {"event": "notice", "text": f"Ann says: {EVIL} tried a wrong passphrase.", "about": "passphrase"}]
+    world.run(60)
+    TlsEnd(world.process_at(EVIL), guess=WRONG_LAB).dial(world.ann.me.address)
+    world.run(1)
+    assert len(world.cid.saw("notice")) == len(world.ann.saw("notice")) == 2
+    assert len(world.bob.saw("notice")) == 3
+
+
+@pytest.mark.parametrize("room, say_hello, content, shown", [
+    (LAB, True, {"ip": "10.0.0.7", "count": 3}, ["Mallory says: 10.0.0.7 tried 3 wrong passphrases."]),
+    (LAB, True, {"ip": "10.0.0.7", "count": 1}, ["Mallory says: 10.0.0.7 tried a wrong passphrase."]),
+    (LAB, False, {"ip": "10.0.0.7", "count": 3}, []),
+    (LAB, True, {"ip": "10.0.0.7", "count": 11}, []), (LAB, True, {"ip": "10.0.0.7", "count": 0}, []),
+    (LAB, True, {"ip": "10.0.0.7", "count": True}, []), (LAB, True, {"ip": "\x1b[2J", "count": 3}, []),
+    (LAB, True, {"count": 3}, []), (LAB, True, None, []),
+    (None, True, {"ip": "10.0.0.7", "count": 3}, []),  # in an open room nobody guesses
+], ids=str)
+def test_room_what_others_say_of_guesses_is_checked(room, say_hello, content, shown):
+    world = World("Ann", by="none", settings={"room": room})
+    loop = world.process_at(EVIL)
+    client = Client(loop if room is None else RoomLoop(loop), "Mallory", instance="m")
+    client.dial(world.ann.me.address)
+    world.run(0.5)
+    if say_hello:
+        client.hello()
+        world.run(0.5)
+    client.say("MSG_GUESSES", content)
+    world.run(1)
+    assert world.ann.texts("notice") == shown and world.ann.node.room.wrong_guesses("10.0.0.7") == 0
+    assert world.ann.node.room.may_dial("10.0.0.7")
+
+
+def test_room_a_member_that_lies_about_guesses_fills_no_screen_and_hides_nothing():
+    """However many addresses it names: it shows so many lines a minute, and what we see ourselves is shown beside them."""
+    world = room_world("Ann", by="none")
+    mallory = Client(RoomLoop(world.process_at("10.0.0.77")), "Mallory", instance="m").dial(world.ann.me.address)
+    world.run(0.5)
+    mallory.hello()
+    world.run(0.5)
+    for number in range(2000):
+        mallory.say("MSG_GUESSES", {"ip": EVIL if number == 3 else f"10.7.{number // 250}.{number % 250 + 1}", "count": 3})
+    world.run(1)
+    assert len(world.ann.saw("notice")) == p2pchat.MAX_NOTICES
+    assert len(world.ann.node.other_rooms._limits) <= p2pchat.MAX_ELSEWHERE
+    TlsEnd(world.process_at(EVIL), guess=WRONG_LAB).dial(world.ann.me.address)
+    world.run(1)
+    assert world.ann.texts("notice")[p2pchat.MAX_NOTICES:] == [f"{EVIL} tried a wrong passphrase."]
 
 
 def test_room_guesses_in_both_directions_at_once_are_no_more_in_the_long_run():
