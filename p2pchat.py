@@ -11375,7 +11375,7 @@ def read_passphrase(path: str) -> str:
             mode, data = os.fstat(file.fileno()).st_mode, file.read(MAX_PASSPHRASE + 1)
         if os.name == "posix" and stat.S_ISREG(mode) and mode & 0o077:
             complain(f"others may read {clean(path)}, which holds the passphrase: chmod 600 it")
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # editors on Windows begin a file with a mark that nobody has typed
     except OSError as error:
         raise ValueError(f"--passphrase-file {clean(path)}: {error_text(error)}") from None
     except UnicodeDecodeError:

@@ -2944,6 +2944,23 @@ def test_room_names(name, right):
             p2pchat.check_room(name)
 
 
+@pytest.mark.parametrize("data, passphrase", [
+    (b"correct horse", b"correct horse"), (b"correct horse\n", b"correct horse"), (b"correct horse\r\n", b"correct horse"),
+    (b"correct horse\n\n", b"correct horse\n"), (b" x ", b" x "), ("\ufeffcorrect horse\r\n".encode(), b"correct horse"),
+    ("\ufeff\ufeffx".encode(), "\ufeffx".encode()), ("u\u0308".encode(), "\u00fc".encode()), (b"", b""), (b"\xff", None),
+    ("correct horse".encode("utf-16"), None),
+], ids=repr)
+def test_room_a_passphrase_from_a_file(tmp_path, data, passphrase):
+    file = tmp_path / "secret"
+    file.touch(0o600)
+    file.write_bytes(data)
+    if passphrase is None:
+        with pytest.raises(ValueError, match="not UTF-8"):
+            p2pchat.read_passphrase(str(file))
+    else:
+        assert p2pchat.normalise_passphrase(p2pchat.read_passphrase(str(file))) == passphrase
+
+
 def test_room_no_text_shows_the_passphrase():
     room = p2pchat.Room("class-3b", b"correct horse")
     texts = [repr(room), str(room), f"{room}", "%s %r" % (room, room), repr([room]), repr({"room": room}),
