@@ -6342,6 +6342,34 @@ def test_room_a_replayed_handshake_is_of_no_use():
     assert world.ann.names() == ["Bob"] and len(world.ann.all_links()) == 1
 
 
+@pytest.mark.parametrize("size, text, pieces, is_cut_off", [
+    (27, 0, 2000, False), (27, 0, 3000, True), (32_768, 0, 2, False), (32_768, 0, 3, True),  # key updates, for example
+    (60, 30, 9000, False), (23, 1, 9000, True), (1400, 1378, 9000, False),  # a record for each line, for each byte, large ones
+])
+def test_room_tls_without_content_is_bounded(size, text, pieces, is_cut_off):
+    """A member may change its key as often as it likes, but not without saying anything: 32 KiB of that take 23 ms."""
+    world = room_world("Ann", "Bob")
+    link, = world.ann.all_links()
+    tls = types.SimpleNamespace(receive=lambda data: b" " * (text - 1) + b"\n" if text else b"", seal=lambda data=b"": b"")
+    link.connection._tls = tls
+    for _ in range(pieces):
+        link.connection.take(bytes(size))
+    assert (link.connection.state != "open") is is_cut_off
+
+
+def test_room_a_large_record_may_come_in_pieces():
+    """What is incomplete is not empty."""
+    ends = tls_pair()
+    tls_exchange(ends)
+    world = room_world("Ann", "Bob")
+    link, = world.ann.all_links()
+    link.connection._tls = ends[0]
+    data = ends[1].seal(b"\n" * 1_000_000)
+    for start in range(0, len(data), 100):
+        link.connection.take(data[start:start + 100])
+    assert link.connection.state == "open"
+
+
 def test_room_no_renegotiation_and_no_ticket():
     import ssl
     context = p2pchat.make_context(b"".join(room_certificate()))
