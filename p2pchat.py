@@ -2325,8 +2325,8 @@ class Loop:
 
     @property
     def is_behind(self) -> bool:
-        """Whether something has come that there was no time to read in this turn."""
-        return bool(self._ready or self._strangers)
+        """Whether something has come, not from strangers, that there was no time to read in this turn."""
+        return bool(self._ready)
 
     def at_turn_end(self, callback: Callable[[], None]) -> None:
         """Call back once, after this turn has handled everything; then what was queued by that is sent, too."""
