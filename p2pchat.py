@@ -6187,15 +6187,14 @@ class Talk:
     """The last messages of a conversation, for those who come later."""
 
     def __init__(self) -> None:
-        self.messages: Deque[Tuple[float, Dict[str, Any], Event]] = collections.deque()  # when, who, chat or sent
+        self.messages: Deque[Tuple[float, Event]] = collections.deque(maxlen=CATCH_UP)  # when, chat or sent
         self.told: Set[str] = set()  # ids of the messages that we were told ourselves
-        self._size = 0  # characters
 
-    def add(self, now: float, sender: Dict[str, Any], event: Event) -> None:
-        self.messages.append((now, sender, event))
-        self._size += len(event["text"])
-        while len(self.messages) > CATCH_UP or self._size > CATCH_UP_BYTES:
-            self._size -= len(self.messages.popleft()[2]["text"])
+    def trim(self) -> None:
+        """Drop the oldest messages while all have more than CATCH_UP_BYTES characters: a long one has come."""
+        excess = sum(len(event["text"]) for _, event in self.messages) - CATCH_UP_BYTES
+        while excess > 0:
+            excess -= len(self.messages.popleft()[1]["text"])
 
 
 class Recall:
@@ -6207,8 +6206,8 @@ class Recall:
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
         self.is_known: Callable[[str], bool] = lambda message_id: False  # whether the user has a message already
-        self._said = {name: Talk() for name in (EVERYONE, *node.settings.channels)}
-        self._wanted: Dict[str, None] = dict.fromkeys(self._said)  # conversations for which nobody was asked yet
+        self._talks = {name: Talk() for name in (EVERYONE, *node.settings.channels)}
+        self._wanted: Dict[str, None] = dict.fromkeys(self._talks)  # conversations for which nobody was asked yet
         self._is_settled = False
         self._timer = Timer()
 
@@ -6216,27 +6215,30 @@ class Recall:
 
     def listen(self, events: List[Event]) -> None:
         """Keep what is said; ask when we have looked around, and when we join a channel."""
-        now, me = self.node.loop.now(), self.node.me.public
+        now, talks = self.node.loop.now(), self._talks
         for event in events:
             kind = event["event"]
             if kind == "chat" or kind == "sent":
-                said = self._said.get(event["to"])
-                if said is not None:
-                    said.add(now, event.get("from", me), event)
-                    if event["id"] in said.told:
-                        event["told"] = True
+                talk = talks.get(event["to"])
+                if talk is None:
+                    continue
+                talk.messages.append((now, event))
+                if len(event["text"]) > CATCH_UP_BYTES // CATCH_UP:  # shorter ones are bounded by their number
+                    talk.trim()
+                if talk.told and event["id"] in talk.told:
+                    event["told"] = True
             elif kind in ("settled", "channels"):
                 self._is_settled = self._is_settled or kind == "settled"
-                if kind == "channels" and event["peer"]["id"] == me["id"]:
+                if kind == "channels" and event["peer"]["id"] == self.node.me.id:
                     self._on_own_channels(event["joined"], event["left"])
                 self.ask_soon()
 
     def _on_own_channels(self, joined: List[str], left: List[str]) -> None:
         for name in left:
-            del self._said[name]
+            del self._talks[name]
             self._wanted.pop(name, None)
         for name in joined:
-            self._said[name], self._wanted[name] = Talk(), None
+            self._talks[name], self._wanted[name] = Talk(), None
 
     # -- asking ----------------------------------------------------------------------------------------
 
@@ -6276,15 +6278,15 @@ class Recall:
         messages = message["content"]["messages"]
         if not messages:
             self._ask(wanted, tried)
-        known = {event["id"] for said in self._said.values() for _, _, event in said.messages}
+        known = {event["id"] for talk in self._talks.values() for _, event in talk.messages}
         told = sorted(messages, key=lambda each: -int(each["age"]))[-self.node.settings.catch_up:]
         for each in told:
-            said = self._said.get(each["to"])
+            talk = self._talks.get(each["to"])
             is_own = each["id"].startswith(f"{self.node.me.instance}-")
-            if said is None or each["to"] not in wanted or each["age"] > CATCH_UP_TIME or is_own:
+            if talk is None or each["to"] not in wanted or each["age"] > CATCH_UP_TIME or is_own:
                 continue
-            if each["id"] not in known and each["id"] not in said.told and not self.is_known(each["id"]):
-                said.told.add(each["id"])
+            if each["id"] not in known and each["id"] not in talk.told and not self.is_known(each["id"]):
+                talk.told.add(each["id"])
                 self.node.emit({"event": "told", "from": Contact.from_wire(each["from"]).public, "to": each["to"],
                                 "text": clean(each["text"], newlines=True), "id": each["id"], "age": each["age"],
                                 "told_by": teller.public})
@@ -6297,17 +6299,17 @@ class Recall:
         if not link.catch_ups.take(now):
             link.error("you ask too often for what was said")
             return
-        talks = [self._said[name] for name in dict.fromkeys(content["of"]) if name in self._said]
+        talks = [self._talks[name] for name in dict.fromkeys(content["of"]) if name in self._talks]
         said = [each for talk in talks for each in talk.messages
-                if now - each[0] <= CATCH_UP_TIME and "-unnumbered-" not in each[2]["id"]]
+                if now - each[0] <= CATCH_UP_TIME and "-unnumbered-" not in each[1]["id"]]
         said.sort(key=lambda each: each[0])
         told: List[Dict[str, Any]] = []
         room = CATCH_UP_BYTES
-        for when, sender, event in said[:-1 - min(CATCH_UP, content["most"]):-1]:
+        for when, event in said[:-1 - min(CATCH_UP, content["most"]):-1]:
             room -= len(event["text"].encode("utf-8", "replace"))
             if room >= 0:
-                told.append({"id": event["id"], "from": sender, "to": event["to"], "text": event["text"],
-                             "age": int(now - when)})
+                told.append({"id": event["id"], "from": event.get("from", self.node.me.public), "to": event["to"],
+                             "text": event["text"], "age": int(now - when)})
         link.answer(message, MSG_CATCH_UP_RESPONSE, {"messages": told[::-1]})
 
 

@@ -4310,7 +4310,7 @@ def check_bounds(node):
         assert len(outbox.waiting) <= (p2pchat.KEPT_MESSAGES if is_kept else p2pchat.OUTBOX_MESSAGES)
     kept = node.delivery._kept
     assert kept._size <= p2pchat.KEPT_BYTES_IN_ALL and len(kept.peers) <= most + 1
-    for said in node.recall._said.values():
+    for said in node.recall._talks.values():
         assert len(said.messages) <= p2pchat.CATCH_UP and len(said.told) <= p2pchat.CATCH_UP_TRIES * p2pchat.CATCH_UP
     for owner in [*known, *node.links.all]:
         assert owner.inbox is None or len(owner.inbox.refused) <= p2pchat.MAX_REFUSALS
@@ -8897,8 +8897,8 @@ def test_node_what_may_be_told_is_bounded():
     texts = late.texts("told")
     assert len(texts) == p2pchat.CATCH_UP and texts[:195] == [f"{number}" for number in range(305, 500)]
     for peer in world.peers:
-        said = peer.node.recall._said["*"]
-        assert len(said.messages) <= p2pchat.CATCH_UP and said._size <= p2pchat.CATCH_UP_BYTES
+        said = [event["text"] for _, event in peer.node.recall._talks["*"].messages]
+        assert len(said) <= p2pchat.CATCH_UP and sum(map(len, said)) <= 2 * p2pchat.CATCH_UP_BYTES
 
 
 def test_node_another_one_is_asked_if_the_first_knows_nothing_or_does_not_answer():
@@ -8908,7 +8908,7 @@ def test_node_another_one_is_asked_if_the_first_knows_nothing_or_does_not_answer
     world.run(10)
     world.cy.say("from Cy")
     world.run(2)
-    world.ann.node.recall._said["*"].messages.clear()
+    world.ann.node.recall._talks["*"].messages.clear()
     world.bob.node.handlers.pop("MSG_CATCH_UP_REQUEST")
     late = world.add("Late", channels=())
     world.run(15)
