@@ -6125,10 +6125,11 @@ class Delivery:
             return "you send too much: slow down"
         if inbox.is_full:
             return inbox.refused[-1][2]
+        if to == EVERYONE or to in self.node.identity.ids or to in self.node.me.channels:
+            return ""
         if is_channel(to):
-            return "" if to in self.node.me.channels else "not in that channel"
-        is_for_us = to == EVERYONE or to in self.node.identity.ids or to == self.node.discovery.peer_id
-        return "" if is_for_us else "it is meant for somebody else"
+            return "not in that channel"
+        return "" if to == self.node.discovery.peer_id else "it is meant for somebody else"
 
     def _refuse(self, link: Link, inbox: Inbox, sequence: int, why: str) -> None:
         limited_log("refused chat", logging.WARNING, "[Chat] refused from %s: %s", link.connection.remote[0], why)
