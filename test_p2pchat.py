@@ -9005,7 +9005,8 @@ def test_node_who_is_in_which_channel_is_known_to_all():
     for peer in (world.ann, world.bob):
         peer.leave()
     world.run(2)
-    assert [event.get("channels") for event in world.carol.saw("left")] == [None, ["#lab"]]
+    left = {event["peer"]["username"]: event.get("channels") for event in world.carol.saw("left")}
+    assert left == {"Ann": None, "Bob": ["#lab"]}
 
 
 def test_node_what_is_said_in_a_channel_reaches_those_in_it():
