@@ -10548,24 +10548,24 @@ def script_history(cast):
     path = cast.log_of("history")
     server, (bob,) = yield from cast.room("Bob")
     alice = cast.peer("Alice", server, "--history", path)
-    yield cast.together(alice, bob)
+    yield cast.together(alice, bob, limit=30)
     for text in ("old news", '{"text": "psst", "to": "Alice"}'):
         bob.say(text)
     alice.say("my own")
     yield lambda: len(alice.texts()) == 2 and alice.saw("delivered"), 15, "they talk"
     second = cast.peer("Second", server, "--history", path)
     complaint = f"No history is kept: {path}: another chat keeps its history there."
-    yield lambda: second.saw("notice", text=complaint, error=True), 10, "a second one is told"
+    yield lambda: second.saw("notice", text=complaint, error=True), 30, "a second one is told"
     second.say("/quit")
     print_it = ["history", path, "--json"]
     shown = cast.start("history", *print_it)
-    yield lambda: shown.status() is not None, 10, "it is printed meanwhile"
+    yield lambda: shown.status() is not None, 30, "it is printed meanwhile"
     reader = p2pchat.HistoryReader(path)
     reader.connect()
     yield lambda: len(reader.before(99, None)) == 3, 5, "it is written"
     alice.signal(signal.SIGKILL)
     shown = cast.start("history", *print_it)
-    yield lambda: shown.status() is not None, 10, "it is printed"
+    yield lambda: shown.status() is not None, 30, "it is printed"
     said = [json.loads(line) for line in shown.lines]
     assert sorted((each["conversation"], each["from"], each["own"]) for each in said) == [
         ("*", "Alice", True), ("*", "Bob", False), ("Bob", "Bob", False)], said
@@ -10595,7 +10595,7 @@ def script_nothing_is_written(cast):
     peers = [cast.start(name, "peer", "--user", name, *LOOPBACK_ONLY, *where, kind, prefix=("env", "-C", home), environment=there)
              for name, kind in (("Ann", "--json"), ("Bob", "--plain"))]
     ann, bob = peers
-    yield lambda: ann.saw("joined", of="Bob"), 15, "they meet"
+    yield lambda: ann.saw("joined", of="Bob"), 30, "they meet"
     ann.say("hello")
     yield lambda: any("Ann: hello" in line for line in bob.lines), 10, "they talk"
     for peer in peers:
