@@ -7175,7 +7175,8 @@ class History(HistoryReader):
 
     def keep_entered(self, conversation: str, text: str) -> None:
         """Keep a line that the user entered, but not what begins like /passphrase: the passphrase may follow."""
-        if self.is_open and len(text) <= MAX_TEXT and not clean(text).lstrip().lower().startswith("/pass"):
+        start = clean(text).lstrip()[:5].lower()
+        if self.is_open and start not in ("", "/pass") and len(text) <= MAX_TEXT:
             self._entered = [*self._entered[1 - MAX_ENTERED:], (conversation, text)]
             self._write_later(self._interval)
 
@@ -7297,7 +7298,8 @@ class History(HistoryReader):
         """Return the lines that the user entered in a conversation, oldest first."""
         query = "SELECT text FROM entered WHERE conversation = ? ORDER BY row DESC LIMIT ?"
         rows = self.rows(query, conversation, MAX_ENTERED)
-        return [clean(str(text), newlines=True) for (text,) in reversed(rows)]
+        lines = (clean(str(text), newlines=True) for (text,) in reversed(rows))
+        return [line for line, _ in itertools.groupby(lines)]  # what was entered twice is there once
 
     def knows(self, message_id: str) -> bool:
         """Whether it has a message."""
@@ -9813,10 +9815,10 @@ class ChatView:
 
     def show_found(self, entry: Entry, hint: str) -> None:
         """Show what a search has found in the window at hand."""
-        scrollback, area = self.window.scrollback, self.area()
+        scrollback, area, day = self.window.scrollback, self.area(), self._day(entry.added_at)
         scrollback.found = entry.seq
         scrollback.go_to(scrollback.moved((entry.seq, 0), area.height // 2, area.cols), area)  # below the middle
-        self.hint = hint
+        self.hint = hint if day == self._day(self.node.loop.wall()) else f"{day}: {hint}"
 
     def title(self) -> str:
         return (f"({self.unread}) " if self.unread else "") + f"{self.node.me.username} - p2pchat"

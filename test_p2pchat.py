@@ -9424,7 +9424,7 @@ def test_history_what_others_tell_is_asked_for_once(tmp_path):
 
 
 def test_history_keeps_lines_that_were_entered_but_never_a_passphrase(history):
-    for text in ("hello", "/passphrase", "/passphrase secret", " /PASSPHRASE x", "\u200b/passphrase x", "/passphrse secret", "/msg Bob hi",
+    for text in ("hello", "hello", "", " ", "/passphrase", "/passphrase secret", " /PASSPHRASE x", "\u200b/passphrase x", "/passphrse secret", "/msg Bob hi",
                  "x" * (p2pchat.MAX_TEXT + 1)):
         history.history.keep_entered("*", text)
     history.loop.turn()
@@ -9949,7 +9949,7 @@ def test_past_is_searched_beyond_the_scrollback(remembered):
     assert search("/search") == "message 990 wanted" and changes == []
     assert search("/search") == "message 500 wanted" and changes == [False]
     shown = view_screen(view)
-    assert any("message 505" in row for row in shown) and "/search goes on above" in shown[-2]
+    assert any("message 505" in row for row in shown) and "day 19680: /search goes on above" in shown[-2]
     gap = [text for text in past.texts() if "left out" in text]
     assert gap == ["day 19685; above, some is left out"] and past.texts()[past.texts().index(gap[0]) + 1] == "message 950"
     assert search("/search") == "message 125 wanted" and search("/search") == "message 120 wanted"
