@@ -8834,6 +8834,7 @@ class Narrator:
 
     def on_notice(self, event: Event) -> None:
         self.view.notice(event["text"], "error" if event.get("error") else "notice")
+        self.view.lost += [event["text"]] if self.view.node.leaving and self.view.on_screen else []
 
 
 # -- keys ----------------------------------------------------------------------------------------------
@@ -9732,7 +9733,7 @@ class ChatView:
         self.past = Past(self, history)
         self.windows = Windows(self._make_window)
         self.outgoing = Outgoing()
-        self.lost: List[str] = []  # lines about what was not delivered while leaving
+        self.lost: List[str] = []  # what was said while leaving: the screen is gone soon
         self.log: Deque[str] = collections.deque(maxlen=500)
         self.refused = 0  # lines that could not be done
         self.hint = ""  # is shown above the input line until the next key
