@@ -184,7 +184,7 @@ BAN_TIME = 60.0  # a sender that was cut off may not link again for this long
 # Discovery.
 UPDATE_GATHER_TIME = 0.01  # the server gathers joins and leaves for this long and sends them as one message
 RETRY_SERVER_MIN, RETRY_SERVER_MAX = 1.0, 20.0  # between two dials of the server; doubled each time
-UPDATE_REST = 0.0001  # and it rests for this long for each peer that it told: that takes 10 us, or 30 in a closed room
+UPDATE_REST = 0.0001  # then it rests for this long for each peer that it told: each takes 10 us, in a closed room 30
 SETTLE_TIME = 2.0  # a peer that starts waits this long for the local network; before that, for what was named
 BEACON_INTERVAL_ALONE, BEACON_INTERVAL = 1.0, 10.0  # between two beacons, while nobody is known and later
 BEACON_SIZE = 512  # every beacon is padded to this size, so that an answer is never longer than its question
@@ -4175,7 +4175,8 @@ class DiscoveryServer:
             for session in others:
                 session.connection.send(update)
         self._introduce(newcomers)
-        self._tell_again_at = self.loop.now() + len(self._peers) * UPDATE_REST
+        rest = UPDATE_REST * (3 if self.room.name else 1)  # TLS takes so much longer
+        self._tell_again_at = self.loop.now() + len(self._peers) * rest
         limited_log("broadcast", logging.INFO, "[Broadcast] %d joined, %d left: told %d and answered %d",
                     len(self._joined), len(self._left), len(others), len(newcomers))
         self._joined.clear()

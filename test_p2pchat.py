@@ -5609,6 +5609,19 @@ def test_server_a_crowd_that_comes_one_by_one_is_told_of_together(registry):
     assert len(first.got("MSG_PEER_LIST_UPDATE")) == 1
 
 
+@pytest.mark.parametrize("room, rest", [(None, 0.1), (LAB, 0.3)])
+def test_server_rests_after_it_has_told_everybody(room, rest, monkeypatch):
+    """For the longer the more that takes."""
+    monkeypatch.setattr(p2pchat, "UPDATE_REST", 0.05)
+    world = World(seed=0, delay=(0.001, 0.002), settings={"room": room})
+    world.start_server()
+    ends = [world.client(world.server, f"10.0.0.{number}", port=5000) for number in range(1, 4)]
+    for end, least in zip(ends, (0.0, rest / 2, rest)):
+        end.say("MSG_REGISTER", {"username": "x", "port": 5000})
+        took = world.until(lambda end=end: "MSG_REGISTER_ACK" in end.kinds(), 1, 0.001)
+        assert least - 0.005 < took < least + 0.03
+
+
 def test_server_a_beacon_is_answered_by_no_more_than_it_brought():
     server = server_world().server
     question = {"role": "peer", "port": 5, "instance": "a", "server_wanted": True}
