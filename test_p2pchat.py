@@ -6135,6 +6135,14 @@ def test_room_who_guessed_is_told_to_everybody_once_a_minute():
     assert len(world.bob.saw("notice")) == 3
 
 
+def test_room_who_guessed_on_ones_own_machine_is_told_by_an_address_that_others_know():
+    world = room_world("Ann", "Bob")
+    TlsEnd(world.process_at(world.ann.me.ip), guess=WRONG_LAB).dial(("127.0.0.1", world.ann.me.port))
+    world.run(1)
+    assert world.ann.texts("notice") == ["127.0.0.1 tried a wrong passphrase."]
+    assert world.bob.texts("notice") == [f"Ann says: {world.ann.me.ip} tried a wrong passphrase."]
+
+
 @pytest.mark.parametrize("room, say_hello, content, shown", [
     (LAB, True, {"ip": "10.0.0.7", "count": 3}, ["Mallory says: 10.0.0.7 tried 3 wrong passphrases."]),
     (LAB, True, {"ip": "10.0.0.7", "count": 1}, ["Mallory says: 10.0.0.7 tried a wrong passphrase."]),
