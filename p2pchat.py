@@ -7115,16 +7115,16 @@ class History(HistoryReader):
         for step in ("BEGIN IMMEDIATE", *steps, "COMMIT"):
             self._database.execute(step)
 
-    def close(self) -> None:
-        """Write what waits, and let go of the file."""
+    def close(self) -> int:
+        """Write what waits, and let go of the file; return how many messages could not be written."""
         if self.is_open:
             self._database.execute("PRAGMA busy_timeout = 1000")
         waiting = -1
-        while self.is_open and self._unwritten and waiting != len(self._unwritten):
+        while waiting != len(self._unwritten):
             waiting = len(self._unwritten)
             self.write()
-        self.write()
         self._let_go()
+        return waiting
 
     def _let_go(self) -> None:
         """Close the file. Only then its descriptor: closing that drops every lock that this process has on the file."""
@@ -10126,8 +10126,9 @@ class Interface:
                 return complain(port_problem(self.settings.host, self.settings.port, error))
             self.failure = error
         finally:
-            if self.history is not None:
-                self.history.close()
+            unwritten = self.history.close() if self.history is not None else 0
+            if unwritten:
+                complain(f"{_count(unwritten, 'message')} could not be written to the history: it is in use")
             log.removeHandler(self.log)
             self.loop.close()
         return self.status() if self.failure is None else complain(self._report(self.failure))

@@ -9541,6 +9541,15 @@ def test_history_waits_for_another_program_and_keeps_the_rest_within_a_bound(his
     assert history_complaints(caplog) == [f"The history {history.path} could not be written for long: some messages are missing there"]
 
 
+def test_history_that_is_in_use_at_the_end_says_what_is_lost(history):
+    import sqlite3
+    with contextlib.closing(sqlite3.connect(history.path, isolation_level=None)) as other:
+        history.chat("Bob", "one")
+        other.execute("BEGIN EXCLUSIVE")
+        assert history.history.close() == 1
+    assert HistoryRig(history.path).history.close() == 0
+
+
 def history_other(path):
     """Another program's database."""
     import sqlite3
@@ -11465,6 +11474,26 @@ def test_windows_on_a_terminal():
         alice.expect("[2:Bob]")
         alice.expect("Bob left")
         alice.ends(0, "\x15/quit\r")
+
+
+def test_a_history_on_a_terminal(tmp_path):
+    """What was said is there at the next start, also behind the form; it is searched, and Up brings back what was typed."""
+    option = ("--history", str(tmp_path / "h"))
+    with pty_pair(PtyProgram, "Alice", *option) as (bob, alice):
+        alice.expect("+ Bob joined")
+        alice.talk(("hello\r", "Alice: hello"))
+        for number in range(300):
+            bob.say(f"message {number}")
+        alice.expect("message 299")
+        alice.ends(0, "/quit\r")
+    for name in ("Alice", None):
+        with PtyProgram(*pty_peer(name, *option)) as alice:
+            if name is None:
+                alice.talk(("", "Name"), ("\r", "Bob: message 299"))
+            alice.expect("Bob: message 299")
+            alice.talk(("/search message 42\r", "Bob: message 42"), ("/search hello\r", "Alice: hello"), ("\x1bA", "> /search hello"),
+                       ("\x15/search never said\r", "Nothing was found for never said."))
+            alice.ends(0, "/quit\r")
 
 
 def test_resizing():
