@@ -9653,6 +9653,43 @@ def test_history_sets_a_damaged_file_aside(tmp_path, caplog, start, size, at_sta
     assert sorted(os.listdir(tmp_path)) == ["h", "h.damaged-1", "h.damaged-2"]
 
 
+def test_history_sets_a_file_aside_once_and_its_journal_with_it(tmp_path, caplog):
+    """The journal would mend the damaged file, and spoil the new one. If that is damaged, too, the disk is: it gives up."""
+    path = tmp_path / "h"
+    history_filled(path)
+    history_spoil(path, 100, 3996)
+    (tmp_path / "h-journal").write_bytes(b"\0" * 512)
+    rig = HistoryRig(path)
+    assert sorted(os.listdir(tmp_path)) == ["h", "h.damaged-1", "h.damaged-1-journal"]
+    rig.chat("Bob", "x" * 9000)
+    rig.loop.turn()
+    rig.history.close()
+    history_spoil(path, 100, 3996)
+    rig.history.open()
+    assert not rig.history.is_open and sorted(os.listdir(tmp_path)) == ["h", "h.damaged-1", "h.damaged-1-journal"]
+    assert history_complaints(caplog)[1].startswith(f"No history is kept: {path}: ")
+
+
+def test_history_that_others_could_read_is_the_users_own_once_it_begins(tmp_path):
+    (tmp_path / "h").touch(0o644)
+    HistoryRig(tmp_path / "h").history.close()
+    assert stat.S_IMODE(os.stat(tmp_path / "h").st_mode) == 0o600
+
+
+def test_history_waits_for_somebody_who_reads_it(history, caplog):
+    """Such a one is in the way only when a batch is complete: all of it is written later, once."""
+    import sqlite3
+    with contextlib.closing(sqlite3.connect(history.path, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM messages").fetchall()
+        for number in range(3):
+            history.chat("Bob", f"message {number}")
+            history.loop.turn()
+    assert history.rows() == []
+    history.loop.turn()
+    assert [row[3] for row in history.rows()] == [f"message {number}" for number in range(3)] and history_complaints(caplog) == []
+
+
 def test_history_on_a_full_disk(history, caplog):
     """The user is told once; what was written before can still be read by others."""
     history.chat("Bob", "the first")
@@ -9999,6 +10036,22 @@ def test_past_is_searched_beyond_the_scrollback(remembered):
     past.chat("Bob", "still live")
     view_keys(view, "<end>")
     assert "still live" in "".join(view_screen(view))
+
+
+def test_past_that_is_found_takes_the_place_of_what_was_shown_if_there_is_no_room(remembered, monkeypatch):
+    monkeypatch.setattr(p2pchat, "MAX_ENTRIES", 300)
+    past = remembered("Bob")
+    for _ in range(2):
+        view_screen(past.view)
+        view_keys(past.view, "<ctrl-home>")
+    assert len(past.texts()) > 250
+    for wanted in ("message 740", "message 600", "message 120 "):
+        view_screen(past.view)
+        past.view.enter(f"/search {wanted}")
+        past.later()
+        assert any(wanted in row for row in view_screen(past.view)) and len(past.texts()) <= 350
+        assert len([text for text in past.texts() if "left out" in text]) == 1
+    assert past.texts()[-1] == "message 999"
 
 
 def test_past_search_in_a_window_finds_only_its_own(remembered):
