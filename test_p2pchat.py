@@ -1066,14 +1066,14 @@ def test_older_entries_are_put_in_and_every_place_stays_what_it_was(at, reading)
     lowest = entries[scrollback.anchor[0]] if reading else None
     drawn = {entries[seq]: rows for seq, (_, rows) in scrollback._drawn.items()}
     older = [p2pchat.Entry(0, 0.0, "chat", f"older {number}", "", "Eve", "") for number in range(7)]
-    size = scrollback._size
+    size, scrollback.gap = scrollback._size, 10
     scrollback.insert(at, older)
     assert scrollback.entries == entries[:at] + older + entries[at:]
     first = scrollback.entries[0].seq
     assert [each.seq for each in scrollback.entries] == list(range(first, scrollback.next)) and scrollback.next == 100
     if reading:
         assert scrollback.entries[scrollback.anchor[0] - first] is lowest
-    assert scrollback.entries[scrollback.found - first].text == "message 41"
+    assert scrollback.entries[scrollback.found - first].text == "message 41" and scrollback.entries[scrollback.gap - first] is entries[10]
     assert scrollback.count_below() == below + 7 * (at > 90)  # what is put in among them is below, too
     mark = next(each for each in scrollback.entries if each.seq - 1 == scrollback.unread)
     assert mark.text == "message 60" and view.outgoing.last.seq == entries[59].seq
