@@ -976,9 +976,9 @@ _LEFT = (_is_list(_is_object({"id": _ID, "reason?": _WORDS, **_IDENTITY})), 'a l
 _YOU = (_is_object({"ip?": (_is_text(MAX_ID), "an address")}), "an object with the ip that was seen")
 _ROOM = (_is_text(MAX_NAME, is_room), f"a name of at most {MAX_ROOM} bytes")
 _CONVERSATION = (lambda name: name == EVERYONE or _is_channel_text(name), "* or a channel")
-_MESSAGE_ID = (_is_text(64, lambda text: re.fullmatch(r"[0-9A-Za-z]{1,32}-[0-9]{1,16}", text)), "instance-number")
-_SAID: Fields = {"id": _MESSAGE_ID, "from": _ONE, "to": _CONVERSATION, "text": (_is_text(MAX_TEXT), "a text"),
-                 "age": _COUNT}
+_is_message_id = _is_text(64, lambda text: re.fullmatch(r"[0-9A-Za-z]{1,32}-[0-9]{1,16}", text))
+_SAID: Fields = {"id": (_is_message_id, "instance-number"), "from": _ONE, "to": _CONVERSATION,
+                 "text": (_is_text(MAX_TEXT), "a text"), "age": _COUNT}
 _CONTENTS: Dict[str, Fields] = {
     MSG_REGISTER: {"username": _NAME, "port": _PORT, **_IDENTITY, "channels?": _CHANNELS},
     MSG_REGISTER_ACK: {"peer_id": _ID, "peer_list": _PEERS},
@@ -6303,7 +6303,7 @@ class Recall:
             return
         talks = [self._talks[name] for name in dict.fromkeys(content["of"]) if name in self._talks]
         said = [each for talk in talks for each in talk.messages
-                if now - each[0] <= CATCH_UP_TIME and "-unnumbered-" not in each[1]["id"]]
+                if now - each[0] <= CATCH_UP_TIME and _is_message_id(each[1]["id"])]  # others can't be told apart
         said.sort(key=lambda each: each[0])
         told: List[Dict[str, Any]] = []
         room = CATCH_UP_BYTES

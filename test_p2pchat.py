@@ -8863,6 +8863,19 @@ def test_node_who_comes_late_is_told_what_was_said():
     assert not told(world.bob) and not world.ann.saw("delivered")[5:]
 
 
+def test_node_what_can_not_be_told_apart_is_not_told(solo):
+    """A program without a hello, and messages without a number: their ids mean nothing elsewhere."""
+    mallory = solo.client(solo.ann)
+    mallory.say("MSG_CHAT", "numbered", id=5)
+    mallory.say("MSG_CHAT", "unnumbered")
+    solo.run(2)
+    assert solo.ann.texts() == ["numbered", "unnumbered"]
+    asker = solo.attack(solo.ann, "10.0.0.67")
+    asker.say("MSG_CATCH_UP_REQUEST", {"of": ["*"], "most": 200})
+    solo.run(1)
+    assert asker.take("MSG_CATCH_UP_RESPONSE") == [{"messages": []}]
+
+
 @pytest.mark.parametrize("by", ["server", "lan", "join", "first"])
 def test_node_who_comes_late_is_told_however_it_found_the_others(by):
     """Also if it hears of them before it is linked to anybody."""
