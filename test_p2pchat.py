@@ -1650,11 +1650,13 @@ def test_a_peer_takes_the_name_and_the_address_of_one_that_left(at_hand):
     view.node.leave_peer(view_peer(view, "Bob"))
     view.node.join("Tim", "10.0.0.2", tell=True)
     view.enter("/query Tim hi")
-    view_keys(view, f"<alt-{at_hand}>")
+    view_keys(view, "<alt-1>", f"<alt-{at_hand}>")
     key = view.window.key
     view_rename(view, "Tim", "Bob")
     assert view_bar(view).replace("[", "").replace("]", "") == "1:everyone  2:Zoe  3:Bob" and "hi" in view_texts(view, 3)
     assert view.window.key == (key if at_hand in (1, 3) else "Bob@10.0.0.2:10001")
+    view_rename(view, "Zoe", "Zed")
+    assert view_bar(view).replace("[", "").replace("]", "") == "1:everyone  2:Zed  3:Bob"
 
 
 def test_what_calls_the_user_comes_first_and_is_said_once():
@@ -1755,6 +1757,8 @@ def test_channels_joined_at_the_start_have_windows():
     view_event(view, {"event": "settled"})
     assert view_bar(view) == "[1:everyone]  2:#lab  3:#tea" and view_texts(view, 2) == ["You are in #lab. Nobody else is in it so far."]
     assert view_texts(view, 3) == ["Bob joined", "You are in #tea with Bob."]
+    view_event(view, {"event": "joined", "peer": view_peer(view, "Bob"), "channels": ["#tea", "#zoo"]})
+    assert view_texts(view, 3)[-1] == "Bob joined" == view_texts(view, 1)[-1] and len(view.windows.all) == 3
 
 
 def test_without_a_screen_each_line_names_its_channel():
