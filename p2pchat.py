@@ -173,6 +173,7 @@ KEPT_BYTES_IN_ALL = 16 * 1024 * 1024  # for all that were lost; a text that wait
 CATCH_UP = 200  # messages of one conversation that newcomers are told at most; they are kept in memory for that
 CATCH_UP_BYTES = 64 * 1024  # the same in bytes: 1.1 MiB for everyone and all channels that one can be in
 CATCH_UP_TIME = 3600.0  # older ones are not told
+LINK_TIME = 0.5  # between the first link and that question: by then the peer that runs longest is linked, too
 CATCH_UP_TRIES = 3  # peers that are asked, until one of them has something to tell
 MAX_REFUSALS = 32  # ranges of refused messages in one acknowledgement; with so many, all further ones are refused
 CHAT_OVERHEAD = 128  # bytes that a budget counts for a message beside its text
@@ -6247,7 +6248,7 @@ class Recall:
     def ask_soon(self) -> None:
         """Ask for what nobody was asked for yet, if we have looked around: perhaps there is somebody now."""
         if self._wanted and self._is_settled and self.node.settings.catch_up and not self._timer.active:
-            self._timer = self.node.loop.call_later(0, self._ask_for_what_is_wanted)
+            self._timer = self.node.loop.call_later(LINK_TIME, self._ask_for_what_is_wanted)
 
     def _ask_for_what_is_wanted(self) -> None:
         """Ask about each conversation in which somebody else is."""
@@ -6765,7 +6766,7 @@ class PeerNode:
             raise ChatError(f"Not sent: nobody else is in {to}.")
         if not receivers:
             raise ChatError("Not sent: nobody else is here. /who says why." if to == EVERYONE else
-                            f"Not sent: {to} is not here.")
+                            f"Not sent: {self.peers.label_of(to)} is not here.")
         if self.leaving:
             raise ChatError("You are leaving: nothing more is sent.")
         message_ids = self.delivery.send(list(map(check_text, texts)), receivers, to)

@@ -8867,6 +8867,17 @@ def test_node_who_comes_late_is_told_what_was_said():
     assert not told(world.bob) and not world.ann.saw("delivered")[5:]
 
 
+def test_node_the_one_that_runs_longest_is_asked_though_another_is_linked_first():
+    world = talked()
+    world.add("Cy", channels=())
+    world.run(10)
+    world.cy.say("from Cy")
+    world.run(2)
+    late = world.add("Late", lan=False, channels=(), join=(world.cy.me.address,))
+    world.run(10)
+    assert told(late) == [*FIRST_WORDS, ("from Cy", "*", "Cy", "Ann")]
+
+
 def test_node_what_can_not_be_told_apart_is_not_told(solo):
     """A program without a hello, and messages without a number: their ids mean nothing elsewhere."""
     mallory = solo.client(solo.ann)
