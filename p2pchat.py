@@ -171,9 +171,9 @@ KEPT_MESSAGES = 1000  # that wait for one peer that was lost
 KEPT_BYTES = 1024 * 1024  # the same in bytes
 KEPT_BYTES_IN_ALL = 16 * 1024 * 1024  # for all that were lost; a text that waits for several counts once
 CATCH_UP = 200  # messages of one conversation that newcomers are told at most; they are kept in memory for that
-CATCH_UP_BYTES = 64 * 1024  # the same in bytes: 1.1 MiB for everyone and all channels that one can be in
+CATCH_UP_BYTES = 64 * 1024  # the same in bytes; kept are up to twice as many characters: 8 MiB in all, if all are emoji
 CATCH_UP_TIME = 3600.0  # older ones are not told
-LINK_TIME = 0.5  # between the first link and that question: by then the peer that runs longest is linked, too
+LINK_TIME = PROBE_INTERVAL + 0.5  # between the first link and that question: all are linked by then, if they are few
 CATCH_UP_TRIES = 3  # peers that are asked, until one of them has something to tell
 MAX_REFUSALS = 32  # ranges of refused messages in one acknowledgement; with so many, all further ones are refused
 CHAT_OVERHEAD = 128  # bytes that a budget counts for a message beside its text
@@ -1065,7 +1065,7 @@ class Peer:
         if "away" in record:
             peer.away = check_note(record["away"])
         if "channels" in record:
-            peer.channels = tuple(map(sys.intern, record["channels"]))
+            peer.channels = tuple(record["channels"])
         return peer
 
     def set_identity(self, username: str, ip: str, port: int) -> None:
@@ -1105,7 +1105,7 @@ class Peer:
     def encoded(self) -> str:
         """Its record as JSON, as alive and confirmed. It is cached, because long lists consist of these."""
         if self._encoded is None or self._encoded[0] != self.incarnation:
-            self._encoded = (self.incarnation, _ENCODER.encode(self._record()))
+            self._encoded = (self.incarnation, _ENCODER.encode(self.own_record()))
         return self._encoded[1]
 
     @property
@@ -1124,7 +1124,7 @@ class Peer:
 
     def wire(self, now: float, status: Optional[str] = None) -> Dict[str, Any]:
         """Return its record. Ages are sent, never times of day, because clocks differ."""
-        record = self._record()
+        record = self.own_record()
         status = status or self.status
         if status != ALIVE:
             record["status"] = status
@@ -1133,7 +1133,7 @@ class Peer:
             record["age"] = max(0, int(now - since))
         return record
 
-    def _record(self) -> Dict[str, Any]:
+    def own_record(self) -> Dict[str, Any]:
         """Return what its owner says of itself."""
         record = dict(self.public, instance=self.instance, incarnation=self.incarnation)
         if self.away:
@@ -1434,7 +1434,7 @@ class PeerList(Generic[P]):
         """Forget the tombstones that are too old, and the oldest ones if there are too many."""
         tombs = self.tombstones()
         excess = len(tombs) - MAX_PEERS
-        for peer in tombs:
+        for peer in sorted(tombs, key=lambda peer: peer.heard_at > 0):  # first those that we know by hearsay only
             if excess > 0 or now - peer.removed_at > TOMBSTONE_TIME:
                 del self._by_key[peer.key]
                 excess -= 1
@@ -2197,6 +2197,12 @@ class Loop:
         """Return Unix time in seconds: for people, for incarnations, and to notice that the machine slept."""
         return time.time()
 
+    def slept(self) -> float:
+        """Return for how many seconds the machine has slept since it was started: now() stood still. 0.0 if the system
+        does not tell."""
+        clock = getattr(time, "CLOCK_BOOTTIME", None)
+        return 0.0 if clock is None else time.clock_gettime(clock) - time.monotonic()
+
     def call_later(self, delay: float, callback: Callable[..., None], *args: Any) -> Timer:
         """Call back after `delay` seconds; 0 means in the next turn."""
         timer = Timer(self.now() + delay, callback, args)
@@ -2761,6 +2767,12 @@ class Endpoint(Handler):
         limited_log("refused", logging.WARNING, "[%s] refused %s:%d: %s", self.tag, *self.connection.remote, reason)
         self.error(reason)
         self.connection.close(reason)
+
+    def fail_questions(self) -> None:
+        """No answer will come any more."""
+        for question in list(self._questions.values()):
+            question.timer.fire()
+        self._questions.clear()
 
     def drop_questions(self, answer_type: str = "") -> None:
         """Wait no longer for answers, or for those of one type."""
@@ -4242,7 +4254,7 @@ class Contact(Peer):
         super().__init__(username, ip, port, instance, incarnation)
         self.link: Optional[Link] = None  # the one over which we send
         self.via: Optional[Address] = None  # another address of its machine, at which we reached it
-        self.has_ended = False  # its address refused us after it was gone: its program has ended
+        self.has_ended = False  # it said goodbye, or its address refused us after it was gone: its program has ended
         self.contested_at = float("-inf")  # when it was asked whether it lives: somebody elsewhere claims to be it
         self.banned_until = float("-inf")
         self.suspicion: Optional[Suspicion] = None
@@ -4323,8 +4335,8 @@ class Link(Endpoint):
 
     def on_close(self, reason: str) -> None:
         self.timer.cancel()
-        self.drop_questions()
         self.node.links.on_link_closed(self, reason)
+        self.fail_questions()
 
     def send(self, kind: str, content: Any, **extra: Any) -> None:
         self.used_at = self.loop.now()
@@ -4901,12 +4913,13 @@ class Links:
     def reconcile(self) -> None:
         """Dial peers that should be linked; close links that nobody needs."""
         node, now = self.node, self.node.loop.now()
-        if len(node.peers) <= IDLE_LINKS:
-            for peer in node.peers.present():
-                # The one with the lesser key dials; the other, too, if it hears nothing.
-                may_dial = node.me.key < peer.key or now - peer.last_sign_at() > QUIET_AFTER - 1
-                if peer.link is None and may_dial and node.targets.is_due(peer.route, now):
-                    self.dial(peer.route, PRESENT_PEER, peer)
+        are_few = len(node.peers) <= IDLE_LINKS
+        for peer in node.peers.present():
+            # The one with the lesser key dials; the other, too, if it hears nothing.
+            should_dial = are_few and (node.me.key < peer.key or now - peer.last_sign_at() > QUIET_AFTER - 1)
+            is_wanted = peer.link is None and (should_dial or peer.has_waiting_messages)
+            if is_wanted and node.targets.is_due(peer.route, now):
+                self.dial(peer.route, PRESENT_PEER, peer)
         for link in list(self.all):
             if link.peer is not None and now - link.used_at > IDLE_TIMEOUT and self._is_needless(link, link.peer):
                 link.connection.close("not needed")
@@ -4986,6 +4999,7 @@ class Detector:
         self.is_isolated = False  # everybody fell silent at once: it is us
         self.server_seen_at = float("-inf")  # when a server on another machine was last online; inf while it is
         self._last_tick = (0.0, 0.0)  # when we last probed, by the loop's clock and by the wall clock
+        self._slept = node.loop.slept()  # until then
 
     def start(self) -> None:
         """Count silence from now on."""
@@ -5241,6 +5255,9 @@ class Detector:
         if late < QUIET_AFTER - PROBE_INTERVAL and jump < CLOCK_JUMP:
             return False
         self._last_tick = (now, wall)
+        slept, self._slept = self.node.loop.slept() - self._slept, self.node.loop.slept()
+        if slept > CLOCK_JUMP:
+            self.node.on_slept(slept)
         if max(late, jump) > CLOCK_JUMP:
             log.warning("[P2P] the clock jumped by %d s: looking who is still there", max(late, jump))
             self.node.check_server()
@@ -5433,8 +5450,11 @@ class Gossip:
         if (is_loopback(record["ip"]) and not where.is_own(source_ip)) or not where.may_reach(record["ip"]):
             return IMPLAUSIBLE, node.me
         known = node.peers.by_key(record.get("instance", ""))
-        if known is not None and known.link is not None and not known.gone and record["id"] != known.id:
-            return KNOWN, known  # it will tell us a new name itself
+        if known is not None and known.link is not None and not known.gone:
+            if record["id"] != known.id:
+                return KNOWN, known  # it will tell us a new name itself
+            news: Dict[str, Any] = {key: record[key] for key in ("incarnation", "status", "age") if key in record}
+            record = {**known.own_record(), "incarnation": 0, **news}  # and all else that its user does
         verdict, peer, changes = node.peers.merge_claim(record, node.loop.now())
         if verdict == NEW or (verdict == KNOWN and peer.unconfirmed_since is not None and not peer.gone):
             node.detector.on_confirmed(peer)
@@ -5808,17 +5828,22 @@ class Pending(NamedTuple):
 
 
 class Outbox:
-    """What is on its way to one peer, in order."""
+    """What is on its way to one peer, in order. What was reported as failed, and is kept, goes first."""
 
-    __slots__ = ("waiting", "size", "progress_at", "kept_at", "reported", "reported_as")
+    __slots__ = ("waiting", "size", "kept", "progress_at", "heard_us_at", "timer")
 
     def __init__(self) -> None:
         self.waiting: Deque[Pending] = collections.deque()
         self.size = 0  # bytes waiting
-        self.progress_at = 0.0  # when the first of them began to wait, or an acknowledgement came
-        self.kept_at: Optional[float] = None  # since when it waits for the return of its peer; None: it is in flight
-        self.reported = 0  # messages up to this number were reported as failed, and kept
-        self.reported_as: Dict[str, Any] = {}  # what `public` of its peer was then
+        self.kept: Dict[int, Dict[str, Any]] = {}  # sequences of those kept -> what `public` was when that was reported
+        self.progress_at = 0.0  # when the first of the others began to wait, or an acknowledgement came
+        self.heard_us_at = 0.0  # when its peer last showed that it heard us, or something began to wait
+        self.timer = Timer()  # gives up what is kept
+
+    @property
+    def in_flight(self) -> int:
+        """How many wait and were not reported as failed."""
+        return len(self.waiting) - len(self.kept)
 
     def take(self, upto: float = float("inf")) -> List[Pending]:
         """Take messages out of what waits, those with numbers up to `upto`."""
@@ -5861,40 +5886,57 @@ class Inbox:
         self.refused = [each for each in self.refused if each[1] > upto]
 
 
+TOO_LATE = "it did not come back in time"
+
+
 class Kept:
-    """What waits for peers that were lost, within bounds. A message that waits for several is counted once."""
+    """What is kept for the return of peers, altogether. A message that is kept for several is counted once."""
 
     def __init__(self) -> None:
         self.peers: Dict[str, Contact] = {}  # by key
-        self._waiting: Dict[int, int] = {}  # sequence -> for how many peers that message waits
-        self._size = 0  # bytes
+        self.size = 0  # bytes
+        self._receivers: Dict[int, int] = {}  # sequence -> for how many peers that message is kept
 
-    def hold(self, waiting: Deque[Pending]) -> int:
-        """Hold messages for one more peer, the newest that there is room for; return how many of the older are not."""
-        size = 0
-        for held, pending in enumerate(reversed(waiting)):
-            size += pending.size
-            more = 0 if pending.sequence in self._waiting else pending.size
-            if held >= KEPT_MESSAGES or size > KEPT_BYTES or self._size + more > KEPT_BYTES_IN_ALL:
-                return len(waiting) - held
-            self._waiting[pending.sequence] = self._waiting.get(pending.sequence, 0) + 1
-            self._size += more
-        return 0
+    def keep(self, peer: Contact, outbox: Outbox) -> Tuple[List[Pending], List[Pending]]:
+        """Keep all that waits for a peer. If that is too much, the oldest is given up; return that, and what was not
+        kept before."""
+        new = [pending for pending in outbox.waiting if pending.sequence not in outbox.kept]
+        given_up: List[Pending] = []
+        self.peers[peer.key] = peer
+        for pending in new:
+            outbox.kept[pending.sequence] = peer.public
+            receivers = self._receivers.get(pending.sequence, 0)
+            self._receivers[pending.sequence] = receivers + 1
+            self.size += 0 if receivers else pending.size
+        while (len(outbox.waiting) > KEPT_MESSAGES or outbox.size > KEPT_BYTES
+               or outbox.waiting and self.size > KEPT_BYTES_IN_ALL):
+            given_up += self.take(peer, outbox, outbox.waiting[0].sequence)[0]
+        return given_up, [pending for pending in new if pending.sequence in outbox.kept]
 
-    def release(self, messages: Iterable[Pending]) -> None:
-        """Hold messages for one peer less."""
-        for pending in messages:
-            self._waiting[pending.sequence] -= 1
-            if not self._waiting[pending.sequence]:
-                del self._waiting[pending.sequence]
-                self._size -= pending.size
+    def take(self, peer: Contact, outbox: Outbox, upto: float) -> Tuple[List[Pending], Dict[int, Dict[str, Any]]]:
+        """Take messages for a peer out of what waits; return them, and which of them were kept, as in the outbox."""
+        taken = outbox.take(upto)
+        if not outbox.kept:
+            return taken, {}
+        kept = {each.sequence: outbox.kept.pop(each.sequence) for each in taken if each.sequence in outbox.kept}
+        for pending in taken:
+            if pending.sequence in kept:
+                self._receivers[pending.sequence] -= 1
+                if not self._receivers[pending.sequence]:
+                    del self._receivers[pending.sequence]
+                    self.size -= pending.size
+        if not outbox.kept:
+            outbox.timer.cancel()
+            self.peers.pop(peer.key, None)
+        return taken, kept
 
 
 class Delivery:
-    """Chat messages, out and in. Sent ones are kept until acknowledged and sent again on every new link;
-    the receiver shows each number once. None comes twice or out of order; failures are reported.
+    """Chat messages, out and in. Sent ones wait until acknowledged, and are sent again on every new link; the receiver
+    shows each number once. None comes twice or out of order; failures are reported.
 
-    What a lost peer did not acknowledge has failed, but it waits for that instance to return."""
+    What a peer that was lost did not acknowledge is reported, and kept for the return of that instance, until KEEP_TIME
+    after it last showed that it heard us: its tombstone of us, which knows what was shown, lasts a little longer."""
 
     def __init__(self, node: "PeerNode") -> None:
         self.node = node
@@ -5931,7 +5973,7 @@ class Delivery:
                 peer.link.used_at = node.loop.now()
                 peer.link.connection.send(together if count == len(messages) else b"".join(encoded[:count]))
             for message in messages[count:]:
-                self._on_failed(peer, message, "too much is waiting for it already")
+                self._report(peer, message, "too much is waiting for it already", {})
         self._watch_progress()
         return message_ids
 
@@ -5942,6 +5984,8 @@ class Delivery:
             count -= 1
             size -= messages[count].size
         if not outbox.waiting:
+            outbox.heard_us_at = self.node.loop.now()
+        if not outbox.in_flight:
             outbox.progress_at = self.node.loop.now()
         outbox.waiting.extend(messages[:count])
         outbox.size += size
@@ -5956,8 +6000,12 @@ class Delivery:
 
         It is encoded anew: our name or address may have changed since."""
         link.is_resumed = True
-        if peer.outbox is not None:
-            for pending in peer.outbox.waiting:
+        outbox, now = peer.outbox, self.node.loop.now()
+        if outbox is not None and outbox.waiting:
+            outbox.progress_at = now
+            if now - outbox.heard_us_at > KEEP_TIME:
+                self.fail(peer, TOO_LATE)
+            for pending in outbox.waiting:
                 link.connection.send(create_chat(self.node.me.id, pending.text, pending.to, pending.sequence))
 
     def handle_chat_ack(self, link: Link, message: Message) -> None:
@@ -5966,99 +6014,101 @@ class Delivery:
         if peer is None or peer.outbox is None:
             return
         refused = collections.deque(content.get("refused", ()))
-        outbox, reported = peer.outbox, peer.outbox.reported
-        taken = self._take(outbox, content["upto"])
+        taken, kept = self._take(peer, content["upto"])
         if taken:
-            outbox.progress_at = self.node.loop.now()
+            peer.outbox.progress_at = peer.outbox.heard_us_at = self.node.loop.now()
         emit, public = self.node.emit, peer.public
         for pending in taken:
             while refused and refused[0][1] < pending.sequence:
                 refused.popleft()
             if refused and refused[0][0] <= pending.sequence:
-                self._on_failed(peer, pending, clean(refused[0][2])[:200])
-            elif pending.sequence > reported:
+                self._report(peer, pending, clean(refused[0][2])[:200], kept)
+            elif pending.sequence not in kept:
                 emit({"event": "delivered", "id": pending.message_id, "to": public})
             else:
                 self.node.undelivered -= 1
-                emit({"event": "delivered", "id": pending.message_id, "to": outbox.reported_as, "kept": True})
+                emit({"event": "delivered", "id": pending.message_id, "to": kept[pending.sequence], "kept": True})
         if content.get("refused"):
             link.send(MSG_CHAT_SETTLED, {"upto": content["upto"]})
         self.node.maybe_depart()
 
-    def _take(self, outbox: Outbox, upto: float = float("inf")) -> List[Pending]:
-        """Take messages out of an outbox: they wait no more."""
-        taken = outbox.take(upto)
-        if outbox.kept_at is None:
-            self.in_flight -= len(taken)
-        else:
-            self._kept.release(taken)
-        return taken
+    def _take(self, peer: Contact, upto: float) -> Tuple[List[Pending], Dict[int, Dict[str, Any]]]:
+        """Take messages for a peer out of what waits; return them, and which of them were kept."""
+        assert peer.outbox is not None
+        taken, kept = self._kept.take(peer, peer.outbox, upto)
+        self.in_flight -= len(taken) - len(kept)
+        return taken, kept
 
-    def fail(self, peer: Contact, reason: str) -> None:
-        """Give up all that waits for a peer, and say so."""
+    def fail(self, peer: Contact, reason: str, upto: float = float("inf")) -> None:
+        """Give up what waits for a peer, all or the messages with numbers up to `upto`, and say so."""
         if peer.outbox is not None:
-            for pending in self._take(peer.outbox):
-                self._on_failed(peer, pending, reason)
-            self._kept.peers.pop(peer.key, None)
+            taken, kept = self._take(peer, upto)
+            for pending in taken:
+                self._report(peer, pending, reason, kept)
 
     def fail_all(self, reason: str) -> None:
         """Give up everything that waits."""
         for peer in self.node.peers.present():
             self.fail(peer, reason)
-        waiting = [peer for peer in self._kept.peers.values() if peer.has_waiting_messages]
-        if waiting:
-            names = ", ".join(self.node.peers.label(peer) for peer in waiting[:5]) + ", ..." * (len(waiting) > 5)
-            text = f"What waited for {names} is dropped: you leave before they are back."
-            self.node.emit({"event": "notice", "text": text})
+        names = [self.node.peers.label(peer) for peer in self._kept.peers.values()]
+        if names:
+            shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+            self.node.emit({"event": "notice", "text": f"What waited for {shown} is dropped: you leave too early."})
 
     def on_lost(self, peer: Contact, reason: str) -> None:
-        """A peer is gone. What waits for it fails; unless its process has ended, it goes on waiting for its return."""
-        outbox = peer.outbox
-        if outbox is None or not outbox.waiting or peer.status != DEAD or reason == RESTARTED:
+        """A peer is gone. What waits for it has failed; unless its process has ended, it is kept for its return."""
+        if peer.has_ended or reason == RESTARTED:
             self.fail(peer, reason)
-            return
-        self.in_flight -= len(outbox.waiting)
-        outbox.kept_at = kept_at = self.node.loop.now()
-        excess = self._kept.hold(outbox.waiting)
-        for _ in range(excess):
-            self._on_failed(peer, outbox.waiting.popleft(), reason)
-        outbox.size = sum(pending.size for pending in outbox.waiting)
-        for pending in outbox.waiting:
-            if pending.sequence > outbox.reported:
-                self._on_failed(peer, pending, reason, is_kept=True)
-        if outbox.waiting:
-            outbox.reported, outbox.reported_as = outbox.waiting[-1].sequence, peer.public
-            self._kept.peers[peer.key] = peer
-            self.node.loop.call_later(KEEP_TIME, self._on_never_back, peer, kept_at)
+        else:
+            self._keep(peer, reason)
 
-    def on_returned(self, peer: Contact) -> None:
-        """A peer is here, perhaps again: what waited for it is in flight. Another instance at its id gets nothing."""
+    def on_linked(self, peer: Contact) -> None:
+        """A peer is linked. Another instance that was lost at its id has ended."""
         for other in [each for each in self._kept.peers.values() if each.id == peer.id and each is not peer]:
             self.fail(other, RESTARTED)
+
+    def _keep(self, peer: Contact, reason: str) -> None:
+        """Report what is in flight to a peer as failed, and keep it."""
         outbox = peer.outbox
-        if outbox is None or outbox.kept_at is None:
+        if outbox is None or not outbox.in_flight:
             return
-        self._kept.release(outbox.waiting)
-        self._kept.peers.pop(peer.key, None)
-        outbox.kept_at, outbox.progress_at = None, self.node.loop.now()
-        self.in_flight += len(outbox.waiting)
-        self._watch_progress()
-        if outbox.waiting and peer.link is None:
-            self.node.links.ensure_link(peer)
+        self.in_flight -= outbox.in_flight
+        before = dict(outbox.kept)
+        given_up, new = self._kept.keep(peer, outbox)
+        for pending in given_up:
+            self._report(peer, pending, reason, before)
+        for pending in new:
+            self._report(peer, pending, reason, before, is_kept=True)
+        if outbox.kept and not outbox.timer.active:
+            wait = max(0.0, outbox.heard_us_at + KEEP_TIME - self.node.loop.now())
+            outbox.timer = self.node.loop.call_later(wait, self._on_never_back, peer)
 
-    def _on_never_back(self, peer: Contact, kept_at: float) -> None:
-        """An hour has passed since a peer was lost."""
-        if peer.outbox is not None and peer.outbox.kept_at == kept_at:
-            self.fail(peer, "it did not come back")
+    def _on_never_back(self, peer: Contact) -> None:
+        """What is kept for a peer has waited for so long, unless the peer was heard meanwhile."""
+        outbox = peer.outbox
+        assert outbox is not None
+        outbox.timer.cancel()
+        wait = outbox.heard_us_at + KEEP_TIME - self.node.loop.now()
+        if wait > 0.001:  # it is rounded
+            outbox.timer = self.node.loop.call_later(wait, self._on_never_back, peer)
+        else:
+            self.fail(peer, TOO_LATE, max(outbox.kept, default=0))
 
-    def _on_failed(self, peer: Contact, pending: Pending, reason: str, is_kept: bool = False) -> None:
-        assert peer.outbox is not None
-        is_first = pending.sequence > peer.outbox.reported
-        self.node.undelivered += is_first
+    def on_slept(self, seconds: float) -> None:
+        """The machine slept so long, and its clock stood still: for the others the time has passed."""
+        for peer in [*self.node.peers.present(), *self._kept.peers.values()]:
+            if peer.outbox is not None:
+                peer.outbox.heard_us_at -= seconds
+        for peer in list(self._kept.peers.values()):
+            self._on_never_back(peer)
+
+    def _report(self, peer: Contact, pending: Pending, reason: str, kept: Dict[int, Dict[str, Any]],
+                is_kept: bool = False) -> None:
+        """Say that a message has failed, for good or so far; `kept` holds those of which that was said before."""
+        self.node.undelivered += pending.sequence not in kept
         limited_log("undelivered", logging.WARNING, "[Chat] not delivered to %s: %s", peer.id, reason)
-        self.node.emit({"event": "failed", "id": pending.message_id, "reason": reason, "text": pending.text,
-                        "to": peer.public if is_first else peer.outbox.reported_as,
-                        **({"kept": True} if is_kept else {})})
+        self.node.emit({"event": "failed", "id": pending.message_id, "to": kept.get(pending.sequence, peer.public),
+                        "reason": reason, "text": pending.text, **({"kept": True} if is_kept else {})})
 
     def _watch_progress(self) -> None:
         if not self._timer.active:
@@ -6073,13 +6123,13 @@ class Delivery:
             self._sent = 0
         now = node.loop.now()
         for peer in node.peers.present():
-            if peer.outbox is None or not peer.outbox.waiting:
+            if peer.outbox is None or not peer.outbox.in_flight:
                 continue
             if peer.route in node.targets.queue:
                 peer.outbox.progress_at = now  # it was not even dialled yet
             stalled = now - peer.outbox.progress_at
             if stalled > UNREACHABLE_TIME and not node.detector.is_isolated:
-                self.fail(peer, "it can't be reached from here")
+                self._keep(peer, "it can't be reached from here")
                 node.links.drop(peer, "it does not acknowledge what it is sent")
             elif stalled > QUIET_AFTER - 1:
                 node.detector.probe(peer)
@@ -6191,7 +6241,7 @@ class Talk:
 
     def __init__(self) -> None:
         self.messages: Deque[Tuple[float, Event]] = collections.deque(maxlen=CATCH_UP)  # when, chat or sent
-        self.told: Set[str] = set()  # ids of the messages that we were told ourselves
+        self.told: Dict[str, Tuple[str, str]] = {}  # of the messages that we were told: id -> id of the sender, text
 
     def trim(self) -> None:
         """Drop the oldest messages while all have more than CATCH_UP_BYTES characters: a long one has come."""
@@ -6228,17 +6278,17 @@ class Recall:
                 talk.messages.append((now, event))
                 if len(event["text"]) > CATCH_UP_BYTES // CATCH_UP:  # shorter ones are bounded by their number
                     talk.trim()
-                if talk.told and event["id"] in talk.told:
+                if talk.told and kind == "chat" and talk.told.get(event["id"]) == (event["from"]["id"], event["text"]):
                     event["told"] = True
             elif kind in ("settled", "channels"):
                 self._is_settled = self._is_settled or kind == "settled"
-                if kind == "channels" and event["peer"]["id"] == self.node.me.id:
+                if kind == "channels" and event["peer"]["id"] in self.node.identity.ids:
                     self._on_own_channels(event["joined"], event["left"])
                 self.ask_soon()
 
     def _on_own_channels(self, joined: List[str], left: List[str]) -> None:
         for name in left:
-            del self._talks[name]
+            self._talks.pop(name, None)
             self._wanted.pop(name, None)
         for name in joined:
             self._talks[name], self._wanted[name] = Talk(), None
@@ -6259,8 +6309,9 @@ class Recall:
 
     def _tellers(self, wanted: List[str], tried: List[Contact]) -> List[Contact]:
         """Those who may tell what was said in one of the conversations."""
+        is_everyone, channels = EVERYONE in wanted, set(wanted)
         return [peer for peer in self.node.present() if peer.link is not None and peer.incarnation and peer not in tried
-                and (EVERYONE in wanted or not set(wanted).isdisjoint(peer.channels))]
+                and (is_everyone or peer.channels and not channels.isdisjoint(peer.channels))]
 
     def _ask(self, wanted: List[str], tried: List[Contact]) -> None:
         """Ask one peer about the conversations that it is in, and others about the rest."""
@@ -6272,15 +6323,17 @@ class Recall:
         tried = [*tried, teller]
         link, content = teller.link, {"of": here, "most": self.node.settings.catch_up}
         assert link is not None
-        link.ask(MSG_CATCH_UP_REQUEST, content, functools.partial(self._on_told, teller, here, tried),
+        link.ask(MSG_CATCH_UP_REQUEST, content, functools.partial(self._on_answer, teller, here, tried),
                  self.node.settings.timeout, functools.partial(self._ask, here, tried))
         self._ask([name for name in wanted if name not in here], [])
+
+    def _on_answer(self, teller: Contact, wanted: List[str], tried: List[Contact], message: Message) -> None:
+        """Look at it in the next turn: by then it is known what came live in this one."""
+        self.node.loop.call_later(0, self._on_told, teller, wanted, tried, message)
 
     def _on_told(self, teller: Contact, wanted: List[str], tried: List[Contact], message: Message) -> None:
         """Hand over what a peer tells, but for what is known, the oldest first."""
         messages = message["content"]["messages"]
-        if not messages:
-            self._ask(wanted, tried)
         known = {event["id"] for talk in self._talks.values() for _, event in talk.messages}
         told = sorted(messages, key=lambda each: -int(each["age"]))[-self.node.settings.catch_up:]
         for each in told:
@@ -6289,10 +6342,19 @@ class Recall:
             if talk is None or each["to"] not in wanted or each["age"] > CATCH_UP_TIME or is_own:
                 continue
             if each["id"] not in known and each["id"] not in talk.told and not self.is_known(each["id"]):
-                talk.told.add(each["id"])
-                self.node.emit({"event": "told", "from": Contact.from_wire(each["from"]).public, "to": each["to"],
-                                "text": clean(each["text"], newlines=True), "id": each["id"], "age": each["age"],
-                                "told_by": teller.public})
+                sender, text = Contact.from_wire(each["from"]), clean(each["text"], newlines=True)
+                talk.told[each["id"]] = (sender.id, text)
+                self.node.emit({"event": "told", "from": sender.public, "to": each["to"], "text": text,
+                                "id": each["id"], "age": each["age"], "told_by": teller.public})
+        answered = {each["to"] for each in messages}
+        self._ask([name for name in wanted if name not in answered], tried)
+
+    def on_slept(self, seconds: float) -> None:
+        """The machine slept so long, and its clock stood still: what was said is older than it seems."""
+        for talk in self._talks.values():
+            older = [(when - seconds, event) for when, event in talk.messages]
+            talk.messages.clear()
+            talk.messages.extend(older)
 
     # -- telling ---------------------------------------------------------------------------------------
 
@@ -6810,6 +6872,7 @@ class PeerNode:
         self.publish(changes)
         self.gossip.on_linked(link, peer, verdict, digest, was_lost)
         self.detector.measure_trip(link, peer)
+        self.delivery.on_linked(peer)
         if not peer.gone and not link.is_resumed:
             self.delivery.resume(peer, link)
         self.recall.ask_soon()
@@ -6843,6 +6906,11 @@ class PeerNode:
         for peer in self.detector.start_over():
             self.gossip.sync(peer)
 
+    def on_slept(self, seconds: float) -> None:
+        """The machine slept: its clock stood still for so long."""
+        self.delivery.on_slept(seconds)
+        self.recall.on_slept(seconds)
+
     def check_server(self) -> None:
         """Peers fell silent, or we slept: see at once whether the server still answers."""
         self.discovery.check(self.settings.timeout)
@@ -6871,9 +6939,10 @@ class PeerNode:
                 self.links.drop(peer, change.reason)
                 self.delivery.on_lost(peer, change.reason)
             elif change.kind == JOINED:
-                self.delivery.on_returned(peer)
                 if peer.link is not None and not peer.link.is_resumed:
                     self.delivery.resume(peer, peer.link)  # it was thought gone when it was linked
+                elif peer.link is None and peer.has_waiting_messages:
+                    self.links.ensure_link(peer)  # others say that it is back
             self.emit(change_event(change))
             if change.kind == GONE:
                 self.maybe_depart()
@@ -6890,6 +6959,7 @@ class PeerNode:
         assert link.peer is not None
         peer = link.peer
         peer.last_words = check_note(message["content"]) if type(message["content"]) is str else ""
+        peer.has_ended = True
         link.connection.close("it left")
         if any(each.peer is peer and each.connection.state == OPEN for each in self.links.all):
             self.loop.call_later(GOODBYE_TIME, self.remove_dead_peer, peer, LEFT, "left")  # it says goodbye there, too
@@ -7158,13 +7228,14 @@ class History(HistoryReader):
             kind = event["event"]
             if kind == "sent":
                 self._keep(event, conversation_of(event["to"]), me.username, own=True)
-            elif kind in ("chat", "told") and event["from"]["id"] not in ignored:
+            elif kind in ("chat", "told") and event["from"]["id"] not in ignored and not (
+                    kind == "told" and event["told_by"]["id"] in ignored):
                 to, sender = event["to"], event["from"]["username"]
                 self._keep(event, to if to == EVERYONE or is_channel(to) else sender, sender)
 
     def _keep(self, event: Event, conversation: str, sender: str, own: bool = False) -> None:
-        when, teller = self._loop.wall() - event.get("age", 0.0), event.get("told_by", "")
-        told_by = teller["username"] if isinstance(teller, dict) else teller
+        told_by = event["told_by"]["username"] if "told_by" in event else ""
+        when = self._loop.wall() - event.get("age", 0.0)
         self._unwritten.append(Said(0, event["id"], when, conversation, sender, own, told_by, event["text"]))
         self._size += len(event["text"]) + MESSAGE_OVERHEAD
         while self._size > MAX_UNWRITTEN:
@@ -8597,7 +8668,8 @@ class Narrator:
 
     def on_told(self, event: Event) -> None:
         """Somebody tells what was said before we came."""
-        if event["from"]["id"] not in self.view.people.ignored:
+        ignored = self.view.people.ignored
+        if event["from"]["id"] not in ignored and event["told_by"]["id"] not in ignored:
             self._told.setdefault((event["to"], event["told_by"]["id"]), []).append(event)
 
     def _show_told(self) -> None:
