@@ -5897,6 +5897,11 @@ class Kept:
         self.size = 0  # bytes
         self._receivers: Dict[int, int] = {}  # sequence -> for how many peers that message is kept
 
+    def names(self, label: Callable[[Contact], str]) -> str:
+        """Return for whom something is kept."""
+        labels = list(map(label, self.peers.values()))
+        return ", ".join(labels[:5]) + ", ..." * (len(labels) > 5)
+
     def keep(self, peer: Contact, outbox: Outbox) -> Tuple[List[Pending], List[Pending]]:
         """Keep all that waits for a peer. If that is too much, the oldest is given up; return that, and what was not
         kept before."""
@@ -5983,10 +5988,9 @@ class Delivery:
         while count and (len(outbox.waiting) + count > OUTBOX_MESSAGES or outbox.size + size > OUTBOX_BYTES):
             count -= 1
             size -= messages[count].size
-        if not outbox.waiting:
-            outbox.heard_us_at = self.node.loop.now()
-        if not outbox.in_flight:
-            outbox.progress_at = self.node.loop.now()
+        now = self.node.loop.now()
+        outbox.heard_us_at = outbox.heard_us_at if outbox.waiting else now
+        outbox.progress_at = outbox.progress_at if outbox.in_flight else now
         outbox.waiting.extend(messages[:count])
         outbox.size += size
         self.in_flight += count
@@ -6050,10 +6054,9 @@ class Delivery:
         """Give up everything that waits."""
         for peer in self.node.peers.present():
             self.fail(peer, reason)
-        names = [self.node.peers.label(peer) for peer in self._kept.peers.values()]
+        names = self._kept.names(self.node.peers.label)
         if names:
-            shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-            self.node.emit({"event": "notice", "text": f"What waited for {shown} is dropped: you leave too early."})
+            self.node.emit({"event": "notice", "text": f"What waited for {names} is dropped: you leave too early."})
 
     def on_lost(self, peer: Contact, reason: str) -> None:
         """A peer is gone. What waits for it has failed; unless its process has ended, it is kept for its return."""
@@ -6161,9 +6164,8 @@ class Delivery:
             return
         inbox.upto = sequence or inbox.upto
         me, to = self.node.me, message["to"]
-        conversation = to if to == EVERYONE or is_channel(to) else me.id
         message_id = f"{peer.key}-{sequence}" if sequence else f"{me.instance}-unnumbered-{next(self._unnumbered)}"
-        self.node.emit({"event": "chat", "from": peer.public, "to": conversation,
+        self.node.emit({"event": "chat", "from": peer.public, "to": to if to == EVERYONE or is_channel(to) else me.id,
                         "text": clean(message["content"], newlines=True), "id": message_id})
 
     def _refusal(self, link: Link, inbox: Inbox, message: Message) -> str:
@@ -6282,7 +6284,7 @@ class Recall:
                     event["told"] = True
             elif kind in ("settled", "channels"):
                 self._is_settled = self._is_settled or kind == "settled"
-                if kind == "channels" and event["peer"]["id"] in self.node.identity.ids:
+                if kind == "channels" and self.node.is_me(event["peer"]["id"]):
                     self._on_own_channels(event["joined"], event["left"])
                 self.ask_soon()
 
@@ -6843,6 +6845,10 @@ class PeerNode:
             return [peer for peer in self.present() if conversation in peer.channels]
         peer = self.peers.get(conversation)
         return [] if peer is None else [peer]
+
+    def is_me(self, peer_id: str) -> bool:
+        """Whether an id is ours, or was."""
+        return peer_id in self.identity.ids
 
     def channel_counts(self) -> Dict[str, int]:
         """Return the channels that are there, and how many peers are in each, ourselves included."""
@@ -8154,6 +8160,7 @@ class Window:
         self.key = key  # EVERYONE, the name of a channel, or the id of a peer: where what is entered goes
         self.scrollback = scrollback
         self.line = LineEditor()
+        self.peer_key = ""  # of the peer in a private one: a peer that only has its name is another
         self.unread = 0  # messages that came while another window was at hand
         self.calls = 0  # those of them that were private or named the user
 
@@ -8222,6 +8229,17 @@ class Windows:
             self.close(earlier)
         window.key = new
         self.all = {each.key: each for each in self.all.values()}
+
+    def go_on(self, peer: Contact) -> Tuple[Optional[Window], bool]:
+        """Return the private window of a peer that has come again: it was the same process, or is at the same address.
+        Return also whether its id is another."""
+        for window in self.all.values():
+            if window.key == peer.id or (window.is_private and window.peer_key == peer.key):
+                has_moved = window.key != peer.id
+                self.rekey(window.key, peer.id)
+                window.peer_key = peer.key
+                return window, has_moved
+        return None, False
 
     def numbered(self, number: int) -> Optional[Window]:
         return next(itertools.islice(self.all.values(), number - 1, None), None) if number > 0 else None
@@ -8609,6 +8627,14 @@ def flow(prompt: str, left: str, right: str, cols: int) -> Tuple[List[str], Tupl
 # -- events --------------------------------------------------------------------------------------------
 
 
+def told_entry(event: Event, now: float, sender: str) -> Entry:
+    """Return what was told as an entry; `sender` is a label."""
+    kind, text = split_action(event["text"])
+    entry = Entry(0, now - event["age"], kind, text, "dim", sender, "")
+    entry.id = event["id"]
+    return entry
+
+
 class Narrator:
     """Shows what happened at the node: an event becomes an entry or changes one."""
 
@@ -8674,15 +8700,11 @@ class Narrator:
 
     def _show_told(self) -> None:
         """Show it above what came since, dim, under a line that says who tells it: it rings for nobody."""
-        view, told, self._told = self.view, self._told, {}
-        now = view.node.loop.wall()
+        view, told, self._told, now = self.view, self._told, {}, self.view.node.loop.wall()
         for (conversation, teller), events in told.items():
             words = f"before you came, told by {self._label(teller)}"
-            entries = [Entry(0, now - events[0]["age"], "date", words, "", "", "")]
-            for event in events:
-                kind, text = split_action(event["text"])
-                entries.append(Entry(0, now - event["age"], kind, text, "dim", self._label(event["from"]["id"]), ""))
-                entries[-1].id = event["id"]
+            entries = [Entry(0, now - events[0]["age"], "date", words, "", "", ""),
+                       *(told_entry(event, now, self._label(event["from"]["id"])) for event in events)]
             if view.transcript is not None:
                 view.transcript.add_told(words, entries, conversation)
             else:
@@ -8771,18 +8793,22 @@ class Narrator:
         self._continue_window(event["peer"])
         self._warn_of_namesake()
 
-    def _continue_window(self, peer: Dict[str, Any]) -> None:
-        """A private window of a peer that went goes on with the one that came under its name: it says so."""
-        view, new = self.view, peer["id"]
-        if len(view.windows.all) == 1:
+    def _continue_window(self, public: Dict[str, Any]) -> None:
+        """A peer joined: if it was here before, its private window goes on, and says so. One that only has the name of
+        somebody who left is another, which is said, too."""
+        view, address = self.view, f"{public['ip']}:{public['port']}"
+        peer = view.node.peers.get(public["id"])
+        if peer is None or len(view.windows.all) == 1:
             return
-        gone = [each for each in view.windows.all if not view.node.peers.get(each)]
-        former = [new] if new in view.windows.all else [
-            each for each in gone if each.rpartition("@")[0] == peer["username"]]
-        if former:
-            view.windows.rekey(former[-1], new)
-            elsewhere = f", at another address: {peer['ip']}:{peer['port']}" if former[-1] != new else ""
-            view.notice(f"{self._label(new)} is back{elsewhere}.", window=view.windows.all[new])
+        window, has_moved = view.windows.go_on(peer)
+        elsewhere = f", at another address: {address}" if has_moved else ""
+        if window is not None:
+            view.notice(f"{self._label(peer.id)} is back{elsewhere}.", window=window)
+            return
+        text = f"Somebody called {peer.username} is here, at {address}. /query {self._label(peer.id)} writes there."
+        for window in view.windows.all.values():
+            if window.key.rpartition("@")[0] == peer.username and not view.node.peers.get(window.key):
+                view.notice(text, window=window)
 
     def on_left(self, event: Event) -> None:
         peer_id, reason = event["peer"]["id"], event["reason"]
@@ -8794,7 +8820,7 @@ class Narrator:
     def on_channels(self, event: Event) -> None:
         """Say that a peer joined or left channels that the user is in; open or close windows if that is the user."""
         view, peer_id = self.view, event["peer"]["id"]
-        if peer_id == view.node.me.id:
+        if view.node.is_me(peer_id):
             for name in event["left"]:
                 if name in view.windows.all:
                     view.windows.close(view.windows.all[name])
@@ -9828,6 +9854,8 @@ class ChatView:
 
     def _make_window(self, key: str) -> Window:
         window = Window(key, Scrollback(self.clock, self._day, self.node.label))
+        peer = self.node.peers.get(key)
+        window.peer_key = peer.key if peer is not None else ""
         self.past.fill(window)
         return window
 

@@ -78,6 +78,7 @@ class ViewNode:
         self.present, self.find, self.label = self.peers.present, self.peers.find, self.peers.label_of
         self.members, self.channel_counts = (types.MethodType(each, self) for each in (
             p2pchat.PeerNode.members, p2pchat.PeerNode.channel_counts))
+        self.is_me = lambda peer_id: peer_id == self.me.id
         self.sent = []
         self.calls = []
         self.emit = lambda event: None
@@ -90,12 +91,12 @@ class ViewNode:
         for name in names:
             self.join(name)
 
-    def join(self, name, ip=None, port=10001, tell=False):
+    def join(self, name, ip=None, port=10001, tell=False, instance=None):
         number = len(self.peers) + 2
         if name.startswith("#"):
             return self._set_channels(p2pchat.check_channel(name), True)
         self.processes += 1
-        peer = p2pchat.Peer(name, ip or f"10.0.0.{number}", port, f"i{self.processes}", 1)
+        peer = p2pchat.Peer(name, ip or f"10.0.0.{number}", port, instance or f"i{self.processes}", 50 if instance else 1)
         self.peers.merge_own_claim(peer.wire(0.0), 0.0)
         self.peers.get(peer.id).heard_at, self.peers.get(peer.id).link = 1.0, self
         if tell:
@@ -1625,13 +1626,13 @@ def test_a_window_follows_its_peer():
     view = view_make("Bob", "Carol")
     view.enter("/query Bob hi")
     view_rename(view, "Bob", "Rob")
-    rob = view_peer(view, "Rob")
+    rob, key = view_peer(view, "Rob"), view.node.find("Rob")[0].key
     assert view_texts(view)[-1] == "Bob is now known as Rob." == view_texts(view, 1)[-1] and view.window.key == rob["id"]
     view.node.leave_peer(rob)
     assert view_texts(view)[-1] == "Rob left" == view_texts(view, 1)[-1] and view_screen(view)[-1] == "[Rob] > "
     view.node.join("Robin", "10.0.0.8", tell=True)
     assert view_texts(view)[-1] == "Rob left" and view_texts(view, 1)[-1] == "Robin joined"
-    view.node.join("Rob", "10.0.0.9", tell=True)
+    view.node.join("Rob", "10.0.0.9", tell=True, instance=key)
     assert view_texts(view)[-1] == "Rob is back, at another address: 10.0.0.9:10001." and len(view.windows.all) == 2
     view.enter("welcome back")
     assert view.node.sent[-1] == ("welcome back", "Rob@10.0.0.9:10001")
@@ -1640,6 +1641,21 @@ def test_a_window_follows_its_peer():
     assert view_texts(view)[-1] == "Rob is back."
     view.node.join("Rob", "10.0.0.10", tell=True)
     assert view_texts(view)[-1] == "Rob is back." and view.window.key == "Rob@10.0.0.9:10001", "the one who is here keeps it"
+
+
+def test_a_window_goes_to_nobody_who_has_only_the_name():
+    """What was being typed to one does not go to another, who may be anybody."""
+    view = view_make("Bob", "Carol")
+    view.enter("/query Bob")
+    view_keys(view, "the password is ")
+    view.node.leave_peer(view_peer(view, "Bob"), "silent")
+    view.node.join("Bob", "10.6.6.6", tell=True)
+    assert view_texts(view)[-1] == "Somebody called Bob is here, at 10.6.6.6:10001. /query Bob writes there."
+    view_keys(view, "x", "<enter>")
+    assert ("the password is x", "Bob@10.6.6.6:10001") not in view.node.sent
+    view.enter("/query Bob")
+    view.enter("hello, who are you?")
+    assert view.node.sent[-1] == ("hello, who are you?", "Bob@10.6.6.6:10001")
 
 
 @pytest.mark.parametrize("at_hand", [1, 2, 3, 4])
