@@ -8267,6 +8267,11 @@ class Windows:
             largest.drop(len(largest.entries) // 4 + 1)
 
 
+def by_age(page: List[Said]) -> List[Said]:
+    """Return messages of the history as they are shown: what was told later, but said earlier, goes first."""
+    return sorted(page, key=lambda message: message.time) if any(message.told_by for message in page) else page
+
+
 class Past:
     """What the history has of each conversation: its last lines when a window opens, more when one scrolls up there or
     looks for something. All that is dim, and stands above what came since."""
@@ -8288,7 +8293,7 @@ class Past:
             window.line.remember(self.history.entered(conversation))
             if self.view.on_screen:
                 last = self.history.before(HISTORY_END, conversation, LAST_LINES)
-                window.scrollback.insert_above(list(map(self._entry, last)))
+                window.scrollback.insert_above(list(map(self._entry, by_age(last))))
 
     def print_last(self) -> None:
         """Print the last lines of all conversations, where there is no screen."""
@@ -8296,7 +8301,7 @@ class Past:
         last = history.before(HISTORY_END, None, LAST_LINES) if history is not None else []
         if transcript is not None and last:
             self.view.notice("From the history:")
-            for message in last:
+            for message in by_age(last):
                 transcript.print(transcript.past_line(message, self.view.node.me.username))
             self.view.notice("That was the history.")
 
@@ -8317,7 +8322,7 @@ class Past:
             self.view.hint = "No more is shown here. /search finds what is above."
             return
         page = history.before(self._first_row(scrollback), conversation_of(self.view.window.key))
-        scrollback.insert_above(list(map(self._entry, page)))
+        scrollback.insert_above(list(map(self._entry, by_age(page))))
         self.view.windows.on_added(sum(len(message.text) + ENTRY_SIZE for message in page))
 
     def search(self, wanted: str) -> None:
@@ -8378,10 +8383,11 @@ class Past:
         return next(entry for entry, each in zip(entries, page) if each.row == message.row)
 
     def _first_row(self, scrollback: Scrollback) -> int:
-        """Return the row of the first message that is shown; 0 if the history does not know it, so nothing is above."""
-        ids = [entry.id for entry in scrollback.entries if entry.id][:20]
+        """Return the least row of the first messages that are shown; 0 if the history knows none of them, so nothing is
+        above. What is told stands above what came before it, and has a higher row."""
+        ids = [entry.id for entry in scrollback.entries if entry.id][:CATCH_UP + 20]
         rows = (self.history.row_of(each) for each in ids if self.history is not None)
-        return next((row for row in rows if row is not None), 0 if ids else HISTORY_END)
+        return min((row for row in rows if row is not None), default=0 if ids else HISTORY_END)
 
     @staticmethod
     def _entry(message: Said) -> Entry:

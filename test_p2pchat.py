@@ -10192,6 +10192,21 @@ def test_past_of_a_private_talk_comes_with_its_window(remembered):
     assert past.texts() == []
 
 
+def test_past_has_what_was_told_once_and_before_what_came_live(remembered):
+    """It came live first, so it has the lesser row in the file; scrolling up, and the next start, show both in order."""
+    past = remembered("Bob", "Carol")
+    past.chat("Bob", "live")
+    carol = view_peer(past.view, "Carol")
+    past.view.node.emit({"event": "told", "from": carol, "to": "*", "text": "told", "id": "Carol-77", "age": 60.0, "told_by": carol})
+    past.later()
+    view_screen(past.view)
+    view_keys(past.view, *["<pgup>"] * 6)
+    said = [text for text in past.texts() if not text.startswith("day")]
+    assert said[-4:] == ["message 999", "before you came, told by Carol", "told", "live"] and len(said) == len(set(said)) > 100
+    again = remembered("Bob")
+    assert again.texts()[-3:] == ["day 19686", "told", "live"]
+
+
 def test_past_is_loaded_by_scrolling_up(remembered):
     """Page by page, each message once, in order, each day below its date; what is being read does not move."""
     past = remembered("Bob")
