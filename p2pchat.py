@@ -6004,10 +6004,9 @@ class Delivery:
 
         It is encoded anew: our name or address may have changed since."""
         link.is_resumed = True
-        outbox, now = peer.outbox, self.node.loop.now()
+        outbox = peer.outbox
         if outbox is not None and outbox.waiting:
-            outbox.progress_at = now
-            if now - outbox.heard_us_at > KEEP_TIME:
+            if self.node.loop.now() - outbox.heard_us_at > KEEP_TIME:
                 self.fail(peer, TOO_LATE)
             for pending in outbox.waiting:
                 link.connection.send(create_chat(self.node.me.id, pending.text, pending.to, pending.sequence))
@@ -6318,7 +6317,7 @@ class Recall:
     def _ask(self, wanted: List[str], tried: List[Contact]) -> None:
         """Ask one peer about the conversations that it is in, and others about the rest."""
         tellers = self._tellers(wanted, tried) if len(tried) < CATCH_UP_TRIES else []
-        if not tellers or self.node.stopping:
+        if not tellers:
             return
         teller = min(tellers, key=lambda peer: (peer.incarnation, peer.id))
         here = [name for name in wanted if name == EVERYONE or name in teller.channels]
@@ -6944,11 +6943,8 @@ class PeerNode:
                 self.detector.drop_suspicion(peer)
                 self.links.drop(peer, change.reason)
                 self.delivery.on_lost(peer, change.reason)
-            elif change.kind == JOINED:
-                if peer.link is not None and not peer.link.is_resumed:
-                    self.delivery.resume(peer, peer.link)  # it was thought gone when it was linked
-                elif peer.link is None and peer.has_waiting_messages:
-                    self.links.ensure_link(peer)  # others say that it is back
+            elif change.kind == JOINED and peer.link is not None and not peer.link.is_resumed:
+                self.delivery.resume(peer, peer.link)  # it was thought gone when it was linked
             self.emit(change_event(change))
             if change.kind == GONE:
                 self.maybe_depart()

@@ -8748,7 +8748,7 @@ def test_node_who_is_away_is_known_to_all_until_they_talk():
 
 def lose(trio, *texts):
     """Cut Bob off, say texts meanwhile, and wait until he was given up. Returns the events that say so."""
-    trio.run(5)
+    trio.run(p2pchat.KEEP_TIME + 60)  # that they know each other for long changes nothing
     trio.network.cut(trio.hosts("Bob"), trio.hosts("Ann", "Cy"))
     trio.ann.say(*texts)
     trio.until(lambda: trio.ann.saw("left"), 60)
@@ -8769,6 +8769,7 @@ def test_node_what_a_lost_peer_did_not_get_waits_for_its_return(trio):
     assert trio.bob.texts() == ["one", "two", "three", "welcome back"] and trio.ann.undelivered == 0
     bobs = [event["id"] for event in trio.ann.saw("delivered") if event["to"]["username"] == "Bob"]
     assert bobs[:3] == [event["id"] for event in failed] and trio.ann.saw("failed") == failed
+    assert not trio.ann.record_of(trio.bob).outbox.timer.active
 
 
 def test_node_it_waits_for_an_hour(trio):
@@ -8861,7 +8862,10 @@ def test_node_hearsay_ends_no_waiting(trio, lie):
     trio.until(lambda: trio.bob.texts() == ["one"], 120)
 
 
-def test_node_what_can_not_reach_a_peer_that_others_hear_waits_as_well():
+@pytest.mark.parametrize("idle_links", [64, 1])
+def test_node_what_can_not_reach_a_peer_that_others_hear_waits_as_well(monkeypatch, idle_links):
+    """Also among so many that not all are linked: it is dialled for that alone."""
+    monkeypatch.setattr(p2pchat, "IDLE_LINKS", idle_links)
     world = World("Ann", "Bob", "Cy", settings={"lan": True})
     world.run(5)
     world.network.cut(world.hosts("Ann"), world.hosts("Bob"))
@@ -8906,6 +8910,17 @@ def test_node_another_instance_gets_nothing_of_it(trio, same_address):
     trio.run(30)
     assert trio.bob.texts() == []
     assert [(event["reason"], event.get("kept")) for event in trio.ann.saw("failed")][1:] == [("restarted", None)] * same_address
+
+
+def test_node_what_another_instance_ends_is_reported_once(trio):
+    """It is started again before the first one is missed."""
+    trio.run(5)
+    trio.bob.crash(reset=False)
+    trio.ann.say("one")
+    trio.run(1)
+    trio.bob.restart()
+    trio.run(30)
+    assert [(event["reason"], event.get("kept")) for event in trio.ann.saw("failed")] == [("restarted", None)]
 
 
 def test_node_who_is_lost_twice_is_reported_once(trio):
@@ -9126,13 +9141,15 @@ def test_node_what_may_be_told_is_bounded():
     world.run(5)
     for number in range(500):
         world.ann.say(f"{number}")
-    for number in range(5):
-        world.ann.say(f"{number}" + "x" * (p2pchat.MAX_TEXT * 2 // 3))
-    world.run(5)
     late = world.add("Late")
     world.run(10)
-    texts = late.texts("told")
-    assert len(texts) == p2pchat.CATCH_UP and texts[:195] == [f"{number}" for number in range(305, 500)]
+    assert late.texts("told") == [f"{number}" for number in range(300, 500)]
+    for number in range(30):
+        world.ann.say(f"{number}" + "x" * (p2pchat.MAX_TEXT * 2 // 3))
+    world.run(5)
+    late = world.add("Later")
+    world.run(10)
+    assert [text.rstrip("x") for text in late.texts("told")] == ["25", "26", "27", "28", "29"]
     for peer in world.peers:
         said = [event["text"] for _, event in peer.node.recall._talks["*"].messages]
         assert len(said) <= p2pchat.CATCH_UP and sum(map(len, said)) <= 2 * p2pchat.CATCH_UP_BYTES
@@ -9177,6 +9194,54 @@ def test_node_each_tells_only_what_it_heard_itself():
     late = world.add("Late")
     world.run(20)
     assert [peer.username for peer in late.present()] == ["Cy"] and told(late) == []
+
+
+@pytest.mark.parametrize("settings, hello, asked", [
+    ({}, {}, [["*"]]), ({}, {"incarnation": 0}, []), ({"catch_up": 0}, {}, []), ({"channels": ("#lab",)}, {"channels": ["#lab"]}, [["*", "#lab"]])])
+def test_node_who_is_asked_what_was_said(settings, hello, asked):
+    """Not a program that tells nothing of when it was started; nobody, if one wants to know nothing."""
+    world = World("Ann", settings={"lan": False, **settings})
+    world.run(5)
+    mallory = world.client(world.ann)
+    mallory.hello(**hello)
+    world.run(4)
+    assert [question["of"] for question in mallory.take("MSG_CATCH_UP_REQUEST")] == asked
+
+
+def test_node_a_channel_that_was_left_at_once_is_not_asked_about():
+    world = talked()
+    asked = []
+    world.bob.node.handlers["MSG_CATCH_UP_REQUEST"] = lambda link, message: asked.append(message["content"]["of"])
+    for name in ("#one", "#two"):
+        world.bob.join(name)
+    world.run(2)
+    for change, name in ((world.ann.join, "#one"), (world.ann.join, "#two"), (world.ann.part, "#one")):
+        change(name)
+    world.run(4)
+    assert asked == [["#two"]]
+
+
+def test_node_no_more_is_believed_than_was_asked_for():
+    """Of another conversation, or more than one wants."""
+    world = World("Ann", settings={"lan": False, "catch_up": 3, "channels": ("#lab",)})
+    world.run(5)
+    mallory = world.client(world.ann)
+    mallory.hello()
+    world.run(3)
+    assert mallory.take("MSG_CATCH_UP_REQUEST")[0]["of"] == ["*"]
+    mallory.say("MSG_CATCH_UP_RESPONSE", {"messages": [
+        {"id": f"ab-{number}", "from": wire_record(), "to": to, "text": f"{to} {number}", "age": number}
+        for number in range(9, 0, -1) for to in ("#lab", "*")]})
+    world.run(1)
+    assert world.ann.texts("told") in (["* 2", "* 1"], ["* 3", "* 2", "* 1"])
+
+
+def test_node_whoever_asks_twice_in_one_question_is_told_once():
+    world = talked()
+    mallory = world.attack(world.ann)
+    mallory.say("MSG_CATCH_UP_REQUEST", {"of": ["*", "*"], "most": 200})
+    world.run(1)
+    assert [each["text"] for each in mallory.take("MSG_CATCH_UP_RESPONSE")[0]["messages"]] == [text for text, *_ in FIRST_WORDS]
 
 
 def test_node_whoever_asks_all_the_time_is_told_no_more(solo):
@@ -10205,6 +10270,14 @@ def test_past_has_what_was_told_once_and_before_what_came_live(remembered):
     assert said[-4:] == ["message 999", "before you came, told by Carol", "told", "live"] and len(said) == len(set(said)) > 100
     again = remembered("Bob")
     assert again.texts()[-3:] == ["day 19686", "told", "live"]
+    for number in range(60):
+        again.chat("Bob", f"later {number}")
+    again.later()
+    third = remembered("Bob")
+    view_screen(third.view)
+    view_keys(third.view, *["<pgup>"] * 6)
+    at = third.texts().index("told")
+    assert third.texts()[at:at + 2] == ["told", "live"]
 
 
 def test_past_is_loaded_by_scrolling_up(remembered):
