@@ -310,12 +310,13 @@ def test_channels_that_are_refused(name, word):
 
 
 def test_channels_are_folded_once_and_for_all():
-    for number in range(0x110000):
+    characters = map(chr, range(0x110000))
+    for character in (each for each in characters if each != unicodedata.normalize("NFC", each.casefold())):
         try:
-            name = p2pchat.check_channel("#" + chr(number))
+            name = p2pchat.check_channel("#" + character)
         except ValueError:
             continue
-        assert p2pchat.check_channel(name) == name, hex(number)
+        assert p2pchat.check_channel(name) == name, hex(ord(character))
 
 
 @pytest.mark.parametrize("text, clusters, columns", [
