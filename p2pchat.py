@@ -124,7 +124,8 @@ NAME_TIME = 30.0  # an address that a name had is used for this long: longer tha
 DRAIN_TIMEOUT = 3.0  # a closing connection has this long to deliver what is queued
 TURN_TIME = 0.015  # for the ready sockets of one turn, and as much goes into telling of it: keys and timers wait for it
 FLUSH_TIME = 0.008  # for sending, twice a turn: a list of 1,000 peers to as many newcomers is 100 MB
-WORK_TIME = 0.01  # for the lists that are merged in one turn, and as much for handshakes and proofs
+PROOF_TIME = 0.01  # for the handshakes and proofs of one turn
+MERGE_TIME = 0.002  # for the lists that are merged in one turn: to tell of what that changed takes three times as long
 STRANGERS_TIME = 0.005  # for the sockets of those who have not said yet who they are: others come first in a turn
 ACCEPT_TIME = 0.003  # for accepting in one turn: some 70 connections, so a burst of 1,000 takes fifteen turns
 ACCEPT_PAUSE = 0.5  # accepting pauses for this long when the descriptors are used up
@@ -2436,13 +2437,14 @@ class Ticker:
 
 
 class FairQueue:
-    """Work that others cause, in pieces: the owners take turns, a piece each, for WORK_TIME in a turn of the loop.
+    """Work that others cause, in pieces: the owners take turns, a piece each, for some time in each turn of the loop.
 
     While there is work, the loop does not wait for sockets, so this work also gets all idle time."""
 
-    def __init__(self, loop: Loop, most: float = float("inf")) -> None:
-        """`most` bounds the items of all lists that wait."""
+    def __init__(self, loop: Loop, seconds: float, most: float = float("inf")) -> None:
+        """It has so many `seconds` of a turn; `most` bounds the items of all lists that wait."""
         self._loop = loop
+        self._seconds = seconds
         self._most = most
         self._waiting = 0  # items, and one more for each list
         self._count = itertools.count()
@@ -2460,7 +2462,7 @@ class FairQueue:
         """Call `handle` with each item, and `then` at the end, both in the order of the owner's lists.
 
         It begins at once, unless another list of the owner waits. If too many items wait, the new list's are dropped
-        once WORK_TIME is over."""
+        once the time of a turn is over."""
         rest, size = iter(items), len(items) + 1
 
         def work() -> bool:
@@ -2489,20 +2491,22 @@ class FairQueue:
         heapq.heappush(self._by_owner.setdefault(owner, []), (number, next(self._count), work, size))
         self._waiting += size
 
-    def _set_timer(self) -> None:
+    def _set_timer(self, has_begun: bool = False) -> None:
+        """Go on when all else of this turn is done, or in a later one if this one had its share."""
         if self._by_owner and not self._timer.active:
-            self._timer = self._loop.call_last(self._spend_time)
+            later, last = self._loop.call_later, self._loop.call_last
+            self._timer = later(0.001, self._spend_time) if has_begun else last(self._spend_time)
 
     def _spend_time(self, owner: Any = None) -> None:
         """Do pieces of one owner's work, or of all in turn, until the time or the work is over: at least one piece."""
-        end = self._loop.now() + WORK_TIME
+        end = self._loop.now() + self._seconds
         try:
             while owner in self._by_owner if owner else self._by_owner:
                 self._do_piece(owner or next(iter(self._by_owner)))
                 if self._loop.now() >= end:
                     break
         finally:
-            self._set_timer()
+            self._set_timer(has_begun=owner is not None)
 
     def _do_piece(self, owner: Any) -> None:
         """Do a piece of an owner's work; the others come first then."""
@@ -3607,7 +3611,7 @@ class ClosedRoom(OpenRoom):
         self._sha256 = sha256_of_pem(certificate)
         self._room = room
         self.name = room.name
-        self.strangers = FairQueue(loop)
+        self.strangers = FairQueue(loop, PROOF_TIME)
         self.numbers = itertools.count()
         self.guesses = Guesses()
         self._unproved = Unidentified(in_all=MAX_UNPROVED)
@@ -6704,7 +6708,7 @@ class PeerNode:
         self.peers: PeerList[Contact] = PeerList(self.me)
         self.news = News()
         self.targets = Targets()
-        self.backlog = FairQueue(loop, MAX_MERGING)  # of records to merge
+        self.backlog = FairQueue(loop, MERGE_TIME, MAX_MERGING)  # of records to merge
         self.files = FileServer(loop, "--join", self.room.name)
         self.undelivered = 0  # messages reported as failed
         self.leaving = False  # no new messages; what is under way may still arrive

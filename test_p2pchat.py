@@ -5272,7 +5272,7 @@ class LoopClock:
     def work(self, done, name, cost=0.4):
         """Note what is done, which takes so much of a turn's time."""
         done.append(name)
-        self.time += cost * p2pchat.WORK_TIME
+        self.time += cost * 0.01
         if name == "!":
             raise ValueError
 
@@ -5302,7 +5302,7 @@ class LoopClock:
 ], ids=str)
 def test_loop_long_lists_are_worked_off_in_turns(lists, most, turns):
     loop, done = LoopClock(), []
-    queue = p2pchat.FairQueue(loop, most)
+    queue = p2pchat.FairQueue(loop, 0.01, most)
     for owner, *items in lists:
         queue.work_off(owner, items, functools.partial(loop.work, done), lambda: done.append("|"))
     assert ["".join(turn) for turn in loop.turns(done)] == turns
@@ -5310,9 +5310,9 @@ def test_loop_long_lists_are_worked_off_in_turns(lists, most, turns):
 
 
 def test_loop_strangers_work_is_done_in_turn():
-    """For each owner the one with the lowest number first; a turn takes no longer than WORK_TIME; an error costs only its own."""
+    """For each owner the one with the lowest number first; a turn takes no longer than its time; an error costs only its own."""
     loop, done = LoopClock(), []
-    queue = p2pchat.FairQueue(loop)
+    queue = p2pchat.FairQueue(loop, 0.01)
     for owner, number, name in [*(("a", number, f"a{number}") for number in (5, 2, 1, 4, 3)), ("b", 0, "b1"), ("c", 7, "!"), ("c", 7, "c2")]:
         queue.add(owner, number, functools.partial(loop.work, done, name))
     assert loop.turns(done) == [["a1", "b1", "!"], ["a2", "c2", "a3"], ["a4", "a5"]]
@@ -5323,7 +5323,7 @@ def test_loop_strangers_work_is_done_in_turn():
 
 def test_loop_nothing_is_worked_off_any_more_after_the_queue_is_closed():
     loop, done = LoopClock(), []
-    queue = p2pchat.FairQueue(loop)
+    queue = p2pchat.FairQueue(loop, 0.01)
     queue.work_off("1", "abcdef", lambda item: (loop.work(done, item), item == "b" and queue.close()), lambda: done.append("|"))
     assert loop.turns(done) == [["a", "b"]]
 
@@ -7481,7 +7481,7 @@ def test_node_whoever_asks_again_at_once_gets_one_list(rig, after, lists):
 @pytest.mark.parametrize("by, settled", [("server", True), ("first", False)])
 def test_node_long_lists_are_merged_in_portions(monkeypatch, by, settled):
     """All of a list is merged, and what follows from it follows only then."""
-    monkeypatch.setattr(p2pchat, "WORK_TIME", 0.0)  # an item a turn
+    monkeypatch.setattr(p2pchat, "MERGE_TIME", 0.0)  # an item a turn
     world = World("Ann", "Bob", "Cy", "Di", "Eve", by=by)
     late = world.add("Late")
     world.until(lambda: len(late.node.peers) == 5, 5)
@@ -7493,7 +7493,7 @@ def test_node_long_lists_are_merged_in_portions(monkeypatch, by, settled):
 
 def test_node_whoever_leaves_merges_no_more(monkeypatch):
     """"stopped" is the last event, though a long list waits."""
-    monkeypatch.setattr(p2pchat, "WORK_TIME", 0.0)
+    monkeypatch.setattr(p2pchat, "MERGE_TIME", 0.0)
     late = World("Ann", "Bob", "Cy", by="server").add("Late")
     late.answers["joined"] = lambda event: late.node.depart()
     late.world.run(5)
@@ -7502,7 +7502,7 @@ def test_node_whoever_leaves_merges_no_more(monkeypatch):
 
 def test_node_who_left_while_the_list_is_merged_is_no_ghost(monkeypatch):
     """What a server says is done in its order."""
-    monkeypatch.setattr(p2pchat, "WORK_TIME", 0.0)
+    monkeypatch.setattr(p2pchat, "MERGE_TIME", 0.0)
     world = World(by="none")
     records = [wire_record(name, f"10.8.0.{ord(name)}", instance=name) for name in "GHI"]
     gone = {"joined": [], "left": [{"id": records[2]["id"], "instance": "I", "reason": "left"}]}
