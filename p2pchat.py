@@ -8649,6 +8649,7 @@ class Narrator:
         self._labels: Dict[str, str] = {}  # by id; the same for all events of a turn, which come when all is done
         self._told: Dict[Tuple[str, str], List[Event]] = {}  # in this turn, by conversation and teller
         self._failures: List[Receipts] = []  # of messages that failed and have one more outcome in this turn
+        self._now = 0.0  # Unix time of this turn
         self._rang_at = float("-inf")
         self._has_met_server = False
         self._namesake = ""  # the user's own name, once it was said that somebody else has it, too
@@ -8659,6 +8660,7 @@ class Narrator:
     def handle(self, events: List[Event]) -> None:
         """Take in the events of one turn."""
         self._labels.clear()
+        self._now = self.view.node.loop.wall()
         handlers = self._handlers
         for event in events:
             handler = handlers.get(event["event"])
@@ -8677,17 +8679,17 @@ class Narrator:
         sender, to, text = event["from"]["id"], event["to"], event["text"]
         if sender in people.ignored or "told" in event:  # it stands there already
             return
-        now = view.node.loop.wall()
+        now = self._now
         people.on_spoke(sender, now)
         private = to != EVERYONE and not is_channel(to)
         if private:
             people.private = sender
         is_called = private or view.on_screen and _mentions(text, view.node.me.username)
-        window = self._window(sender if private else to)
+        window = self.view.window_of(sender if private else to) if view.on_screen else view.window
         entry = self._say(window, sender, event)
         if entry is not None and is_called and not private:
             entry.called = view.node.me.username
-        if view.on_screen and window is not view.window:
+        if window is not view.window:
             window.unread += 1
             window.calls += is_called
             if is_called and window.calls == 1:
@@ -8706,7 +8708,7 @@ class Narrator:
 
     def _show_told(self) -> None:
         """Show it above what came since, dim, under a line that says who tells it: it rings for nobody."""
-        view, told, self._told, now = self.view, self._told, {}, self.view.node.loop.wall()
+        view, told, self._told, now = self.view, self._told, {}, self._now
         for (conversation, teller), events in told.items():
             words = f"before you came, told by {self._label(teller)}"
             entries = [Entry(0, now - events[0]["age"], "date", words, "", "", ""),
@@ -8714,27 +8716,21 @@ class Narrator:
             if view.transcript is not None:
                 view.transcript.add_told(words, entries, conversation)
             else:
-                self._window(conversation).scrollback.insert_before_live(entries)
+                self.view.window_of(conversation).scrollback.insert_before_live(entries)
                 view.windows.on_added(sum(len(entry.text) + ENTRY_SIZE for entry in entries))
 
     def on_sent(self, event: Event) -> None:
         """Show what the user said; its receipts will follow."""
         view, text, to = self.view, event["text"], event["to"]
-        window = self._window(to)
+        window = self.view.window_of(to) if view.on_screen else view.window
         entry = self._say(window, view.node.me.id, event, own=True)
         receipts = view.outgoing.add(event["id"], text, event["receivers"])
-        window.scrollback.found = None
         if entry is not None:
+            window.scrollback.found = None
             entry.receipts, receipts.seq, receipts.window = receipts, entry.seq, window
             window.scrollback.pass_over(entry)
             if window is not view.window:
                 view.notice(f"To {view.name_of(to)}: {_shortened(text)}")
-
-    def _window(self, key: str) -> Window:
-        """Return the window of a conversation; everyone's, if too many are open, or if there is no screen."""
-        windows = self.view.windows
-        window = windows.all.get(key) or (windows.open(key) if self.view.on_screen else None)
-        return window or windows.all[EVERYONE]
 
     def _say(self, window: Window, sender: str, event: Event, own: bool = False) -> Optional[Entry]:
         """Show what somebody said, with the receiver where that is not plain from the window."""
@@ -8742,6 +8738,9 @@ class Narrator:
         is_plain = to == EVERYONE or self.view.on_screen and window.key != EVERYONE
         style = "private" if not is_plain and not own and not is_channel(to) else ""
         to = "" if is_plain else self._label(to)
+        if self.view.transcript is not None:  # at once: there are so many of these
+            self.view.transcript.add(self._now, kind, text, self._label(sender), to, own)
+            return None
         entry = self.view.add(kind, text, style, self._label(sender), to, own, window)
         if entry is not None:
             entry.id = event["id"]
@@ -8844,7 +8843,7 @@ class Narrator:
         labels = self.view.labels(self.view.node.members(name))
         more = f", {len(labels) - GATHER_NAMES} more" if len(labels) > GATHER_NAMES else ""
         others = f" with {', '.join(labels[:GATHER_NAMES])}{more}." if labels else ". Nobody else is in it so far."
-        self.view.notice(f"You are in {name}{others}", window=self._window(name))
+        self.view.notice(f"You are in {name}{others}", window=self.view.window_of(name))
 
     def _come_or_go(self, kind: str, peer_id: str, reason: str, conversations: Sequence[str]) -> None:
         """Say that a peer came to conversations, or went: on the screen in the windows of those."""
@@ -9869,6 +9868,11 @@ class ChatView:
     def window(self) -> Window:
         """The one at hand."""
         return self.windows.current
+
+    def window_of(self, key: str) -> Window:
+        """Return the window of a conversation; everyone's, if too many are open, or if there is no screen."""
+        window = self.windows.all.get(key) or (self.windows.open(key) if self.on_screen else None)
+        return window or self.windows.all[EVERYONE]
 
     def name_of(self, key: str) -> str:
         """Return what the user calls a conversation."""
