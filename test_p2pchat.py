@@ -15560,7 +15560,11 @@ def on_demand(arguments):
     if not arguments or arguments[0] not in commands:
         print(ON_DEMAND)
         return 2
-    return commands[arguments[0]](arguments[1:]) or 0
+    try:
+        return commands[arguments[0]](arguments[1:]) or 0
+    except BrokenPipeError:  # as in `answers | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
 
 
 if __name__ == "__main__":
