@@ -5269,6 +5269,9 @@ class LoopClock:
         self.later.append(p2pchat.Timer(0.0, callback))
         return self.later[-1]
 
+    def call_later(self, delay, callback):
+        return self.call_last(callback)
+
     def work(self, done, name, cost=0.4):
         """Note what is done, which takes so much of a turn's time."""
         done.append(name)
