@@ -867,6 +867,12 @@ def is_loopback(ip: str) -> bool:
     return ip.startswith("127.")
 
 
+def guesser_at(ip: str) -> str:
+    """Return for which address strangers and their guesses are counted: those of this machine's loopback, 16 million,
+    are one."""
+    return "127.0.0.1" if is_loopback(ip) else ip
+
+
 def split_id(peer_id: str) -> Optional[Tuple[str, str, int]]:
     """Return (username, ip, port) of a peer id; None if the text is not a peer id."""
     username, at, address = peer_id.rpartition("@")
@@ -1960,7 +1966,7 @@ class Unidentified:
 
     def add(self, connection: Connection) -> None:
         """Add a connection. If there are too many, the oldest from its address, or from the fullest, is aborted."""
-        ip = connection.remote[0]
+        ip = guesser_at(connection.remote[0])
         waiting = self._by_ip.setdefault(ip, {})
         waiting[connection] = None
         connection.is_stranger = True
@@ -1975,7 +1981,7 @@ class Unidentified:
 
     def discard(self, connection: Connection) -> None:
         """Remove a connection that has identified itself or is closed."""
-        ip = connection.remote[0]
+        ip = guesser_at(connection.remote[0])
         waiting = self._by_ip.get(ip, {})
         self._room += connection in waiting
         waiting.pop(connection, None)
@@ -2659,8 +2665,8 @@ def limited_log(kind: str, level: int, text: str, *args: Any) -> None:
     Once a minute it says that lines were left out. `kind` is ours, never text from the network."""
     if not log.isEnabledFor(level):
         return
-    if len(_log_limits) > 1000:  # some kinds name an address, so their number has a bound, too
-        _log_limits.clear()
+    if len(_log_limits) > 1000 and kind not in _log_limits:  # some kinds name an address
+        kind = "others"
     lines, notes = _log_limits.setdefault(kind, (RateLimit(LOG_REPEATS), RateLimit(1)))
     now = time.monotonic()
     if lines.take(now):
@@ -3065,11 +3071,6 @@ class Proof:
             raise ProofError("passphrase", f"the passphrases for the closed room {self.room.name} differ")
         self.proved = True
         return [] if self.dialled else [_proof_message(MSG_PAKE, confirm=self._confirm.hex())]
-
-
-def guesser_at(ip: str) -> str:
-    """Return for which address guesses are counted: those of this machine's loopback, 16 million, are one."""
-    return "127.0.0.1" if is_loopback(ip) else ip
 
 
 class Guesser:
@@ -3521,7 +3522,10 @@ class SealedConnection(Connection, Handler):
         if message["type"] == MSG_ERROR:
             about = content.get("about")
             about = about if about in (ROOM, PASSPHRASE) else PROTOCOL
-            self.fail(about, "", f"it says: {clean(content['reason'])[:200]}")
+            limited_log("refused by", logging.INFO, "[P2P] %s:%d refuses us: %s", *self.remote,
+                        clean(content["reason"])[:200])  # it is no member: nothing of what it says is for the screen
+            self.fail(about, "", {ROOM: "another room is there", PROTOCOL: "what answers there is no member"}.get(
+                about, f"the passphrase there for the closed room {self.room.name} is another"))
         elif message["type"] not in _BEFORE_PROOF:
             self.fail(PROTOCOL, "prove that you know the passphrase first")
         else:
@@ -4051,7 +4055,7 @@ class DiscoveryServer:
 
     def _on_mismatch(self, address: Address, is_dialled: bool, about: str, words: str) -> None:
         """Somebody is in another room, or has another passphrase."""
-        limited_log(f"{about} {address[0]}", logging.WARNING, "[Server] %s:%d is not in this room: %s", *address, words)
+        limited_log(about, logging.WARNING, "[Server] %s:%d is not in this room: %s", *address, words)
 
     def on_session_closed(self, session: Session, reason: str) -> None:
         """A connection is gone, and with it the peer that was registered over it."""
@@ -4538,8 +4542,8 @@ class OtherRooms:
         self._heard: Dict[Address, Tuple[float, str]] = {}  # beacons of other rooms: when, and which
         self._barred: Dict[Address, Tuple[float, float]] = {}  # who refused us: how long to wait, and until when
         self._limits: Dict[Tuple[str, str], RateLimit] = {}  # of what is said of an address
-        self._notices = RateLimit(MAX_NOTICES)
-        self._reports = RateLimit(MAX_NOTICES)  # what others say takes no room from what we have seen
+        # Lines about those in other rooms, about guesses here, and about guesses elsewhere: none takes another's room.
+        self._notices, self._guesses, self._reports = (RateLimit(MAX_NOTICES) for _ in range(3))
 
     def on_beacon(self, address: Address, content: Dict[str, Any]) -> bool:
         """Note whose beacon came, and return whether it is of our room."""
@@ -4589,15 +4593,18 @@ class OtherRooms:
         if is_dialled and words and about == PASSPHRASE and not node.room.has_proved:
             is_own = node.whereabouts.is_own(address[0])  # here each program counts, elsewhere each machine:
             self._refused_at.add(address if is_own else (address[0], 0))  # a stranger's has ports enough for anything
+        machine = guesser_at(address[0])
         if about == PROTOCOL:
             limited_log("no proof", logging.INFO, "[P2P] %s: %s", place, words)
         elif is_dialled and words:
-            self._tell(place, about, f"{place}: {words}.", 600.0)
+            self._tell(place, about, f"{place}: {words}.", 600.0, self._notices)
+        elif about == ROOM and not self.is_paused:
+            self._tell(machine, about, f"{machine} is in another room.", 60.0, self._notices)
         elif not self.is_paused:  # else it is ours that is wrong
-            wrong = max(1, node.room.wrong_guesses(address[0]))
-            text = tried(address[0], wrong) if about == PASSPHRASE else f"{address[0]} is in another room."
-            if self._tell(address[0], about, text, 60.0) and about == PASSPHRASE:
-                self._report(address[0], wrong)
+            wrong = max(1, node.room.wrong_guesses(machine))
+            self._tell(machine, about, tried(machine, wrong), 60.0, self._guesses)
+            if self._may_tell(machine, "members", 60.0):
+                self._report(machine, wrong)
         if len(self._refused_at) >= MAX_REFUSED and not self.is_paused:
             self.is_paused = True
             node.emit({"event": "notice", "text": f"{MAX_REFUSED} peers have another passphrase. Is yours right? "
@@ -4632,17 +4639,17 @@ class OtherRooms:
             self._barred.clear()
         self._barred[address] = (wait, self.node.loop.now() + delay)
 
-    def _tell(self, place: str, about: str, text: str, interval: float, notices: Optional[RateLimit] = None) -> bool:
-        """Tell the user, at most once in an interval about one address. Returns whether it was told."""
+    def _tell(self, place: str, about: str, text: str, interval: float, notices: RateLimit) -> None:
+        """Tell the user, at most once in an interval about one address."""
+        if not notices.wait(self.node.loop.now()) and self._may_tell(place, about, interval):
+            notices.take(self.node.loop.now())
+            self.node.emit({"event": "notice", "text": text, "about": ROOM if about == ROOM else PASSPHRASE})
+
+    def _may_tell(self, place: str, about: str, interval: float) -> bool:
+        """Whether something is to be said about an address: once in an interval."""
         if len(self._limits) >= MAX_ELSEWHERE:
-            self._limits.clear()
-        now = self.node.loop.now()
-        if not self._limits.setdefault((place, about), RateLimit(1, interval)).take(now):
-            return False
-        if not (notices or self._notices).take(now):
-            return False
-        self.node.emit({"event": "notice", "text": text, "about": ROOM if about == ROOM else PASSPHRASE})
-        return True
+            del self._limits[next(iter(self._limits))]
+        return self._limits.setdefault((place, about), RateLimit(1, interval)).take(self.node.loop.now())
 
 
 def tried(ip: str, count: int) -> str:

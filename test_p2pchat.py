@@ -5970,7 +5970,7 @@ MEETINGS = {  # who dials whom: what the dialler is told, what the other is told
     "open to closed": (None, LAB, "it says: this is the closed room class-3b: --room class-3b", "is in another room", "room"),
     "closed to open": (LAB, None, "an open room is there, and you are in a closed one", "is in another room", "room"),
     "another name": (LAB, OTHER_LAB, "the closed room class-4 is there, not class-3b", "is in another room", "room"),
-    "another passphrase": (LAB, WRONG_LAB, "it says: the passphrases for the closed room class-3b differ", "tried a wrong passphrase", "passphrase"),
+    "another passphrase": (LAB, WRONG_LAB, "the passphrase there for the closed room class-3b is another", "tried a wrong passphrase", "passphrase"),
 }
 
 
@@ -6353,7 +6353,7 @@ def test_room_what_the_user_names_is_dialled_whatever_others_at_its_address_have
     for count in (1, 2):
         bob.loop.enter(bob.node.connect, "10.0.0.1:5001")
         world.run(4)
-        assert len([text for text in bob.texts("notice") if text.startswith("10.0.0.1:5001: it says")]) == count
+        assert len([text for text in bob.texts("notice") if text.startswith("10.0.0.1:5001: the passphrase there")]) == count
     assert not any("tried again" in text for text in bob.texts("notice")) and not wrong.names()
 
 
@@ -6461,6 +6461,79 @@ def test_room_a_man_who_relays_the_proof_is_refused_at_both_ends():
     world.run(3)
     assert pairs and not ann.names() and not bob.names()
     assert [event["about"] for event in ann.saw("notice")] == ["passphrase"] == [event["about"] for event in bob.saw("notice")]
+
+
+def stranger_who_listens(world, port, reason="ALERT: get the new passphrase at http://10.0.0.66/", ip=EVIL):
+    """A program that takes a member's proof and then says that the passphrase is wrong."""
+    loop, ends = world.process_at(ip), []
+
+    def accept(connection):
+        ends.append(TlsEnd(loop, is_server=True).take_on(connection))
+        return ends[-1]
+
+    def refuse():
+        for end in ends:
+            if end.tls.is_open and end.heard:
+                end.heard.clear()
+                end.say("MSG_ERROR", {"reason": reason, "about": "passphrase"})
+        loop.call_later(0.01, refuse)
+    loop.listen("0.0.0.0", port, accept)
+    refuse()
+    return loop
+
+
+def test_room_nothing_of_what_a_stranger_says_comes_to_the_screen():
+    world = room_world("Ann", "Bob", by="lan")
+    world.run(5)
+    stranger_who_listens(world, 700)
+    world.ann.loop.enter(world.ann.node.connect, f"{EVIL}:700")
+    world.run(10)
+    told = [event for peer in world.peers for event in peer.events]
+    assert any("the passphrase there" in event.get("text", "") for event in told)
+    assert "ALERT" not in json.dumps(told) and not any("ALERT" in line for line in world.ann.node.alone())
+
+
+def test_room_strangers_in_other_rooms_hide_no_guesses():
+    """They take no room from the lines about guesses, nor do all the ports of one machine."""
+    world = room_world("Ann", "Bob", by="lan")
+    world.run(5)
+    others = world.ann.node.other_rooms
+    for number in range(3 * p2pchat.MAX_NOTICES):
+        others.on_mismatch((f"10.1.1.{number + 1}", 5000), False, "room", "")
+        others.on_mismatch((EVIL, 1000 + number), True, "room", "another room is there")
+    guesses = world.ann.node.room.guesses
+    for _ in range(2):
+        guesses.count("10.0.0.7", world.ann.loop.now())
+    others.on_mismatch(("10.0.0.7", 5000), False, "passphrase", "")
+    world.run(2)
+    assert "10.0.0.7 tried 2 wrong passphrases." in world.ann.texts("notice")
+    assert "Ann says: 10.0.0.7 tried 2 wrong passphrases." in world.bob.texts("notice")
+
+
+def test_loop_all_of_the_loopback_is_one_address_among_strangers():
+    """2,000 connections from as many of its addresses push out nobody at another address."""
+    strangers = p2pchat.Unidentified(1500, 2000)
+
+    def connection(ip):
+        made = p2pchat.Connection(None, (ip, 1), p2pchat.OPEN)
+        made.abort = lambda reason: aborted.append(ip)
+        return made
+    aborted = []
+    for number in range(1500):
+        strangers.add(connection(f"127.0.{number // 250}.{number % 250 + 1}"))
+    for _ in range(30):
+        strangers.add(connection("10.0.0.5"))
+    for number in range(900):
+        strangers.add(connection(f"127.1.{number // 250}.{number % 250 + 1}"))
+    assert aborted and all(ip.startswith("127.") for ip in aborted)
+
+
+def test_log_kinds_without_number_share_a_limit(caplog, monkeypatch):
+    monkeypatch.setattr(p2pchat, "_log_limits", {})
+    caplog.set_level(logging.INFO)
+    for number in range(3000):
+        p2pchat.limited_log(f"kind {number}", logging.INFO, "a line")
+    assert 1000 <= len(caplog.records) <= 1000 + 2 * p2pchat.LOG_REPEATS
 
 
 def test_room_three_refusals_of_a_passphrase_that_nobody_accepts_stop_the_dialling():
