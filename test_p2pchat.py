@@ -6661,7 +6661,7 @@ class Witness:
         self.delivered = set()
         self.late = 0  # delivered, though they had failed
         self.said = {}  # message id -> (to, text)
-        self.heard = collections.defaultdict(dict)  # instance -> message id -> when it said or was shown it
+        self.heard = collections.defaultdict(dict)  # instance -> message id -> when it said or was shown it, on its clock
         self.told = collections.defaultdict(dict)  # instance -> message id -> to, as long as it is in that channel
         self.last = collections.defaultdict(int)  # (sender's, receiver's instance) -> sequence last shown
         self.detection = collections.defaultdict(float)  # "crash", "leave" -> longest time until all knew
@@ -6672,7 +6672,7 @@ class Witness:
 
     def on_sent(self, peer, event):
         self.said[event["id"]] = (event["to"], event["text"])
-        self.heard[peer.instance][event["id"]] = peer.world.network.time
+        self.heard[peer.instance][event["id"]] = peer.loop.now()
         for receiver in event["receivers"]:
             instance = self.receivers[event["id"], receiver] = peer.known[receiver]
             self.sent[event["id"], instance] = (peer, event["text"])
@@ -6680,7 +6680,7 @@ class Witness:
     def on_chat(self, peer, event):
         key = (event["id"], peer.instance)
         assert ("told" in event) == (event["id"] in self.told[peer.instance]), f"{peer} was told {event['id']}, or was it not?"
-        self.heard[peer.instance][event["id"]] = peer.world.network.time
+        self.heard[peer.instance][event["id"]] = peer.loop.now()
         sender, number = event["id"].split("-")
         assert key in self.sent, f"{peer} was shown {event}, which was not sent to it"
         assert self.sent[key][1] == event["text"]
@@ -6725,7 +6725,7 @@ class Witness:
         is_known = to == "*" and event["id"] in self.heard[peer.instance]  # of a channel that was left it may be told again
         assert event["id"] not in told and not is_known, f"{peer} was told {event['id']} again"
         when = self.heard[teller.instance][event["id"]]
-        assert -1 <= peer.world.network.time - when - event["age"] < 3, f"{event} was heard at {when}"
+        assert -1 <= teller.loop.now() - when - event["age"] < 3, f"{event} was heard at {when}"
         told[event["id"]] = to
 
     def on_channels(self, peer, event):
