@@ -8274,6 +8274,14 @@ class Windows:
             largest.drop(len(largest.entries) // 4 + 1)
 
 
+def past_entry(when: float, sender: str, text: str, message_id: str) -> Entry:
+    """Return an entry for what was said before the start; `sender` is a label."""
+    kind, text = split_action(text)
+    entry = Entry(0, when, kind, text, "dim", sender, "")
+    entry.id = message_id
+    return entry
+
+
 def by_age(page: List[Said]) -> List[Said]:
     """Return messages of the history as they are shown: what was told later, but said earlier, goes first."""
     return sorted(page, key=lambda message: message.time) if any(message.told_by for message in page) else page
@@ -8398,10 +8406,7 @@ class Past:
 
     @staticmethod
     def _entry(message: Said) -> Entry:
-        kind, text = split_action(message.text)
-        entry = Entry(0, message.time, kind, text, "dim", teller_added(message), "")
-        entry.id = message.id
-        return entry
+        return past_entry(message.time, teller_added(message), message.text, message.id)
 
 
 class People:
@@ -8640,14 +8645,6 @@ def flow(prompt: str, left: str, right: str, cols: int) -> Tuple[List[str], Tupl
 # -- events --------------------------------------------------------------------------------------------
 
 
-def told_entry(event: Event, now: float, sender: str) -> Entry:
-    """Return what was told as an entry; `sender` is a label."""
-    kind, text = split_action(event["text"])
-    entry = Entry(0, now - event["age"], kind, text, "dim", sender, "")
-    entry.id = event["id"]
-    return entry
-
-
 class Narrator:
     """Shows what happened at the node: an event becomes an entry or changes one."""
 
@@ -8719,7 +8716,8 @@ class Narrator:
         for (conversation, teller), events in told.items():
             words = f"before you came, told by {self._label(teller)}"
             entries = [Entry(0, now - events[0]["age"], "date", words, "", "", ""),
-                       *(told_entry(event, now, self._label(event["from"]["id"])) for event in events)]
+                       *(past_entry(now - event["age"], self._label(event["from"]["id"]), event["text"], event["id"])
+                         for event in events)]
             if view.transcript is not None:
                 view.transcript.add_told(words, entries, conversation)
             else:

@@ -9083,6 +9083,16 @@ def talked(**network):
     return world
 
 
+def talked_with_cy():
+    """The same; Cy came late, and has said something, too."""
+    world = talked()
+    world.add("Cy", channels=())
+    world.run(10)
+    world.cy.say("from Cy")
+    world.run(2)
+    return world
+
+
 FIRST_WORDS = [("first", "*", "Ann", "Ann"), ("second\nline", "*", "Bob", "Ann"), ("third", "*", "Bob", "Ann")]
 
 
@@ -9098,11 +9108,7 @@ def test_node_who_comes_late_is_told_what_was_said():
 
 
 def test_node_the_one_that_runs_longest_is_asked_though_another_is_linked_first():
-    world = talked()
-    world.add("Cy", channels=())
-    world.run(10)
-    world.cy.say("from Cy")
-    world.run(2)
+    world = talked_with_cy()
     late = world.add("Late", lan=False, channels=(), join=(world.cy.me.address,))
     world.run(10)
     assert told(late) == [*FIRST_WORDS, ("from Cy", "*", "Cy", "Ann")]
@@ -9234,11 +9240,7 @@ def test_node_what_may_be_told_is_bounded():
 
 def test_node_another_one_is_asked_if_the_first_knows_nothing_or_does_not_answer():
     """The one that runs longest has forgotten; the next is an older program."""
-    world = talked()
-    world.add("Cy", channels=())
-    world.run(10)
-    world.cy.say("from Cy")
-    world.run(2)
+    world = talked_with_cy()
     world.ann.node.recall._talks["*"].messages.clear()
     world.bob.node.handlers.pop("MSG_CATCH_UP_REQUEST")
     late = world.add("Late", channels=())
